@@ -1,1 +1,21 @@
+"""More fine-tuning methods for Hugging Face PEFT.
+
+`import peftx` registers them; after that `peft.get_peft_model(model, peftx.BoneConfig(...))` and everything else that
+PEFT, transformers and accelerate do with an adapter works as for PEFT's own methods. Nothing in PEFT is patched.
+"""
+
+from .registry import MethodInfo, methods, register
+from .tuners import AdapterConfig, AdapterLayer, AdapterModel, BoneConfig, LoLDUConfig
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterLayer",
+    "AdapterModel",
+    "BoneConfig",
+    "LoLDUConfig",
+    "MethodInfo",
+    "methods",
+    "register",
+]

@@ -1,0 +1,2 @@
+class DemoError(ValueError):
+    """What the user can put right; the message is one line."""

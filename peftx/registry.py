@@ -1,0 +1,196 @@
+"""The one place that touches PEFT's type enum and mappings, and the table of peftx's methods."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import peft
+from peft import PeftConfig, PeftType
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+
+T = TypeVar("T", bound=type)
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What peftx knows about one fine-tuning method; documentation, tests and benchmarks are generated from it.
+
+    Attributes:
+        name: lower-case name; the peft type is its upper case, the state-dict prefix is `name + "_"` unless the
+            method keeps LoRA's tensors (`"lora_"`).
+        config: the `PeftConfig` subclass a user passes to `get_peft_model`.
+        model: the `BaseTuner` subclass that PEFT instantiates.
+        paper: where the method comes from, e.g. `"arXiv:2409.15371"`.
+        summary: one line on what it does.
+        mergeable: whether a weight delta exists, so that `merge_and_unload` works.
+        lora_export: `"exact"` (the delta has the adapter's rank), `"dora"`, `"svd"` (truncated, with an error) or
+            `"none"`.
+        layer_types: names of the layer classes that can be targeted.
+        quantized: whether bitsandbytes 4-bit and 8-bit bases work.
+        mixed_batches: whether `adapter_names=` works.
+        learning_rate: a rate at which the method learns with AdamW on the task of `peftx demo`.
+        tiny: config arguments that fit layers 10 to 32 wide.
+        variants: name to config arguments of every mode that tests and benchmarks should cover.
+    """
+
+    name: str
+    config: type[PeftConfig]
+    model: type[BaseTuner]
+    paper: str
+    summary: str
+    mergeable: bool = True
+    lora_export: Literal["exact", "dora", "svd", "none"] = "svd"
+    layer_types: tuple[str, ...] = ("Linear", "Conv1D")
+    quantized: bool = True
+    mixed_batches: bool = True
+    learning_rate: float = 2e-3
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def peft_type(self) -> PeftType:
+        return PeftType[self.name.upper()]
+
+    @property
+    def prefix(self) -> str:
+        return self.model.prefix
+
+
+# Survives `importlib.reload`: a reloaded module sees its old globals.
+_METHODS: dict[str, MethodInfo] = globals().get("_METHODS", {})
+
+
+def methods() -> tuple[MethodInfo, ...]:
+    """The records of all registered methods, in the order of their registration."""
+    return tuple(_METHODS.values())
+
+
+def peft_type_of(config_cls: type[PeftConfig]) -> PeftType:
+    """The peft type under which `config_cls` (or a base of it) was registered.
+
+    Raises:
+        RuntimeError: `config_cls` was never registered, or PEFT ships a method of that name itself.
+    """
+    for info in _METHODS.values():
+        if issubclass(config_cls, info.config):
+            return info.peft_type
+    raise RuntimeError(
+        f"{config_cls.__name__} is not registered with PEFT. Either its method lacks the `@peftx.register(...)` "
+        f"decorator, or PEFT {peft.__version__} ships a method of the same name: then use PEFT's own config class."
+    )
+
+
+def is_native(name: str) -> bool:
+    """Whether PEFT itself (not peftx) knows a method called `name`."""
+    member = PeftType.__members__.get(name.upper())
+    return member is not None and not getattr(member, "_peftx", False)
+
+
+def _extend_peft_type(name: str) -> PeftType:
+    """Adds a member to the closed enum `PeftType`, the way `aenum.extend_enum` does; idempotent."""
+    value = name.upper()
+    if value in PeftType.__members__:
+        return PeftType[value]
+    member = str.__new__(PeftType, value)
+    member._name_ = value
+    member._value_ = value
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    member._peftx = True  # type: ignore[attr-defined]
+    # EnumType.__setattr__ refuses names that stand in _member_map_, so the attribute comes first.
+    type.__setattr__(PeftType, value, member)
+    PeftType._member_names_.append(value)
+    PeftType._member_map_[value] = member
+    PeftType._value2member_map_[value] = member
+    return member
+
+
+def _model_class(layer_cls: Any, name: str, config: type[PeftConfig]) -> type[BaseTuner]:
+    """The tuner of a layer class: `layer_cls.model_cls` bound to this prefix and layer, placed in the layer's module
+    so that pickle finds it."""
+    model_name = config.__name__.removesuffix("Config") + "Model"
+    model = type(
+        model_name,
+        (layer_cls.model_cls,),
+        {
+            "prefix": f"{name}_",
+            "tuner_layer_cls": layer_cls,
+            "__module__": layer_cls.__module__,
+            "__doc__": f"Puts `{layer_cls.__name__}` into a model; see `{config.__name__}`.",
+        },
+    )
+    setattr(sys.modules[layer_cls.__module__], model_name, model)
+    return model
+
+
+def register(
+    name: str, *, config: type[PeftConfig], paper: str, summary: str = "", **capabilities: Any
+) -> Callable[[T], T]:
+    """Class decorator that puts a fine-tuning method into PEFT, so that `get_peft_model(model, config)` finds it.
+
+    It decorates either an `AdapterLayer` subclass, for which a tuner class is made, or a `BaseTuner` subclass.
+    Registering the same class again, as `importlib.reload` does, replaces the earlier record. Where PEFT itself ships a
+    method called `name`, nothing is registered and a warning says so: PEFT's own always wins.
+
+    Args:
+        name: lower-case identifier; the peft type is `name.upper()`, the prefix of all tensors is `name + "_"`.
+        config: dataclass derived from `peftx.AdapterConfig` (or from `peft.LoraConfig`).
+        paper: the source, e.g. `"arXiv:2409.15371"`.
+        summary: one line for tables; default: the first line of the config's docstring.
+        capabilities: the other fields of `MethodInfo`.
+
+    Raises:
+        ValueError: `name` is not a lower-case identifier, or another package registered it.
+        TypeError: an unknown capability.
+    """
+    if not (name.isidentifier() and name.islower()) or name.endswith("_"):
+        raise ValueError(f"The name of a method must be a lower-case identifier without a trailing '_', got {name!r}.")
+
+    def decorate(cls: T) -> T:
+        if is_native(name):
+            warnings.warn(
+                f"PEFT {peft.__version__} ships {name.upper()} itself, so peftx does not register "
+                f"{cls.__module__}.{cls.__qualname__}: use PEFT's own config class.",
+                stacklevel=2,
+            )
+            return cls
+        known = _METHODS.get(name)
+        if known is not None and (known.config.__module__, known.config.__qualname__) != (
+            config.__module__,
+            config.__qualname__,
+        ):
+            raise ValueError(f"A method called {name!r} is already registered by {known.config.__module__}.")
+        model = cls if issubclass(cls, BaseTuner) else _model_class(cls, name, config)
+        first_line = (config.__doc__ or name).strip().splitlines()[0]
+        info = MethodInfo(
+            name=name,
+            config=config,
+            model=model,
+            paper=paper,
+            summary=summary or first_line,
+            **{"variants": {name: {}}, **capabilities},
+        )
+        member = _extend_peft_type(name)
+        for mapping in (
+            PEFT_TYPE_TO_CONFIG_MAPPING,
+            PEFT_TYPE_TO_TUNER_MAPPING,
+            PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+            PEFT_TYPE_TO_PREFIX_MAPPING,
+        ):
+            mapping.pop(member, None)
+        register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix)
+        _METHODS[name] = info
+        return cls
+
+    return decorate

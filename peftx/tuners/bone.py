@@ -1,0 +1,139 @@
+"""Bone (Block Affine), arXiv:2409.15371, as PEFT 0.14 to 0.18 shipped it; the files of those releases load unchanged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..registry import register
+from .config import AdapterConfig
+from .layer import AdapterLayer, accumulate, at_least_fp32
+
+
+@dataclass
+class BoneConfig(AdapterConfig):
+    """Block-affine adaptation: one r x out_features block, repeated along the input axis of the weight.
+
+    Default mode: delta[o, j] = D[j mod r, o], D of shape (r, out_features), zero at the start. Mode `"bat"`: with the
+    weight cut into r x r tiles, delta[a, b] = (W[a, b] + I) B[a], B of shape (out_features / r, r, r), zero at the
+    start; it needs r to divide both widths, and adapters that are stacked or merged compose in their order. Either mode
+    trains r * out_features values a module. There is no scaling factor and no dropout.
+
+    Args:
+        r: block size; default 64 (the paper's). In the default mode any positive number.
+        init_weights: `True` (default mode), `"bat"`, or `False` (default mode with a random start, for tests).
+        rank_pattern: `{name or regex: r}` for modules that deviate from `r`. An addition to PEFT 0.18's fields.
+        bias: `"none"`, `"all"` or `"bone_only"`. Unlike in PEFT 0.18, trained biases are saved.
+
+    The other arguments and the errors raised are those of `peftx.AdapterConfig`.
+    """
+
+    r: int = field(default=64, metadata={"help": "Block size; the adapter trains r * out_features values a module."})
+    init_weights: Union[bool, Literal["bat"]] = field(  # type: ignore[assignment]
+        default=True,
+        metadata={"help": "True: default mode. 'bat': weight-dependent blocks. False: random start (tests)."},
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Block size of modules (name or regex) that deviate from `r`."}
+    )
+
+
+def fold(x: torch.Tensor, r: int) -> torch.Tensor:
+    """Sums the entries of the last axis whose index is equal modulo r: (..., n) -> (..., r)."""
+    x = F.pad(x, (0, -x.shape[-1] % r))
+    return x.unflatten(-1, (-1, r)).sum(-2)
+
+
+def tile(block: torch.Tensor, in_features: int) -> torch.Tensor:
+    """Delta of the default mode: block (r, out) -> (out, in_features), periodic along the input axis."""
+    r = block.shape[0]
+    return block.T.repeat(1, math.ceil(in_features / r))[:, :in_features]
+
+
+def bat_delta(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Delta of the bat mode: (W[a, b] + I) B[a] for each r x r tile. Shapes: weight (out, in), block (out / r, r, r)."""
+    tiles = weight.reshape(len(block), -1, block.shape[-1])
+    delta = torch.bmm(tiles, block).view(len(block), block.shape[-1], -1, block.shape[-1])
+    return (delta + block[:, :, None, :]).view(weight.shape)
+
+
+def bat_invert(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """The W for which `W + bat_delta(W, block)` is `weight`: (W'[a, b] - B[a]) (I + B[a])^-1."""
+    r = block.shape[-1]
+    tiles = (weight.reshape(len(block), r, -1, r) - block[:, :, None, :]).reshape(len(block), -1, r)
+    return torch.linalg.solve(torch.eye(r, dtype=block.dtype, device=block.device) + block, tiles, left=False).reshape(
+        weight.shape
+    )
+
+
+@register(
+    "bone",
+    config=BoneConfig,
+    paper="arXiv:2409.15371",
+    lora_export="exact",
+    tiny={"r": 2},
+    variants={"bone": {}, "bone-bat": {"init_weights": "bat"}},
+)
+class BoneLinear(AdapterLayer):
+    adapter_layer_names = ("bone_block",)
+
+    def create(self, adapter_name: str, config: BoneConfig) -> None:
+        r, shape = config.r, (config.r, self.out_features)
+        if config.init_weights == "bat":
+            if self.in_features % r or self.out_features % r:
+                raise ValueError(
+                    f"init_weights='bat' cuts the weight into r x r tiles, but r={r} does not divide both "
+                    f"in_features={self.in_features} and out_features={self.out_features}."
+                )
+            shape = (self.out_features // r, r, r)
+        block = torch.zeros(shape)
+        if config.init_weights is False:
+            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+        self.bone_block[adapter_name] = nn.Parameter(block)
+
+    def is_bat(self, adapter_name: str) -> bool:
+        return self.bone_block[adapter_name].ndim == 3
+
+    def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        block = self.bone_block[adapter_name]
+        return accumulate(result, fold(x, len(block)), block, self.scaling[adapter_name])
+
+    def prefers_dense(self, adapter_name: str, tokens: int) -> bool:
+        return self.is_bat(adapter_name)
+
+    def delta_weight(self, adapter_name: str) -> torch.Tensor:
+        block = at_least_fp32(self.bone_block[adapter_name])
+        if self.is_bat(adapter_name):
+            weight = self.unmerged_weight()
+            return bat_delta(weight, block.to(weight.dtype))
+        return tile(block, self.in_features)
+
+    def apply_delta(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        if not self.is_bat(adapter_name):
+            return super().apply_delta(adapter_name, weight)
+        return weight + bat_delta(weight, self.scaling[adapter_name] * self.bone_block[adapter_name].to(weight.dtype))
+
+    def remove_delta(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+        if not self.is_bat(adapter_name):
+            return super().remove_delta(adapter_name, weight)
+        return bat_invert(weight, self.scaling[adapter_name] * self.bone_block[adapter_name].to(weight.dtype))
+
+    def lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_bat(adapter_name):
+            return super().lora_factors(adapter_name)
+        block = self.scaling[adapter_name] * self.bone_block[adapter_name].detach()
+        return tile(torch.eye(len(block), dtype=block.dtype, device=block.device), self.in_features), block.T
+
+    def prepare_load(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        # Files of PEFT's main branch of November 2024 hold bat blocks but say init_weights=true.
+        block = tensors.get("bone_block")
+        if block is not None and block.ndim == 3 and not self.is_bat(adapter_name):
+            old = self.bone_block[adapter_name]
+            self.bone_block[adapter_name] = nn.Parameter(
+                torch.zeros(block.shape, dtype=old.dtype, device=old.device), requires_grad=old.requires_grad
+            )

@@ -1,0 +1,168 @@
+"""Configuration fields that every method has, and how a config is checked, resolved for a module, read and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Optional, Union
+
+from huggingface_hub import ModelCard
+from huggingface_hub.dataclasses import type_validator
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from ..registry import peft_type_of
+
+Names = Union[list[str], set[str], tuple[str, ...], str]
+
+
+@dataclasses.dataclass
+class AdapterConfig(PeftConfig):
+    """Base of the configs of all methods that own their tensors.
+
+    Args:
+        target_modules: names, a regex, or `"all-linear"`; default: PEFT's targets of LoRA for the architecture.
+        exclude_modules: names or a regex of modules that are left alone.
+        layers_to_transform: indices of the layers to adapt; default: all.
+        layers_pattern: name of the list of layers, where it is not found by itself.
+        modules_to_save: modules that are trained and saved whole, e.g. a classifier head.
+        bias: `"none"`, `"all"`, or `"<method>_only"`: which biases of the base model are trained.
+        init_weights: `True` starts as the base model; `False` starts with a random delta (for tests).
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field has an impossible value.
+    """
+
+    target_modules: Optional[Names] = dataclasses.field(
+        default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
+    )
+    exclude_modules: Optional[Names] = dataclasses.field(
+        default=None, metadata={"help": "Names or regex of modules that are not adapted."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = dataclasses.field(
+        default=None, metadata={"help": "Indices of the layers to adapt; all when None."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = dataclasses.field(
+        default=None, metadata={"help": "Name of the list of layers, used with `layers_to_transform`."}
+    )
+    modules_to_save: Optional[Union[list[str], set[str], tuple[str, ...]]] = dataclasses.field(
+        default=None, metadata={"help": "Modules that are trained and saved whole, e.g. a classifier head."}
+    )
+    bias: str = dataclasses.field(
+        default="none", metadata={"help": "Biases of the base model to train: 'none', 'all' or '<method>_only'."}
+    )
+    init_weights: bool = dataclasses.field(
+        default=True, metadata={"help": "True: start as the base model. False: start with a random delta (tests)."}
+    )
+
+    # config field holding a pattern -> config field that a match overrides
+    pattern_fields: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type_of(type(self))
+        _check_types(self)
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a string (a regex).")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`.")
+        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
+            raise ValueError(f"`bias` must be 'none', 'all' or end in '_only', got {self.bias!r}.")
+        r = getattr(self, "r", 1)
+        if isinstance(r, int) and r <= 0:
+            raise ValueError(f"`r` must be a positive integer, got {r}.")
+
+    def for_module(self, key: str) -> AdapterConfig:
+        """This config as it applies to the module called `key`: a copy in which patterns are resolved."""
+        changes = {}
+        for pattern_field, target in self.pattern_fields.items():
+            pattern = getattr(self, pattern_field, None) or {}
+            match = get_pattern_key(pattern.keys(), key)
+            if match in pattern:
+                changes[target] = pattern[match]
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any):
+        """As in PEFT; an unreadable weight file beside the config is reported before any model is touched.
+
+        Raises:
+            ValueError: the adapter's safetensors file is truncated or not a safetensors file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{weights} is not a complete safetensors file ({error}). Save or download the adapter again."
+                ) from error
+        config._from_file = True  # an adapter made for a file leaves the model again when the file does not fit
+        return config
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As in PEFT; a model card beside it learns how to load an adapter of this method."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file():
+            _add_loading_code(card, self)
+
+
+def _add_loading_code(path: Path, config: PeftConfig) -> None:
+    """Puts the code that loads the adapter first in a model card; the first line is the import that registers it."""
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    first_line = f"import peftx  # registers {config.peft_type.value} with PEFT: pip install peftx"
+    if first_line in card.text:
+        return
+    base = config.base_model_name_or_path or "the base model"
+    code = "\n".join(
+        [
+            "## Load this adapter",
+            "",
+            "```python",
+            first_line,
+            "from peft import PeftModel",
+            "",
+            f'model = PeftModel.from_pretrained(base_model, "path/or/name of this adapter")  # base_model: {base}',
+            "```",
+        ]
+    )
+    card.text = f"{code}\n\n{card.text.lstrip()}"
+    card.save(path)
+
+
+@cache
+def _own_types(cls: type[AdapterConfig]) -> dict[str, Any]:
+    """Type of each field that `cls` adds to PEFT's own ones."""
+    hints = typing.get_type_hints(cls)
+    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name not in inherited}
+
+
+def _check_types(config: AdapterConfig) -> None:
+    for name, expected in _own_types(type(config)).items():
+        value = getattr(config, name)
+        try:
+            if isinstance(value, bool) and not _admits_bool(expected):
+                raise TypeError(f"Field '{name}' expected {expected}, got a bool ({value})")
+            type_validator(name, value, expected)
+        except TypeError as error:
+            raise TypeError(f"{type(config).__name__}: {error}") from None
+
+
+def _admits_bool(expected: Any) -> bool:
+    args = typing.get_args(expected)
+    return expected in (bool, Any) or any(arg in (True, False) or _admits_bool(arg) for arg in args)

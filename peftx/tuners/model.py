@@ -1,0 +1,245 @@
+"""The tuner shared by all methods that own their tensors: which module is wrapped, by what, and what may be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import nn
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+
+
+class AdapterModel(BaseTuner):
+    """Puts the layers of one method into a model. `peftx.register` makes a subclass for each layer class.
+
+    Where PEFT leaves a model half changed after an error (an unsupported module among the targets, a rank that does
+    not fit, a file that does not fit), this one takes the failed adapter out again.
+    """
+
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    tuner_layer_cls: type[AdapterLayer]
+
+    # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            _take_out(model, adapter_name, self.tuner_layer_cls)
+            self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = peft_config.for_module(current_key)
+        try:
+            if isinstance(target, self.tuner_layer_cls):
+                target.update_layer(adapter_name, config)
+                return
+            base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            layer_cls = self.tuner_layer_cls.for_base_layer(base_layer)
+            layer = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))
+        except (TypeError, ValueError) as error:
+            name = peft_config.peft_type.value
+            raise type(error)(f"{name} cannot adapt the module {current_key!r}: {error}") from error
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        # PEFT guards Mamba's fused projections for a closed list of types; the reason holds for every method.
+        try:
+            _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, target_name)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(str(error).replace("PEFT:LORA", f"PEFT:{peft_config.peft_type.value}")) from None
+
+    # Mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """While active, every tuner layer receives the `adapter_names` of the batch (PEFT's protocol)."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, self.tuner_layer_cls)]
+        known = {"__base__"}.union(*(layer.adapter_config for layer in layers))
+        if unknown := set(adapter_names) - known:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+
+        # Beam search repeats every sample, except for the encoder of an encoder-decoder model, which runs once.
+        num_beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(num_beams)]
+        encoder = self.model.get_encoder() if num_beams > 1 and _is_encoder_decoder(self.model) else None
+        encoder_modules = set(encoder.modules()) if encoder is not None else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=adapter_names if module in encoder_modules else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, (self.tuner_layer_cls, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # Merging
+
+    def _layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, self.tuner_layer_cls):
+                yield name, module
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for _, layer in self._layers():
+            layer.check_mergeable()
+
+    def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
+        for _, layer in self._layers():
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            layer.merged_weight([n for n in layer._present(names) if n not in layer.merged_adapters], check=True)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:  # all layers are checked before the first is written
+            self._check_merge_allowed()
+            self._check_merge_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and safe_merge:
+            self._check_merge_allowed()
+            self._check_merge_finite(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As in PEFT, after checking the file against the model: a file that does not fit is refused as a whole.
+
+        Raises:
+            ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
+        """
+        try:
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            for name, layer in model.named_modules():
+                if isinstance(layer, cls.tuner_layer_cls):
+                    prefix = name.removeprefix("_fsdp_wrapped_module.")
+                    tensors = {
+                        attribute: remapped[key]
+                        for attribute, key in _keys(layer, prefix, adapter_name).items()
+                        if key in remapped
+                    }
+                    layer.prepare_load(adapter_name, tensors)
+            problems = cls._find_problems(model, adapter_name, remapped)
+            if problems:
+                more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+                raise ValueError(
+                    f"The {config.peft_type.value} adapter does not fit the model, nothing was loaded:\n  "
+                    + "\n  ".join(problems[:10])
+                    + more
+                )
+        except Exception:
+            if getattr(config, "_from_file", False):
+                _withdraw(model, adapter_name, cls.tuner_layer_cls)
+            raise
+        config._from_file = False
+        return remapped
+
+    @classmethod
+    def _find_problems(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
+        expected = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, cls.tuner_layer_cls):
+                prefix = name.removeprefix("_fsdp_wrapped_module.")
+                for attribute, key in _keys(layer, prefix, adapter_name).items():
+                    expected[key] = getattr(layer, attribute)[adapter_name]
+        problems = []
+        for key, wanted in expected.items():
+            shown = key.removesuffix(f".{adapter_name}")
+            found = state_dict.get(key)
+            if found is None:
+                problems.append(f"{shown}: missing, expected shape {tuple(wanted.shape)}")
+            elif wanted.numel() and found.shape != wanted.shape:  # sharded tensors (ZeRO-3) have no elements here
+                problems.append(f"{shown}: found shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+            elif found.is_floating_point() != wanted.is_floating_point():
+                problems.append(f"{shown}: found dtype {found.dtype}, expected {wanted.dtype}")
+            elif found.is_floating_point() and not found.is_meta and not torch.isfinite(found).all():
+                problems.append(f"{shown}: found values that are not finite (NaN or infinite)")
+        problems += [
+            f"{key}: unexpected, the model has no such tensor"
+            for key in state_dict
+            if key not in expected and key.rpartition(".")[2].startswith(cls.prefix)
+        ]
+        return problems
+
+
+def _keys(layer: AdapterLayer, prefix: str, adapter_name: str) -> dict[str, str]:
+    """State-dict key of each tensor that the adapter saves, by the name of the layer's attribute."""
+    keys = {}
+    for attribute in (*layer.adapter_layer_names, *layer.frozen_names):
+        tensors = getattr(layer, attribute)
+        if adapter_name in tensors and adapter_name not in tensors._non_persistent_buffers_set:
+            keys[attribute] = f"{prefix}.{attribute}.{adapter_name}" if prefix else f"{attribute}.{adapter_name}"
+    return keys
+
+
+def _take_out(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLayer]) -> None:
+    """Removes one adapter from all layers, and the layers that hold no other adapter."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, layer_cls):
+            layer._forget(adapter_name)
+            if not layer.adapter_config:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _withdraw(model: Any, adapter_name: str, layer_cls: type[AdapterLayer]) -> None:
+    """Takes back an adapter that was added for a file which then did not fit."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    elif hasattr(model, "unload"):
+        model.unload()
+    else:
+        _take_out(model, adapter_name, layer_cls)
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

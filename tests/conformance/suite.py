@@ -1,0 +1,156 @@
+"""Aims PEFT's own, unmodified test suite at methods that PEFT does not know.
+
+The suite is the folder `tests` of PEFT's source distribution, so it always fits the installed release. Its tests are
+parametrised by module-level lists, which pytest expands at collection: new contents in the same list object, between
+import and collection, aim every test at other methods. Tests of PEFT's own configs are not inherited.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import peft
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+
+from .cases import Awake, Variant, awake, skip_reason
+
+CACHE = Path(__file__).with_name(".cache")
+
+
+def fetch() -> Path:
+    """The folder with the package `peft_suite`: downloaded once for each version of PEFT."""
+    home = CACHE / f"peft-{peft.__version__}"
+    if not home.exists():
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--dest", tmp]
+            wanted = ["--no-deps", "--no-binary", "peft", f"peft=={peft.__version__}"]
+            subprocess.run([*pip, *wanted], check=True, capture_output=True, text=True, timeout=300)
+            with tarfile.open(next(Path(tmp).glob("peft-*.tar.gz"))) as sdist:
+                sdist.extractall(tmp, [member for member in sdist if "/tests/" in member.name], filter="data")
+            package = Path(tmp, "home", "peft_suite")
+            package.parent.mkdir()
+            next(Path(tmp).glob("peft-*/tests")).rename(package)
+            (package / "__init__.py").touch()
+            package.parent.rename(home)
+    return home
+
+
+@contextmanager
+def stand_in(name: str, **attributes: object) -> Iterator[None]:
+    """An importable module with these attributes while the context lasts, where the real one is not installed."""
+    if find_spec(name):
+        yield
+        return
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+def load(*names: str) -> list[ModuleType]:
+    """PEFT's test modules of these names. Skips the importing test module where the suite cannot be had."""
+    try:
+        home = fetch()
+    except (OSError, subprocess.SubprocessError, StopIteration) as error:
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()
+        reason = f"PEFT {peft.__version__}'s source distribution cannot be had: {said[-1] if said else error!r}"
+        pytest.skip(reason, allow_module_level=True)
+    if "peft_suite" not in sys.modules:
+        pytest.register_assert_rewrite("peft_suite")
+    sys.path.insert(0, str(home))
+    try:
+        with stand_in("diffusers", StableDiffusionPipeline=type("StableDiffusionPipeline", (), {})):
+            modules = [importlib.import_module(f"peft_suite.{name}") for name in names]
+    finally:
+        sys.path.remove(str(home))
+    for module in modules:
+        vars(module).update(set_init_weights_false=awake)
+    # PEFT keeps a list of its own methods that support transformers' Conv1D; all of ours do.
+    sys.modules["peft_suite.testing_common"]._skip_if_conv1d_not_supported = lambda *args: None
+    return modules
+
+
+def aim(module: ModuleType, **lists: list) -> dict[str, type]:
+    """Replaces the contents of the module's lists; returns its test classes, with only the tests these lists drive."""
+    ours = [getattr(module, name) for name in lists]
+    for old, new in zip(ours, lists.values(), strict=True):
+        old[:] = new
+
+    def driven(test: object) -> bool:
+        marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+        return any(mark.args[1] is rows for mark in marks for rows in ours)
+
+    adopted = {}
+    for name, case in vars(module).items():
+        if isinstance(case, type) and name.startswith("Test"):
+            tests = {test: driven(getattr(case, test)) for test in dir(case) if test.startswith("test")}
+            if any(tests.values()):
+                hidden = {test: None for test, kept in tests.items() if not kept}
+                adopted[name] = type(name, (Conformance, case), hidden)
+    return adopted
+
+
+def inject_awake(tuner: BaseTuner, model: torch.nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    """PEFT's `inject_adapter`, and random weights where the adapter's mode is `Awake`."""
+    inject(tuner, model, adapter_name, *args, **kwargs)
+    if isinstance(getattr(tuner.peft_config[adapter_name], "init_weights", None), Awake):
+        for name, parameter in model.named_parameters():
+            if tuner.prefix in name and adapter_name in name.split("."):
+                parameter.data.normal_(std=0.1)
+
+
+inject = BaseTuner.inject_adapter
+
+
+class Conformance:
+    """Mixed into PEFT's test classes: what every test of ours runs under."""
+
+    @pytest.fixture(autouse=True, scope="class")
+    def one_thread(self) -> Iterator[None]:
+        """The models are tiny: more threads only wait for each other."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+    @pytest.fixture(autouse=True)
+    def conformance(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        (variant,) = request.node.get_closest_marker("conformance").args
+        test = request.node.originalname
+        if reason := skip_reason(variant, test):
+            pytest.skip(reason)
+        monkeypatch.setattr(BaseTuner, "inject_adapter", inject_awake)
+        self.stay_offline(request, monkeypatch)
+        if variant.method.mixed_batches and "mixed_adapter_batches" in test:
+            self.be_lora(variant, monkeypatch)
+        with warnings.catch_warnings(record=True):  # recorded, not ignored: some tests look for warnings
+            warnings.simplefilter("always")
+            yield
+
+    def stay_offline(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No model of ours is on the Hub. PEFT's suite goes online for a model that it meets for the first time."""
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        met = sys.modules["peft_suite.testing_utils"]._HUB_MODEL_ACCESSES
+        met.setdefault(request.node.callspec.params.get("model_id"), 0)
+
+    def be_lora(self, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PEFT's mixed-batch tests of transformers models skip every class but `LoraConfig`."""
+        for name in (type(self).__mro__[2].__module__, "peft_suite.testing_common"):
+            monkeypatch.setattr(sys.modules[name], "LoraConfig", variant.method.config)
