@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from functools import cache
 from pathlib import Path
@@ -125,8 +126,6 @@ def _add_loading_code(path: Path, config: PeftConfig) -> None:
     """Puts the code that loads the adapter first in a model card; the first line is the import that registers it."""
     card = ModelCard.load(path, ignore_metadata_errors=True)
     first_line = f"import peftx  # registers {config.peft_type.value} with PEFT: pip install peftx"
-    if first_line in card.text:
-        return
     base = config.base_model_name_or_path or "the base model"
     code = "\n".join(
         [
@@ -140,7 +139,8 @@ def _add_loading_code(path: Path, config: PeftConfig) -> None:
             "```",
         ]
     )
-    card.text = f"{code}\n\n{card.text.lstrip()}"
+    earlier = re.compile(r"## Load this adapter\n\n```python\nimport peftx.*?```\n*", re.DOTALL)
+    card.text = f"{code}\n\n{earlier.sub('', card.text).lstrip()}"
     card.save(path)
 
 

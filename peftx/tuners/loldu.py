@@ -186,7 +186,7 @@ class LoLDULinear(AdapterLayer):
 
     def prepare_load(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
         found = tensors.get("loldu_checksum")
-        if found is None or self.adapter_config[adapter_name].save_projection:
+        if found is None or found.numel() != 1 or self.adapter_config[adapter_name].save_projection:
             return
         if int(found) != int(self.loldu_checksum[adapter_name]):
             raise ValueError(

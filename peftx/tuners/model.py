@@ -163,7 +163,10 @@ class AdapterModel(BaseTuner):
                         for attribute, key in _keys(layer, prefix, adapter_name).items()
                         if key in remapped
                     }
-                    layer.prepare_load(adapter_name, tensors)
+                    try:
+                        layer.prepare_load(adapter_name, tensors)
+                    except ValueError as error:
+                        raise ValueError(f"{prefix}: {error}") from None
             problems = cls._find_problems(model, adapter_name, remapped)
             if problems:
                 more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""

@@ -15,10 +15,12 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+import jinja2
 import peft
 import pytest
 import torch
@@ -116,6 +118,7 @@ def inject_awake(tuner: BaseTuner, model: torch.nn.Module, adapter_name: str, *a
 
 
 inject = BaseTuner.inject_adapter
+template = cache(jinja2.Template)  # a third of the suite's time goes into compiling one template of a model card
 
 
 class Conformance:
@@ -136,6 +139,7 @@ class Conformance:
         if reason := skip_reason(variant, test):
             pytest.skip(reason)
         monkeypatch.setattr(BaseTuner, "inject_adapter", inject_awake)
+        monkeypatch.setattr(jinja2, "Template", template)
         self.stay_offline(request, monkeypatch)
         if variant.method.mixed_batches and "mixed_adapter_batches" in test:
             self.be_lora(variant, monkeypatch)

@@ -1,0 +1,5 @@
+"""The command line: it parses, calls the library, and prints. Heavy libraries are imported by the commands that need them."""
+
+from .main import app
+
+__all__ = ["app"]

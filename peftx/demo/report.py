@@ -1,0 +1,146 @@
+"""The demo's outcome as a table for the terminal, as Markdown, JSON and a picture."""
+
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.table import Table
+
+from .run import BASELINE, LOAD_TOLERANCE, MERGE_TOLERANCE, Report, Result
+
+HEADER = ["method", "accuracy", "adapter parameters", "file kB", "step time", "saved and loaded", "merged"]
+PACKAGES = ("peftx", "peft", "transformers", "torch")
+
+
+def rows(report: Report) -> list[list[str]]:
+    """One line of cells for each method, as `HEADER` names them."""
+    return [
+        [
+            result.name,
+            f"{result.accuracy:.3f}",
+            f"{result.adapter_parameters:,}",
+            f"{result.adapter_bytes / 1000:,.0f}",
+            f"{report.step_ratio(result):.2f}x",
+            verdict(result, result.loaded_difference),
+            verdict(result, result.merged_difference),
+        ]
+        for result in report.results
+    ]
+
+
+def verdict(result: Result, difference: float | None) -> str:
+    if difference is None:
+        return "cannot merge"
+    answer = "same" if result.equal else "DIFFERS"
+    return answer if difference == 0 else f"{answer} (±{difference:.0e})"
+
+
+def baselines(report: Report) -> list[tuple[str, float]]:
+    """What a method must beat, with its accuracy."""
+    return [("majority class", report.majority), ("probe on the frozen encoder", report.probe)]
+
+
+def notes(report: Report) -> str:
+    head = report.results[0].head_parameters
+    return (
+        f"{report.train_texts} docstrings to train on, {report.test_texts} held out, {len(report.families)} families: "
+        f"{', '.join(report.families)}. Standard error of an accuracy: {standard_error(report, 0.9):.3f}. Every method also "
+        f"trains the same pooler and classifier ({head:,} parameters, in the file). Step time: CPU seconds of a step over "
+        f"{BASELINE}'s on the same batch, median. Same: equal answers; logits within {LOAD_TOLERANCE:g} after loading and "
+        f"{MERGE_TOLERANCE:g} after merging."
+    )
+
+
+def standard_error(report: Report, accuracy: float) -> float:
+    """Of a share of `test_texts` independent answers."""
+    return (accuracy * (1 - accuracy) / report.test_texts) ** 0.5
+
+
+def table(report: Report) -> Table:
+    best = max(result.accuracy for result in report.results)
+    view = Table(title="Which module does this docstring come from?", caption=notes(report), caption_justify="left")
+    for name in HEADER:
+        view.add_column(name, justify="left" if name == HEADER[0] else "right")
+    for name, accuracy in baselines(report):
+        view.add_row(name, f"{accuracy:.3f}", style="dim", end_section=name == baselines(report)[-1][0])
+    for cells, result in zip(rows(report), report.results, strict=True):
+        view.add_row(*cells, style="red" if not result.equal else "bold" if result.accuracy == best else None)
+    return view
+
+
+def markdown(report: Report) -> str:
+    aligned = ["---", *["---:"] * (len(HEADER) - 1)]
+    empty = [""] * (len(HEADER) - 2)
+    lines = [HEADER, aligned, *([name, f"{accuracy:.3f}", *empty] for name, accuracy in baselines(report)), *rows(report)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{notes(report)}\n"
+
+
+def as_json(report: Report) -> str:
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return json.dumps(asdict(report) | {"versions": versions}, default=str, indent=1) + "\n"
+
+
+def write(report: Report) -> list[Path]:
+    """Write results.md, results.json and results.png beside the adapters; their paths."""
+    paths = [report.options.output / f"results.{kind}" for kind in ("md", "json", "png")]
+    paths[0].write_text(markdown(report), encoding="utf-8")
+    paths[1].write_text(as_json(report), encoding="utf-8")
+    plot(report, paths[2])
+    return paths
+
+
+def smooth(values: list[float], share: float = 0.1) -> list[float]:
+    """Exponential moving average without its bias towards zero at the start; its window is a `share` of the values."""
+    keep = 1 - 1 / max(1.0, share * len(values))
+    averages, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        averages.append(total / weight)
+    return averages
+
+
+def plot(report: Report, path: Path) -> None:
+    """Accuracy against adapter size, and the training losses."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    quality, learning = figure.subplots(1, 2)
+    palette = colormaps["tab10" if len(report.results) <= 10 else "tab20"].colors
+    for result, colour in zip(report.results, palette, strict=False):
+        marker = "s" if result.name == BASELINE else "o"
+        error = standard_error(report, result.accuracy)
+        quality.errorbar(
+            result.adapter_parameters, result.accuracy, error, fmt=marker, color=colour, markersize=9, capsize=3
+        )
+        quality.annotate(
+            result.name, (result.adapter_parameters, result.accuracy), (9, 5), textcoords="offset points", color=colour
+        )
+        learning.plot(range(1, len(result.losses) + 1), smooth(result.losses), color=colour, label=result.name)
+    for name, accuracy in baselines(report):
+        quality.axhline(accuracy, color="grey", linestyle="--", linewidth=1)
+        quality.annotate(
+            name, (0.01, accuracy), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points", color="grey"
+        )
+    quality.set(
+        xscale="log",
+        ylim=(0, 1),
+        xlabel="trainable parameters of the adapter",
+        ylabel="held-out accuracy",
+        title="Accuracy and size (bars: one standard error)",
+    )
+    quality.margins(x=0.25)
+    learning.set(xlabel="step", ylabel="training loss", ylim=(0, None), title="Training loss, moving average")
+    learning.legend(frameon=False)
+    for axes in (quality, learning):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.suptitle(
+        f"One docstring, {len(report.families)} module families: fine-tuning {report.options.model.name} "
+        f"for {report.options.epochs:g} epoch{'s' * (report.options.epochs != 1)}"
+    )
+    figure.savefig(path, dpi=120)

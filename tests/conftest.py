@@ -1,0 +1,111 @@
+"""Shared by all tests: offline, the registry with the example method in it, and tiny models built from configs."""
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import peftx
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only costs
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load_example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+my_method = load_example("my_method")  # a method from outside the package is tested like our own
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mode of one registered method."""
+
+    name: str
+    info: peftx.MethodInfo
+    kwargs: dict
+
+    def config(self, **kwargs: Any):
+        """A config that fits tiny layers."""
+        return self.info.config(**{**self.info.tiny, **self.kwargs, **kwargs})
+
+
+CASES = [Case(name, info, dict(kwargs)) for info in peftx.methods() for name, kwargs in info.variants.items()]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+class MLP(nn.Module):
+    """Layer names as in PEFT's own tests."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.lin0 = nn.Linear(12, 16, bias=bias)
+        self.lin1 = nn.Linear(16, 8, bias=bias)
+        self.head = nn.Linear(8, 4, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.lin1(torch.tanh(self.lin0(x)))))
+
+
+@pytest.fixture
+def mlp() -> MLP:
+    torch.manual_seed(0)
+    return MLP().eval()
+
+
+SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+
+
+def tiny_model(kind: str) -> transformers.PreTrainedModel:
+    """A random model of a few thousand parameters: "llama", "bert" (classifier), "gpt2" (Conv1D) or "t5"."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)
+        return transformers.LlamaForCausalLM(config).eval()
+    if kind == "bert":
+        config = transformers.BertConfig(**SMALL, max_position_embeddings=64, num_labels=3)
+        return transformers.BertForSequenceClassification(config).eval()
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=4, vocab_size=64, n_positions=64, pad_token_id=0)
+        return transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.T5Config(
+        d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0, pad_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def randomize(model: nn.Module, case: Case, std: float = 0.1, seed: int = 0) -> None:
+    """Moves every trainable adapter parameter away from its start, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if case.info.prefix in name and parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.data += noise.to(parameter.dtype)
