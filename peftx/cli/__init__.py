@@ -1,4 +1,7 @@
-"""The command line: it parses, calls the library, and prints. Heavy libraries are imported by the commands that need them."""
+"""The command line: it parses, calls the library, and prints.
+
+Heavy libraries are imported inside the commands that need them.
+"""
 
 from .main import app
 

@@ -1,22 +1,130 @@
-from collections.abc import Iterator
+"""The commands."""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-app = typer.Typer(
-    name="peftx",
-    help="More fine-tuning methods for Hugging Face PEFT.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+QUICK_TEXTS = 800
+QUICK_METHODS = 2
+
+
+@app.callback()
+def main() -> None:
+    """More fine-tuning methods for Hugging Face PEFT."""
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods that peftx adds to PEFT, and what each can do."""
+    import peftx
+
+    table = Table("variants", "what it does", "layers", "can", box=box.SIMPLE_HEAD)
+    for info in peftx.methods():
+        can = {
+            "merge": info.mergeable,
+            f"export to LoRA: {info.lora_export}": info.lora_export != "none",
+            "4-bit and 8-bit bases": info.quantized,
+            "mixed batches": info.mixed_batches,
+        }
+        table.add_row(
+            "\n".join(info.variants),
+            f"{info.summary} {info.paper}",
+            "\n".join(info.layer_types),
+            "\n".join(ability for ability, has in can.items() if has),
+            end_section=True,
+        )
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer texts, one epoch, LoRA and two methods.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of an encoder.", show_default="MiniLM-L6, from peftx[demo]")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Variants to set beside LoRA, by comma.", show_default="all of `peftx methods`")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the texts.", show_default="2")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
+    output: Annotated[Path, typer.Option(help="Folder for adapters, table and picture.")] = Path("peftx-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of head, batches and adapters.")] = 0,
+) -> None:
+    """Fine-tune a real encoder with LoRA and with the methods of peftx, offline, and compare them.
+
+    The task: which module family of Python's standard library does this docstring come from? Each adapter is saved,
+    loaded back and merged, and must still answer the same.
+    """
+    with user_errors():
+        from ..demo import report, run
+        from ..demo.model import default_folder
+
+        names = tuple(name.strip() for name in methods.split(",")) if methods else ()
+        options = run.Options(
+            model or default_folder(),
+            output,
+            names or (run.first_variants(QUICK_METHODS) if quick else ()),
+            epochs=epochs if epochs is not None else 1.0 if quick else 2.0,
+            batch_size=batch_size,
+            seed=seed,
+            texts=QUICK_TEXTS if quick else None,
+        )
+        console = Console()
+        with bars([entry.name for entry in run.contenders(options.methods)], console) as watch:
+            outcome = run.run(options, watch)
+        paths = report.write(outcome)
+    console.print(report.table(outcome))
+    console.print(f"Adapters: {output}. Report: {', '.join(str(path) for path in paths)}", soft_wrap=True)
+    if different := [result.name for result in outcome.results if not result.equal]:
+        typer.echo(f"peftx: answers changed by saving, loading or merging: {', '.join(different)}", err=True)
+        raise typer.Exit(1)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What the user can put right is told in one line, with exit code 2."""
+    from ..demo.errors import DemoError
+
+    try:
+        yield
+    except DemoError as error:
+        fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in {"datasets", "matplotlib", "sklearn"}:
+            raise
+        fail(f'{error.name} is missing: pip install "peftx[demo]"')
 
 
 def fail(message: str) -> NoReturn:
-    """One line on stderr, exit code 2."""
     typer.echo(f"peftx: {message}", err=True)
     raise typer.Exit(2)
+
+
+@contextmanager
+def bars(names: list[str], console: Console) -> Iterator[Callable[[str, int, int, float], None]]:
+    """A progress bar for each name; yields the function that moves them."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console) as progress:
+        tasks = {name: progress.add_task(name, total=None, start=False, loss="") for name in names}
+
+        def watch(name: str, step: int, steps: int, loss: float) -> None:
+            if step <= 1:
+                progress.start_task(tasks[name])
+            progress.update(tasks[name], completed=step, total=steps, loss=f"loss {loss:.2f}")
+
+        yield watch

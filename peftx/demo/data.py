@@ -57,7 +57,9 @@ def library(root: Path | None = None) -> dict[str, list[str]]:
     """Docstrings by family, for every public family of the standard library, or of the modules under `root`."""
     root = root or Path(sysconfig.get_path("stdlib"))
     names = sorted(name for name in sys.stdlib_module_names - NOT_LIBRARIES if not name.startswith("_"))
-    return {name: list(dict.fromkeys(text for path in sources(name, root) for text in docstrings(path))) for name in names}
+    return {
+        name: list(dict.fromkeys(text for path in sources(name, root) for text in docstrings(path))) for name in names
+    }
 
 
 def examples(mask: str = "[MASK]") -> list[tuple[str, str]]:
@@ -65,7 +67,9 @@ def examples(mask: str = "[MASK]") -> list[tuple[str, str]]:
     texts = library()
     largest = sorted(texts, key=lambda family: (-len(texts[family]), family))[:FAMILIES]
     if not texts[largest[-1]]:
-        raise DemoError(f"no sources of the standard library under {sysconfig.get_path('stdlib')}: nothing to learn from")
+        raise DemoError(
+            f"no sources of the standard library under {sysconfig.get_path('stdlib')}: nothing to learn from"
+        )
     names = re.compile("|".join(map(re.escape, largest)), re.IGNORECASE)
     return [(names.sub(mask, text), family) for family in largest for text in texts[family]]
 

@@ -1,6 +1,7 @@
 """The encoder under the demo: where it is, which layers are adapted, what it predicts."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,9 @@ def outputs(model: nn.Module, data: Dataset, collate: Callable, of: Callable[[di
     device = next(model.parameters()).device
     loader = DataLoader(data.remove_columns(["text", "label"]), batch_size=BATCH, collate_fn=collate)
     with torch.inference_mode():
-        return torch.cat([of({key: value.to(device) for key, value in batch.items()}).float().cpu() for batch in loader])
+        return torch.cat(
+            [of({key: value.to(device) for key, value in batch.items()}).float().cpu() for batch in loader]
+        )
 
 
 def logits(model: nn.Module, data: Dataset, collate: Callable) -> Tensor:
@@ -97,13 +100,15 @@ def embeddings(model: PreTrainedModel, data: Dataset, collate: Callable) -> Tens
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' load reports and bars; the caller has its own."""
+    """Without transformers' load reports and bars (the caller has its own), and its grumbles about PEFT."""
     logging = transformers.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -6,6 +6,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from .run import BASELINE, LOAD_TOLERANCE, MERGE_TOLERANCE, Report, Result
@@ -73,7 +76,12 @@ def table(report: Report) -> Table:
 def markdown(report: Report) -> str:
     aligned = ["---", *["---:"] * (len(HEADER) - 1)]
     empty = [""] * (len(HEADER) - 2)
-    lines = [HEADER, aligned, *([name, f"{accuracy:.3f}", *empty] for name, accuracy in baselines(report)), *rows(report)]
+    lines = [
+        HEADER,
+        aligned,
+        *([name, f"{accuracy:.3f}", *empty] for name, accuracy in baselines(report)),
+        *rows(report),
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{notes(report)}\n"
 
 
@@ -103,10 +111,6 @@ def smooth(values: list[float], share: float = 0.1) -> list[float]:
 
 def plot(report: Report, path: Path) -> None:
     """Accuracy against adapter size, and the training losses."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     quality, learning = figure.subplots(1, 2)
@@ -124,7 +128,12 @@ def plot(report: Report, path: Path) -> None:
     for name, accuracy in baselines(report):
         quality.axhline(accuracy, color="grey", linestyle="--", linewidth=1)
         quality.annotate(
-            name, (0.01, accuracy), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points", color="grey"
+            name,
+            (0.01, accuracy),
+            (0, 4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            color="grey",
         )
     quality.set(
         xscale="log",

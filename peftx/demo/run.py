@@ -114,9 +114,20 @@ def contenders(names: tuple[str, ...] = ()) -> list[Contender]:
     return [lora, *(contender for contender in ours if not names or contender.name in names)]
 
 
+def first_variants(count: int) -> tuple[str, ...]:
+    """One variant of each of the first `count` methods."""
+    return tuple(next(iter(info.variants)) for info in peftx.methods()[:count])
+
+
 def run(options: Options, watch: Watch = lambda *_: None) -> Report:
     """The whole demo. Adapters are written to `options.output/<method>`."""
     entries = contenders(options.methods)
+    if not 0 < options.epochs < float("inf"):
+        raise DemoError(f"epochs must be a positive number, got {options.epochs}")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"cannot write to the folder {options.output}: {error.strerror}") from error
     with encoder.quiet():
         tokenizer = encoder.tokenizer(options.model)
         data = load(tokenizer, options.texts)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..registry import peft_type_of
 
 Names = Union[list[str], set[str], tuple[str, ...], str]
+Number = Union[int, float]
 
 
 @dataclasses.dataclass
@@ -156,11 +157,12 @@ def _check_types(config: AdapterConfig) -> None:
     for name, expected in _own_types(type(config)).items():
         value = getattr(config, name)
         try:
-            if isinstance(value, bool) and not _admits_bool(expected):
-                raise TypeError(f"Field '{name}' expected {expected}, got a bool ({value})")
+            if isinstance(value, bool) and not _admits_bool(expected):  # a bool is an int to Python, not to a user
+                raise TypeError
             type_validator(name, value, expected)
-        except TypeError as error:
-            raise TypeError(f"{type(config).__name__}: {error}") from None
+        except TypeError:
+            shown = str(getattr(expected, "__name__", expected)).replace("typing.", "")
+            raise TypeError(f"{type(config).__name__}: `{name}` must be of type {shown}, got {value!r}.") from None
 
 
 def _admits_bool(expected: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..registry import register
-from .config import AdapterConfig
+from .config import AdapterConfig, Number
 from .layer import AdapterLayer, accumulate
 
 InitMethod = Literal["lu", "uniform", "normal", "constant", "s_uniform", "s_normal", "ones", "zeros"]
@@ -46,7 +46,7 @@ class LoLDUConfig(AdapterConfig):
     """
 
     r: int = field(default=64, metadata={"help": "Rank; at most the smaller width of every target."})
-    alpha: Optional[float] = field(default=None, metadata={"help": "sigma starts at alpha / r; None means alpha = r."})
+    alpha: Optional[Number] = field(default=None, metadata={"help": "sigma starts at alpha / r; None means alpha = r."})
     init_method: InitMethod = field(default="lu", metadata={"help": "How z starts, given the pivots of the weight."})
     train_sigma: bool = field(default=True, metadata={"help": "Whether the scalar sigma is trained."})
     save_projection: bool = field(
@@ -55,13 +55,9 @@ class LoLDUConfig(AdapterConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Rank of modules (name or regex) that deviate from `r`."}
     )
-    alpha_pattern: dict[str, float] = field(
+    alpha_pattern: dict[str, Number] = field(
         default_factory=dict, metadata={"help": "Alpha of modules (name or regex) that deviate from `alpha`."}
     )
-
-    def __post_init__(self) -> None:
-        self.alpha = float(self.alpha) if isinstance(self.alpha, int) else self.alpha
-        super().__post_init__()
 
 
 class LDU(NamedTuple):
@@ -148,7 +144,7 @@ class LoLDULinear(AdapterLayer):
         PL, d, U, checksum = ldu(weight, r)
         # The offset cancels z and sigma as they will be stored, after rounding to the dtype PEFT gives them.
         z = start(d, config.init_method).to(dtype)
-        sigma = torch.tensor((config.alpha or r) / r, dtype=dtype)
+        sigma = torch.tensor((r if config.alpha is None else config.alpha) / r, dtype=dtype)
         c0 = sigma.to(weight.dtype) * z.to(weight.dtype)
         if not config.init_weights:
             z = z + torch.randn(r, dtype=dtype) * d.abs().mean().to(dtype)

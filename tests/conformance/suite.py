@@ -124,14 +124,6 @@ template = cache(jinja2.Template)  # a third of the suite's time goes into compi
 class Conformance:
     """Mixed into PEFT's test classes: what every test of ours runs under."""
 
-    @pytest.fixture(autouse=True, scope="class")
-    def one_thread(self) -> Iterator[None]:
-        """The models are tiny: more threads only wait for each other."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
-
     @pytest.fixture(autouse=True)
     def conformance(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (variant,) = request.node.get_closest_marker("conformance").args
@@ -140,19 +132,14 @@ class Conformance:
             pytest.skip(reason)
         monkeypatch.setattr(BaseTuner, "inject_adapter", inject_awake)
         monkeypatch.setattr(jinja2, "Template", template)
-        self.stay_offline(request, monkeypatch)
+        # PEFT's suite goes online for a model that it meets for the first time. None of ours is on the Hub.
+        met = sys.modules["peft_suite.testing_utils"]._HUB_MODEL_ACCESSES
+        met.setdefault(request.node.callspec.params.get("model_id"), 0)
         if variant.method.mixed_batches and "mixed_adapter_batches" in test:
             self.be_lora(variant, monkeypatch)
         with warnings.catch_warnings(record=True):  # recorded, not ignored: some tests look for warnings
             warnings.simplefilter("always")
             yield
-
-    def stay_offline(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        """No model of ours is on the Hub. PEFT's suite goes online for a model that it meets for the first time."""
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        met = sys.modules["peft_suite.testing_utils"]._HUB_MODEL_ACCESSES
-        met.setdefault(request.node.callspec.params.get("model_id"), 0)
 
     def be_lora(self, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
         """PEFT's mixed-batch tests of transformers models skip every class but `LoraConfig`."""
