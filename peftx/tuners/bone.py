@@ -83,18 +83,22 @@ class BoneLinear(AdapterLayer):
     adapter_layer_names = ("bone_block",)
 
     def create(self, adapter_name: str, config: BoneConfig) -> None:
-        r, shape = config.r, (config.r, self.out_features)
+        r = config.r
+        shape: tuple[int, ...] = (r, self.out_features)
         if config.init_weights == "bat":
             if self.in_features % r or self.out_features % r:
                 raise ValueError(
                     f"init_weights='bat' cuts the weight into r x r tiles, but r={r} does not divide both "
                     f"in_features={self.in_features} and out_features={self.out_features}."
                 )
-            shape = (self.out_features // r, r, r)
+            shape = self._bat_shape(r)
         block = torch.zeros(shape)
         if config.init_weights is False:
             nn.init.kaiming_uniform_(block, a=math.sqrt(5))
         self.bone_block[adapter_name] = nn.Parameter(block)
+
+    def _bat_shape(self, r: int) -> tuple[int, ...]:
+        return self.out_features // r, r, r
 
     def is_bat(self, adapter_name: str) -> bool:
         return self.bone_block[adapter_name].ndim == 3
@@ -131,9 +135,8 @@ class BoneLinear(AdapterLayer):
 
     def prepare_load(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
         # Files of PEFT's main branch of November 2024 hold bat blocks but say init_weights=true.
-        block = tensors.get("bone_block")
-        if block is not None and block.ndim == 3 and not self.is_bat(adapter_name):
-            old = self.bone_block[adapter_name]
+        block, old = tensors.get("bone_block"), self.bone_block[adapter_name]
+        if block is not None and block.shape == self._bat_shape(len(old)) and not self.is_bat(adapter_name):
             self.bone_block[adapter_name] = nn.Parameter(
                 torch.zeros(block.shape, dtype=old.dtype, device=old.device), requires_grad=old.requires_grad
             )
