@@ -304,13 +304,17 @@ def test_renamed_to_miss_it_computes_the_same(mlp, tmp_path):
     for mode in (True, "bat"):
         torch.manual_seed(2)
         base = copy.deepcopy(mlp)
-        model = peft.get_peft_model(copy.deepcopy(base), peftx.BoneConfig(r=4, init_weights=mode, target_modules=TARGETS))
+        model = peft.get_peft_model(
+            copy.deepcopy(base), peftx.BoneConfig(r=4, init_weights=mode, target_modules=TARGETS)
+        )
         for name, parameter in model.named_parameters():
             if "bone_block" in name:
                 nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(tmp_path)
         tensors = load_file(tmp_path / "adapter_model.safetensors")
-        save_file({k.replace(".bone_", ".miss_"): v for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors")
+        save_file(
+            {k.replace(".bone_", ".miss_"): v for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors"
+        )
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         config.pop("rank_pattern")
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "MISS"}))
@@ -325,4 +329,3 @@ def test_trained_biases_are_saved(mlp, tmp_path):
     model.save_pretrained(tmp_path)
     x = torch.randn(5, 12)
     assert torch.equal(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x))
-

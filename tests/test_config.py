@@ -30,7 +30,9 @@ def test_json_round_trip(case, tmp_path):
     ],
 )
 def test_wrong_types_are_named(case, field, value):
-    with pytest.raises(TypeError, match=f"{case.info.config.__name__}: `{field}` must be of type .*, got {re.escape(repr(value))}"):
+    with pytest.raises(
+        TypeError, match=f"{case.info.config.__name__}: `{field}` must be of type .*, got {re.escape(repr(value))}"
+    ):
         case.info.config(**{field: value})
 
 

@@ -125,7 +125,9 @@ def test_the_wrong_model_is_refused(case, mlp, saved):
 
 def test_an_unsupported_layer_is_refused_and_nothing_is_wrapped(case):
     model = nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16))
-    with pytest.raises(TypeError, match=rf"{case.info.name.upper()} cannot adapt the module '1': LayerNorm is not supp"):
+    with pytest.raises(
+        TypeError, match=rf"{case.info.name.upper()} cannot adapt the module '1': LayerNorm is not supp"
+    ):
         peft.get_peft_model(model, case.config(target_modules=["0", "1"]))
     assert [type(m) for m in model] == [nn.Linear, nn.LayerNorm]
 

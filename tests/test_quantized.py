@@ -2,16 +2,18 @@
 backend that can only compute forward. Every oracle starts from an untouched copy of the quantised model."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import MLP, Case, randomize, tiny_model
+from conftest import MLP, Case, randomize
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, resolve_quantization_backend
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import peftx
 
@@ -30,13 +32,27 @@ LINEAR = {
 }
 
 
-def quantize(linear: nn.Linear, make: type[nn.Module]) -> nn.Module:
-    layer = make(linear.in_features, linear.out_features)
+class Net(nn.Module):
+    """Two quantised layers and a plain head; bitsandbytes' AVX512 kernels want 64 k inputs and 32 k outputs."""
+
+    def __init__(self, make: Callable[[int, int], nn.Module], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lin0 = quantize(nn.Linear(64, 128, dtype=dtype), make)
+        self.lin1 = quantize(nn.Linear(128, 32, dtype=dtype), make)
+        self.head = nn.Linear(32, 4, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.lin1(torch.tanh(self.lin0(x)))))
+
+
+def quantize(linear: nn.Linear, make: Callable[[int, int], nn.Module]) -> nn.Module:
+    layer = make(linear.in_features, linear.out_features).to(linear.weight.dtype)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")  # bitsandbytes quantises when a layer is moved to a device
 
 
 def dequantize(layer: nn.Module) -> torch.Tensor:
+    layer.state_dict()  # undoes the packing for AVX512 that bitsandbytes does to a 4-bit weight at inference
     return resolve_quantization_backend(layer).get_base_weight(layer).float()
 
 
@@ -46,24 +62,27 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(params=list(LINEAR))
-def base(request: pytest.FixtureRequest, dtype: torch.dtype) -> MLP:
-    """An MLP with two quantised layers and a plain head that compute in `dtype`."""
+def base(request: pytest.FixtureRequest, dtype: torch.dtype) -> Net:
     torch.manual_seed(0)
-    model = MLP().to(dtype)
-    for name in TARGETS:
-        setattr(model, name, quantize(getattr(model, name), LINEAR[request.param](dtype)))
-    return model.eval()
+    return Net(LINEAR[request.param](dtype), dtype).eval()
 
 
 @pytest.fixture
-def x(dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
+    """One input for each quantised layer."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, width, generator=generator).to(dtype) for width in (64, 128)]
 
 
-def adapted(base: nn.Module, case: Case, std: float = 0.1, **kwargs) -> PeftModel:
-    """A copy of `base` with an adapter that does something."""
-    model = get_peft_model(copy.deepcopy(base), case.config(target_modules=TARGETS, **kwargs))
-    randomize(model, case, std)
+def adapted(base: nn.Module, case: Case, *names: str) -> PeftModel:
+    """A copy of `base` with adapters that do something; the last one is active."""
+    names = names or ("default",)
+    model = get_peft_model(copy.deepcopy(base), case.config(target_modules=TARGETS), adapter_name=names[0])
+    for seed, name in enumerate(names):
+        if name != names[0]:
+            model.add_adapter(name, case.config(target_modules=TARGETS))
+        model.set_adapter(name)
+        randomize(model, case, seed=seed)
     return model.eval()
 
 
@@ -71,11 +90,8 @@ def layers_of(model: nn.Module) -> list[peftx.AdapterLayer]:
     return [module for module in model.modules() if isinstance(module, peftx.AdapterLayer)]
 
 
-def expected(base: MLP, deltas: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The MLP with `x @ delta^T` added to each quantised layer's own output, in float64."""
-    for name, delta in zip(TARGETS, deltas, strict=True):
-        x = torch.tanh((getattr(base, name)(x).double() + x.double() @ delta.double().T).to(x.dtype))
-    return base.head(x)
+def quantized_of(model: nn.Module) -> list[nn.Module]:
+    return [layer.get_base_layer() for layer in layers_of(model)]
 
 
 def close(actual: torch.Tensor, wanted: torch.Tensor, units: float = 4) -> bool:
@@ -85,182 +101,178 @@ def close(actual: torch.Tensor, wanted: torch.Tensor, units: float = 4) -> bool:
 
 
 def rounding(layer: nn.Module) -> torch.Tensor:
-    """Largest error of each entry of a quantised weight, (out, in): half a quantisation step.
+    """The quantisation error of a weight, (out, in), is at most this: half a step.
 
     int8: a 254th of the row's maximum (the codes are -127..127), and the rounding to fp16 that precedes it. 4 bits: half
-    the widest gap of the code book times the block's maximum, which double quantisation itself stores within 2 %.
+    the widest gap of the code book times the block's maximum, and what that maximum itself loses: double quantisation
+    stores it in 8 bits, as a deviation from the mean, to within 1 % of the largest deviation.
     """
-    weight = layer.weight
+    weight = dequantize(layer)
     if isinstance(layer, bnb.nn.Linear8bitLt):
-        scale = layer.state.SCB if layer.state.SCB is not None else weight.SCB
-        return (scale.float() * (1 / 254 + 2**-11))[:, None].expand(layer.out_features, layer.in_features)
-    state = weight.quant_state
-    absmax = state.absmax.float()
-    if state.nested:
-        absmax = (bnb.functional.dequantize_blockwise(absmax.to(torch.uint8), state.state2) + state.offset) * 1.02
+        return weight.abs().amax(1, keepdim=True).expand_as(weight) * (1 / 254 + 2**-11)
+    state = layer.weight.quant_state
     half_gap = state.code.sort().values.diff().max() / 2
-    return (half_gap * absmax).repeat_interleave(state.blocksize)[: weight.quant_state.shape.numel()].view(state.shape)
+    absmax, lost = state.absmax, 0.0
+    if state.nested:
+        deviation = bnb.functional.dequantize_blockwise(state.absmax, state.state2)
+        absmax, lost = deviation + state.offset, 0.01 * deviation.abs().max()
+    return (half_gap * absmax + lost).repeat_interleave(state.blocksize).view_as(weight)
 
 
-def test_starts_as_the_quantized_base(case: Case, base: MLP, x: torch.Tensor) -> None:
-    wanted = base(x)
-    model = get_peft_model(base, case.config(target_modules=TARGETS))
+def test_starts_as_the_quantized_base(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    x = inputs[0]
+    model = get_peft_model(copy.deepcopy(base), case.config(target_modules=TARGETS))
     assert len(layers_of(model)) == 2
-    assert torch.equal(model(x), wanted)
+    assert torch.equal(model.eval()(x), base(x))
+    assert torch.equal(model.train()(x), base.train()(x))
 
 
-def test_forward_adds_the_delta(case: Case, base: MLP, x: torch.Tensor) -> None:
+def test_forward_adds_the_delta(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
     model = adapted(base, case)
-    deltas = [layer.get_delta_weight("default") for layer in layers_of(model)]
-    assert close(model(x), expected(base, deltas, x), units=8)
-    assert not close(model(x), base(x), units=8)
+    for plain, layer, x in zip((base.lin0, base.lin1), layers_of(model), inputs, strict=True):
+        change = x.double() @ layer.get_delta_weight("default").double().T
+        assert change.abs().max() > 0.1
+        assert close(layer(x), plain(x).double() + change)
 
 
-def test_gradients_reach_adapter_and_input(case: Case, base: MLP, x: torch.Tensor) -> None:
-    model = adapted(base, case)
-    layer = layers_of(model)[0]
-    x = x.requires_grad_()
-    reference = x.detach().clone().requires_grad_()
-    delta = layer.get_delta_weight("default").detach()
-    upstream = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(2)).to(x.dtype)
+def test_gradients_reach_adapter_and_input(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    layer = layers_of(adapted(base, case).train())[0]
+    delta = layer.get_delta_weight("default").detach().double()
+    upstream = torch.randn(4, 3, 128, generator=torch.Generator().manual_seed(2)).to(inputs[0].dtype)
+    x, reference = inputs[0].clone().requires_grad_(), inputs[0].clone().requires_grad_()
 
     layer(x).backward(upstream)
-    base.lin0(reference).backward(upstream)
-    assert close(x.grad, reference.grad.double() + upstream.double() @ delta.double(), units=8)
+    base.lin0.train()(reference).backward(upstream)
+    assert close(x.grad, reference.grad.double() + upstream.double() @ delta)
 
     trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     assert trainable
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in trainable)
 
 
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-def test_merge_writes_the_quantized_sum(case: Case, base: MLP, x: torch.Tensor, safe: bool) -> None:
+@pytest.mark.parametrize("evaluated", [False, True], ids=["", "evaluated"])
+def test_merge_writes_the_quantized_sum(case: Case, base: Net, inputs: list[torch.Tensor], evaluated: bool) -> None:
     model = adapted(base, case)
-    before = [dequantize(getattr(base, name)) for name in TARGETS]
-    sums = [weight + layer.get_delta_weight("default") for weight, layer in zip(before, layers_of(model), strict=True)]
-    unmerged = model(x)
-    model.merge_adapter(safe_merge=safe)
+    before = [dequantize(layer) for layer in quantized_of(model)]
+    sums = [w + layer.get_delta_weight("default").detach() for w, layer in zip(before, layers_of(model), strict=True)]
+    if evaluated:
+        with torch.inference_mode():
+            model(inputs[0])
+    model.merge_adapter(safe_merge=evaluated)
 
-    bounds = []
-    for layer, wanted in zip(layers_of(model), sums, strict=True):
+    for layer, x, wanted, was in zip(layers_of(model), inputs, sums, before, strict=True):
         stored = layer.get_base_layer()
-        error = (dequantize(stored) - wanted.detach()).abs()
-        slack = 2 * torch.finfo(x.dtype).eps * wanted.abs().max()  # bitsandbytes dequantises to the dtype of the weight
+        error = (dequantize(stored) - wanted).abs()
+        # The base is read and written in the dtype of its weight; packing for AVX512 rounds its scales to bf16.
+        slack = torch.finfo(torch.bfloat16 if evaluated else x.dtype).eps * was.abs().max()
         assert (error <= rounding(stored) + slack).all()
-        bounds.append(error)
-    assert not torch.equal(dequantize(layers_of(model)[0].get_base_layer()), before[0])
-    # Each of two layers shifts the output by at most |error| |x|, and tanh and the head keep it of that size.
-    assert (model(x) - unmerged).abs().max() < 12 * max(error.max() for error in bounds) + 8 * torch.finfo(x.dtype).eps
+        assert (error < (dequantize(stored) - was).abs()).float().mean() > 0.5
+        assert torch.equal(layer(x), stored(x))
 
 
-def test_unmerge_returns_within_two_roundings(case: Case, base: MLP, x: torch.Tensor) -> None:
+def test_unmerge_returns_within_two_roundings(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
     model = adapted(base, case)
     model.merge_adapter()
-    merged = [rounding(layer.get_base_layer()) for layer in layers_of(model)]
+    once = [rounding(layer).max() for layer in quantized_of(model)]
     model.unmerge_adapter()
-    for name, layer, bound in zip(TARGETS, layers_of(model), merged, strict=True):
-        before, after = dequantize(getattr(base, name)), dequantize(layer.get_base_layer())
-        # Taking the delta out of a rounded weight can widen its error, where the delta depends on the weight.
-        limit = 2 * bound.max() + rounding(layer.get_base_layer()).max() + 4 * torch.finfo(x.dtype).eps * before.abs().max()
-        assert (after - before).abs().max() <= limit
-    assert not model.base_model.model.lin0.merged
+    for plain, layer, bound, x in zip((base.lin0, base.lin1), layers_of(model), once, inputs, strict=True):
+        stored, wanted = layer.get_base_layer(), dequantize(plain)
+        # Where the delta depends on the weight, taking it out may widen the first error, by less than a half here.
+        limit = 1.5 * bound + rounding(stored).max() + 2 * torch.finfo(x.dtype).eps * wanted.abs().max()
+        assert (dequantize(stored) - wanted).abs().max() <= limit
+        assert not layer.merged
 
 
-def test_safe_merge_writes_nothing_when_one_layer_is_broken(case: Case, base: MLP, x: torch.Tensor) -> None:
+def test_safe_merge_writes_nothing_when_a_layer_is_broken(case: Case, base: Net) -> None:
     model = adapted(base, case)
-    stored = [layer.get_base_layer().weight.data.clone() for layer in layers_of(model)]
-    broken = next(p for p in layers_of(model)[1].parameters() if p.requires_grad)
-    broken.data.fill_(float("nan"))
+    stored = [layer.weight.data.clone() for layer in quantized_of(model)]
+    next(p for p in layers_of(model)[1].parameters() if p.requires_grad).data.fill_(float("nan"))
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="NaN"):
             merge(safe_merge=True)
-    for layer, wanted in zip(layers_of(model), stored, strict=True):
-        assert torch.equal(layer.get_base_layer().weight.data, wanted) and not layer.merged
+    assert all(torch.equal(layer.weight.data, was) for layer, was in zip(quantized_of(model), stored, strict=True))
+    assert not any(layer.merged for layer in layers_of(model))
 
 
-def test_merge_and_unload_gives_bitsandbytes_layers_back(case: Case, base: MLP, x: torch.Tensor) -> None:
-    model = adapted(base, case)
-    twin = copy.deepcopy(model)
-    twin.merge_adapter()
-    unloaded = model.merge_and_unload()
-    assert [type(getattr(unloaded, name)) for name in TARGETS] == [type(getattr(base, name)) for name in TARGETS]
-    assert not layers_of(unloaded)
-    assert torch.equal(unloaded(x), twin(x))
+def test_unloading_gives_bitsandbytes_layers_back(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    x, model = inputs[0], adapted(base, case)
+    merged, unmerged = copy.deepcopy(model).merge_and_unload(), copy.deepcopy(model).unload()
+    model.merge_adapter()
+    for unloaded in (merged, unmerged):
+        assert type(unloaded.lin0) is type(base.lin0) and type(unloaded.lin1) is type(base.lin1)
+        assert not layers_of(unloaded)
+    assert torch.equal(merged(x), model(x))
+    assert torch.equal(unmerged(x), base(x))
 
 
-def test_unload_gives_the_base_back(case: Case, base: MLP, x: torch.Tensor) -> None:
-    unloaded = adapted(base, case).unload()
-    assert not layers_of(unloaded) and torch.equal(unloaded(x), base(x))
+def test_several_adapters_add_up(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    model = adapted(base, case, "one", "two")
+    layer, x, plain = layers_of(model)[0], inputs[0], base.lin0(inputs[0]).double()
+    one, two = (layer.get_delta_weight(name).detach() for name in ("one", "two"))
+    assert close(layer(x), plain + x.double() @ two.double().T)
 
+    model.base_model.set_adapter(["one", "two"])
+    weight = dequantize(copy.deepcopy(base).lin0)
+    both = layer.apply_delta("two", layer.apply_delta("one", weight)).detach() - weight  # in order: they may compose
+    assert close(layer(x), plain + x.double() @ both.double().T)
+    assert (both - one).norm() > 0.5 * two.norm()
 
-def two_adapters(base: MLP, case: Case) -> PeftModel:
-    model = adapted(base, case)
-    model.add_adapter("other", case.config(target_modules=TARGETS))
-    model.set_adapter("other")
-    randomize(model, case, seed=5)
-    return model.eval()
-
-
-def test_several_adapters_add_up(case: Case, base: MLP, x: torch.Tensor) -> None:
-    model = two_adapters(base, case)
-    layer, plain = layers_of(model)[0], base.lin0(x)
-    first, second = (layer.get_delta_weight(name).double() for name in ("default", "other"))
-    assert close(layer(x), plain.double() + x.double() @ second.T, units=8)
-    model.base_model.set_adapter(["default", "other"])
-    if case.name == "bone-bat":  # the second delta is that of the weight which the first has changed
-        block = layer.bone_block["other"].detach().double()
-        second = peftx.tuners.bone.bat_delta(dequantize(base.lin0).double() + first, block)
-    assert close(layer(x), plain.double() + x.double() @ (first + second).T, units=8)
-    model.delete_adapter("default")
-    assert layer.active_adapters == ["other"] and "default" not in layer.scaling
+    model.delete_adapter("one")
+    assert layer.active_adapters == ["two"] and close(layer(x), plain + x.double() @ two.double().T)
     with model.disable_adapter():
-        assert torch.equal(model(x), base(x))
+        assert torch.equal(layer(x), base.lin0(x))
 
 
-def test_mixed_batch_equals_separate_rows(case: Case, base: MLP, x: torch.Tensor) -> None:
-    model = two_adapters(base, case)
-    names = ["other", "__base__", "default", "other"]
-    actual = model(x, adapter_names=names)
+def test_mixed_batch_equals_separate_rows(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    model = adapted(base, case, "one", "two")
+    layer, x, names = layers_of(model)[0], inputs[0], ["two", "__base__", "one", "two"]
+    mixed = layer(x, adapter_names=names)
     for row, name in enumerate(names):
-        if name == "__base__":
-            wanted = base(x)[row]
-        else:
-            model.set_adapter(name)
-            wanted = model(x)[row]
-        assert close(actual[row], wanted)
+        if name != "__base__":
+            layer.set_adapter([name])
+        wanted = base.lin0(x) if name == "__base__" else layer(x)
+        assert close(mixed[row], wanted[row])
+    assert model(x, adapter_names=names).shape == (4, 3, 4)
 
 
-@pytest.fixture(params=["int8", "nf4-double"])
-def quantized_llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """Loads a tiny Llama as a user does, quantised by transformers; a function, to load it again."""
+def quantized_llama(path: Path, kind: str) -> nn.Module:
+    """A tiny Llama as a user loads it: quantised by transformers."""
+    quantization = {
+        "int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    }
+    config = BitsAndBytesConfig(**quantization[kind])
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, device_map="cpu")
+
+
+@pytest.fixture(scope="module")
+def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
-    tiny_model("llama").save_pretrained(path)
-    config = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if request.param == "int8"
-        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
     )
-    return partial(AutoModelForCausalLM.from_pretrained, path, quantization_config=config, device_map="cpu")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem"])
-def test_saved_adapter_loads_onto_the_quantized_base(
-    case: Case, quantized_llama, tokens: torch.Tensor, tmp_path, low_cpu_mem_usage: bool
+@pytest.mark.parametrize(("kind", "low_cpu_mem_usage"), [("int8", False), ("int8", True), ("nf4", True)])
+def test_trained_adapter_loads_onto_the_quantized_model(
+    case: Case, llama_path: Path, tmp_path: Path, tokens: torch.Tensor, kind: str, low_cpu_mem_usage: bool
 ) -> None:
-    model = get_peft_model(prepare_model_for_kbit_training(quantized_llama()), case.config(target_modules="all-linear"))
-    assert len(layers_of(model)) == 14
+    model = prepare_model_for_kbit_training(quantized_llama(llama_path, kind), use_gradient_checkpointing=False)
+    model = get_peft_model(model, case.config(target_modules="all-linear"))
+    assert len(layers_of(model)) == 7
     randomize(model, case)
-    model.train()
-    model(tokens, labels=tokens).loss.backward()
+    model.train()(tokens, labels=tokens).loss.backward()
     assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
-
     wanted = model.eval()(tokens).logits
     model.save_pretrained(tmp_path)
-    base = prepare_model_for_kbit_training(quantized_llama())
-    plain = base(tokens).logits
-    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(loaded(tokens).logits, wanted)
-    assert not torch.allclose(plain, wanted, atol=1e-3)
+
+    model = quantized_llama(llama_path, kind)
+    assert not torch.allclose(model(tokens).logits, wanted, atol=0.1)
+    model = PeftModel.from_pretrained(quantized_llama(llama_path, kind), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(model(tokens).logits, wanted)
 
 
 class ForwardOnlyLinear(nn.Module):
@@ -302,7 +314,7 @@ def test_forward_only_backend_refuses_to_merge(case: Case, forward_only: MLP) ->
     assert not torch.allclose(unmerged, plain(x))
     weight = layers_of(model)[0].base_layer.weight.clone()
     for merge in (model.merge_adapter, partial(model.merge_adapter, safe_merge=True), model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match=r"(?s)gptq.*(unmerged|unquantised)"):
+        with pytest.raises(NotImplementedError, match=r"gptq.*merge into the unquantised"):
             merge()
     assert torch.equal(layers_of(model)[0].base_layer.weight, weight)
     assert torch.equal(model(x), unmerged)

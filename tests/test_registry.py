@@ -89,9 +89,7 @@ def _define(name, module="somebody.elses"):
         name.capitalize() + "Config", [], bases=(peftx.AdapterConfig,), namespace={"__module__": module}
     )
     config.__doc__ = "Somebody's method."
-    layer = type(
-        name.capitalize() + "Linear", (peftx.AdapterLayer,), {"adapter_layer_names": (), "__module__": module}
-    )
+    layer = type(name.capitalize() + "Linear", (peftx.AdapterLayer,), {"adapter_layer_names": (), "__module__": module})
     return config, layer
 
 

@@ -1,10 +1,10 @@
-"""Bone (Block Affine), arXiv:2409.15371, as PEFT 0.14 to 0.18 shipped it; the files of those releases load unchanged."""
+"""Bone (Block Affine), arXiv:2409.15371, as in PEFT 0.14 to 0.18, whose files load unchanged."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import Literal
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class BoneConfig(AdapterConfig):
     """
 
     r: int = field(default=64, metadata={"help": "Block size; the adapter trains r * out_features values a module."})
-    init_weights: Union[bool, Literal["bat"]] = field(  # type: ignore[assignment]
+    init_weights: bool | Literal["bat"] = field(  # type: ignore[assignment]
         default=True,
         metadata={"help": "True: default mode. 'bat': weight-dependent blocks. False: random start (tests)."},
     )
@@ -56,7 +56,7 @@ def tile(block: torch.Tensor, in_features: int) -> torch.Tensor:
 
 
 def bat_delta(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Delta of the bat mode: (W[a, b] + I) B[a] for each r x r tile. Shapes: weight (out, in), block (out / r, r, r)."""
+    """Delta of the bat mode: (W[a, b] + I) B[a] for each r x r tile. Shapes: (out, in), (out / r, r, r)."""
     tiles = weight.reshape(len(block), -1, block.shape[-1])
     delta = torch.bmm(tiles, block).view(len(block), block.shape[-1], -1, block.shape[-1])
     return (delta + block[:, :, None, :]).view(weight.shape)
@@ -81,6 +81,7 @@ def bat_invert(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 )
 class BoneLinear(AdapterLayer):
     adapter_layer_names = ("bone_block",)
+    bone_block: nn.ParameterDict
 
     def create(self, adapter_name: str, config: BoneConfig) -> None:
         r = config.r

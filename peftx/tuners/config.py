@@ -7,19 +7,19 @@ import re
 import typing
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Optional, Union
+from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard
 from huggingface_hub.dataclasses import type_validator
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from ..registry import peft_type_of
 
-Names = Union[list[str], set[str], tuple[str, ...], str]
-Number = Union[int, float]
+Names = list[str] | set[str] | tuple[str, ...] | str
+Number = int | float
 
 
 @dataclasses.dataclass
@@ -40,19 +40,19 @@ class AdapterConfig(PeftConfig):
         ValueError: a field has an impossible value.
     """
 
-    target_modules: Optional[Names] = dataclasses.field(
+    target_modules: Names | None = dataclasses.field(
         default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
     )
-    exclude_modules: Optional[Names] = dataclasses.field(
+    exclude_modules: Names | None = dataclasses.field(
         default=None, metadata={"help": "Names or regex of modules that are not adapted."}
     )
-    layers_to_transform: Optional[Union[list[int], int]] = dataclasses.field(
+    layers_to_transform: list[int] | int | None = dataclasses.field(
         default=None, metadata={"help": "Indices of the layers to adapt; all when None."}
     )
-    layers_pattern: Optional[Union[list[str], str]] = dataclasses.field(
+    layers_pattern: list[str] | str | None = dataclasses.field(
         default=None, metadata={"help": "Name of the list of layers, used with `layers_to_transform`."}
     )
-    modules_to_save: Optional[Union[list[str], set[str], tuple[str, ...]]] = dataclasses.field(
+    modules_to_save: list[str] | set[str] | tuple[str, ...] | None = dataclasses.field(
         default=None, metadata={"help": "Modules that are trained and saved whole, e.g. a classifier head."}
     )
     bias: str = dataclasses.field(
@@ -90,7 +90,7 @@ class AdapterConfig(PeftConfig):
         changes = {}
         for pattern_field, target in self.pattern_fields.items():
             pattern = getattr(self, pattern_field, None) or {}
-            match = get_pattern_key(pattern.keys(), key)
+            match = get_pattern_key(list(pattern), key)
             if match in pattern:
                 changes[target] = pattern[match]
         return dataclasses.replace(self, **changes)
@@ -126,7 +126,7 @@ class AdapterConfig(PeftConfig):
 def _add_loading_code(path: Path, config: PeftConfig) -> None:
     """Puts the code that loads the adapter first in a model card; the first line is the import that registers it."""
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    first_line = f"import peftx  # registers {config.peft_type.value} with PEFT: pip install peftx"
+    first_line = f"import peftx  # registers {PeftType(config.peft_type).value} with PEFT: pip install peftx"
     base = config.base_model_name_or_path or "the base model"
     code = "\n".join(
         [
@@ -146,7 +146,7 @@ def _add_loading_code(path: Path, config: PeftConfig) -> None:
 
 
 @cache
-def _own_types(cls: type[AdapterConfig]) -> dict[str, Any]:
+def _own_types(cls: Any) -> dict[str, Any]:
     """Type of each field that `cls` adds to PEFT's own ones."""
     hints = typing.get_type_hints(cls)
     inherited = {f.name for f in dataclasses.fields(PeftConfig)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..registry import register
 from .config import AdapterConfig, Number
-from .layer import AdapterLayer, accumulate
+from .layer import AdapterLayer, FrozenDict, accumulate
 
 InitMethod = Literal["lu", "uniform", "normal", "constant", "s_uniform", "s_normal", "ones", "zeros"]
 
@@ -46,7 +46,7 @@ class LoLDUConfig(AdapterConfig):
     """
 
     r: int = field(default=64, metadata={"help": "Rank; at most the smaller width of every target."})
-    alpha: Optional[Number] = field(default=None, metadata={"help": "sigma starts at alpha / r; None means alpha = r."})
+    alpha: Number | None = field(default=None, metadata={"help": "sigma starts at alpha / r; None means alpha = r."})
     init_method: InitMethod = field(default="lu", metadata={"help": "How z starts, given the pivots of the weight."})
     train_sigma: bool = field(default=True, metadata={"help": "Whether the scalar sigma is trained."})
     save_projection: bool = field(
@@ -130,6 +130,12 @@ def start(d: torch.Tensor, method: InitMethod) -> torch.Tensor:
 class LoLDULinear(AdapterLayer):
     adapter_layer_names = ("loldu_z", "loldu_sigma")
     frozen_names = ("loldu_c0", "loldu_checksum", "loldu_PL", "loldu_U")
+    loldu_z: nn.ParameterDict
+    loldu_sigma: nn.ParameterDict
+    loldu_c0: FrozenDict
+    loldu_checksum: FrozenDict
+    loldu_PL: FrozenDict
+    loldu_U: FrozenDict
 
     def create(self, adapter_name: str, config: LoLDUConfig) -> None:
         r, dtype = config.r, self.adapter_dtype

@@ -25,7 +25,7 @@ class AdapterModel(BaseTuner):
     not fit, a file that does not fit), this one takes the failed adapter out again.
     """
 
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     tuner_layer_cls: type[AdapterLayer]
 
     # Injection
