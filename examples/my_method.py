@@ -33,8 +33,8 @@ class KronALinear(peftx.AdapterLayer):
         self.krona_B[adapter_name] = nn.Parameter(B(self.out_features // config.p, self.in_features // config.p))
 
     def delta_weight(self, adapter_name: str) -> torch.Tensor:
-        A, B = self.krona_A[adapter_name].float(), self.krona_B[adapter_name].float()
-        return self.adapter_config[adapter_name].scale * torch.kron(A, B)
+        delta = torch.kron(self.krona_A[adapter_name], self.krona_B[adapter_name])
+        return self.adapter_config[adapter_name].scale * delta
 
     # Optional: the same on an activation, without ever building the dense delta.
     def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,12 @@ def dequantize(layer: nn.Module) -> torch.Tensor:
     return resolve_quantization_backend(layer).get_base_weight(layer).float()
 
 
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
@@ -103,7 +109,7 @@ def close(actual: torch.Tensor, wanted: torch.Tensor, units: float = 4) -> bool:
 def rounding(layer: nn.Module) -> torch.Tensor:
     """The quantisation error of a weight, (out, in), is at most this: half a step.
 
-    int8: a 254th of the row's maximum (the codes are -127..127), and the rounding to fp16 that precedes it. 4 bits: half
+    int8: a 254th of the row's maximum (codes are -127..127), and the rounding to fp16 that precedes it. 4 bits: half
     the widest gap of the code book times the block's maximum, and what that maximum itself loses: double quantisation
     stores it in 8 bits, as a deviation from the mean, to within 1 % of the largest deviation.
     """
@@ -137,12 +143,13 @@ def test_forward_adds_the_delta(case: Case, base: Net, inputs: list[torch.Tensor
 
 def test_gradients_reach_adapter_and_input(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
     layer = layers_of(adapted(base, case).train())[0]
-    delta = layer.get_delta_weight("default").detach().double()
+    delta = layer.get_delta_weight("default").double()
     upstream = torch.randn(4, 3, 128, generator=torch.Generator().manual_seed(2)).to(inputs[0].dtype)
     x, reference = inputs[0].clone().requires_grad_(), inputs[0].clone().requires_grad_()
 
-    layer(x).backward(upstream)
-    base.lin0.train()(reference).backward(upstream)
+    with torch.enable_grad():
+        layer(x).backward(upstream)
+        base.lin0.train()(reference).backward(upstream)
     assert close(x.grad, reference.grad.double() + upstream.double() @ delta)
 
     trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
@@ -154,10 +161,9 @@ def test_gradients_reach_adapter_and_input(case: Case, base: Net, inputs: list[t
 def test_merge_writes_the_quantized_sum(case: Case, base: Net, inputs: list[torch.Tensor], evaluated: bool) -> None:
     model = adapted(base, case)
     before = [dequantize(layer) for layer in quantized_of(model)]
-    sums = [w + layer.get_delta_weight("default").detach() for w, layer in zip(before, layers_of(model), strict=True)]
+    sums = [w + layer.get_delta_weight("default") for w, layer in zip(before, layers_of(model), strict=True)]
     if evaluated:
-        with torch.inference_mode():
-            model(inputs[0])
+        model(inputs[0])
     model.merge_adapter(safe_merge=evaluated)
 
     for layer, x, wanted, was in zip(layers_of(model), inputs, sums, before, strict=True):
@@ -206,26 +212,26 @@ def test_unloading_gives_bitsandbytes_layers_back(case: Case, base: Net, inputs:
 
 
 def test_several_adapters_add_up(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model = adapted(base, case, "one", "two")
+    model = adapted(base, case, "first", "second")
     layer, x, plain = layers_of(model)[0], inputs[0], base.lin0(inputs[0]).double()
-    one, two = (layer.get_delta_weight(name).detach() for name in ("one", "two"))
+    one, two = (layer.get_delta_weight(name) for name in ("first", "second"))
     assert close(layer(x), plain + x.double() @ two.double().T)
 
-    model.base_model.set_adapter(["one", "two"])
+    model.base_model.set_adapter(["first", "second"])
     weight = dequantize(copy.deepcopy(base).lin0)
-    both = layer.apply_delta("two", layer.apply_delta("one", weight)).detach() - weight  # in order: they may compose
+    both = layer.apply_delta("second", layer.apply_delta("first", weight)) - weight  # in order: they may compose
     assert close(layer(x), plain + x.double() @ both.double().T)
     assert (both - one).norm() > 0.5 * two.norm()
 
-    model.delete_adapter("one")
-    assert layer.active_adapters == ["two"] and close(layer(x), plain + x.double() @ two.double().T)
+    model.delete_adapter("first")
+    assert layer.active_adapters == ["second"] and close(layer(x), plain + x.double() @ two.double().T)
     with model.disable_adapter():
         assert torch.equal(layer(x), base.lin0(x))
 
 
 def test_mixed_batch_equals_separate_rows(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model = adapted(base, case, "one", "two")
-    layer, x, names = layers_of(model)[0], inputs[0], ["two", "__base__", "one", "two"]
+    model = adapted(base, case, "first", "second")
+    layer, x, names = layers_of(model)[0], inputs[0], ["second", "__base__", "first", "second"]
     mixed = layer(x, adapter_names=names)
     for row, name in enumerate(names):
         if name != "__base__":
@@ -264,7 +270,8 @@ def test_trained_adapter_loads_onto_the_quantized_model(
     model = get_peft_model(model, case.config(target_modules="all-linear"))
     assert len(layers_of(model)) == 7
     randomize(model, case)
-    model.train()(tokens, labels=tokens).loss.backward()
+    with torch.enable_grad():
+        model.train()(tokens, labels=tokens).loss.backward()
     assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
     wanted = model.eval()(tokens).logits
     model.save_pretrained(tmp_path)

@@ -1,7 +1,7 @@
 """A text classification task that every machine already has: docstrings of Python's own standard library.
 
-The label of a docstring is its module family (the top-level package or module it lives in). The sources are parsed, never
-imported, so the same Python gives the same data everywhere.
+The label of a docstring is its module family: the top-level package or module it lives in. The sources are parsed,
+never imported, so the same Python gives the same data everywhere.
 """
 
 import ast
@@ -26,7 +26,7 @@ MIN_WORDS = 4
 HELD_OUT = 0.2
 SPLIT_SEED = 0
 
-# An application's insides, and what later Pythons removed: without them, Python 3.10 to 3.14 agree on the eight families.
+# An application's insides, and what later Pythons removed: without them, all Pythons agree on the eight families.
 NOT_LIBRARIES = frozenset({"idlelib", "distutils", "lib2to3"})
 
 
@@ -63,13 +63,11 @@ def library(root: Path | None = None) -> dict[str, list[str]]:
 
 
 def examples(mask: str = "[MASK]") -> list[tuple[str, str]]:
-    """Pairs (text, family) of the largest families, the families' names masked in all texts: none says its own label."""
+    """Pairs (text, family) of the largest families; their names are masked everywhere, so no text says its label."""
     texts = library()
     largest = sorted(texts, key=lambda family: (-len(texts[family]), family))[:FAMILIES]
     if not texts[largest[-1]]:
-        raise DemoError(
-            f"no sources of the standard library under {sysconfig.get_path('stdlib')}: nothing to learn from"
-        )
+        raise DemoError(f"found no sources of Python's standard library in {sysconfig.get_path('stdlib')}")
     names = re.compile("|".join(map(re.escape, largest)), re.IGNORECASE)
     return [(names.sub(mask, text), family) for family in largest for text in texts[family]]
 
@@ -77,9 +75,9 @@ def examples(mask: str = "[MASK]") -> list[tuple[str, str]]:
 def load(tokenizer: "PreTrainedTokenizerBase", limit: int | None = None) -> "DatasetDict":
     """The task as `train` and `test` (a fifth), stratified; columns text, input_ids (at most 48 tokens) and label.
 
-    Two texts are the same if their first 48 tokens are: each is there once, and not at all if it comes from two families,
-    so the test texts are new and every text has one label. `limit` keeps that many texts, stratified too. The test texts are
-    sorted by length, so that batches carry little padding.
+    Two texts are the same if their first 48 tokens are. Each is there once, and not at all if it comes from two
+    families: the test texts are new, and every text has one label. `limit` keeps that many texts, stratified too. The
+    test texts are sorted by length, so that batches carry little padding.
     """
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 

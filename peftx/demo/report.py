@@ -45,15 +45,17 @@ def baselines(report: Report) -> list[tuple[str, float]]:
     return [("majority class", report.majority), ("probe on the frozen encoder", report.probe)]
 
 
-def notes(report: Report) -> str:
-    head = report.results[0].head_parameters
-    return (
-        f"{report.train_texts} docstrings to train on, {report.test_texts} held out, {len(report.families)} families: "
-        f"{', '.join(report.families)}. Standard error of an accuracy: {standard_error(report, 0.9):.3f}. Every method also "
-        f"trains the same pooler and classifier ({head:,} parameters, in the file). Step time: CPU seconds of a step over "
-        f"{BASELINE}'s on the same batch, median. Same: equal answers; logits within {LOAD_TOLERANCE:g} after loading and "
-        f"{MERGE_TOLERANCE:g} after merging."
-    )
+def notes(report: Report) -> list[str]:
+    """How to read the table, a sentence a line."""
+    return [
+        f"{report.train_texts} docstrings to train on, {report.test_texts} held out; an accuracy of 0.9 has a standard "
+        f"error of {standard_error(report, 0.9):.3f}.",
+        f"Families: {', '.join(report.families)}.",
+        f"Every method also trains the pooler and the classifier: {report.results[0].head_parameters:,} parameters, "
+        "part of the file.",
+        f"Step time: CPU seconds of a training step over {BASELINE}'s on the same batch, median.",
+        f"Same: equal answers, and logits within {LOAD_TOLERANCE:g} after loading, {MERGE_TOLERANCE:g} after merging.",
+    ]
 
 
 def standard_error(report: Report, accuracy: float) -> float:
@@ -62,27 +64,26 @@ def standard_error(report: Report, accuracy: float) -> float:
 
 
 def table(report: Report) -> Table:
+    """For the terminal: the baselines, then the methods, the most accurate in bold, a broken one in red."""
     best = max(result.accuracy for result in report.results)
-    view = Table(title="Which module does this docstring come from?", caption=notes(report), caption_justify="left")
+    view = Table(title="Which module does this docstring come from?", caption="\n".join(notes(report)))
+    view.caption_justify = "left"
     for name in HEADER:
         view.add_column(name, justify="left" if name == HEADER[0] else "right")
     for name, accuracy in baselines(report):
-        view.add_row(name, f"{accuracy:.3f}", style="dim", end_section=name == baselines(report)[-1][0])
+        view.add_row(name, f"{accuracy:.3f}", style="dim")
+    view.add_section()
     for cells, result in zip(rows(report), report.results, strict=True):
         view.add_row(*cells, style="red" if not result.equal else "bold" if result.accuracy == best else None)
     return view
 
 
 def markdown(report: Report) -> str:
-    aligned = ["---", *["---:"] * (len(HEADER) - 1)]
-    empty = [""] * (len(HEADER) - 2)
-    lines = [
-        HEADER,
-        aligned,
-        *([name, f"{accuracy:.3f}", *empty] for name, accuracy in baselines(report)),
-        *rows(report),
-    ]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{notes(report)}\n"
+    """The same as `table`, for people."""
+    rule = [":--", *["--:"] * (len(HEADER) - 1)]
+    references = [[name, f"{accuracy:.3f}", *[""] * (len(HEADER) - 2)] for name, accuracy in baselines(report)]
+    lines = [f"| {' | '.join(cells)} |" for cells in [HEADER, rule, *references, *rows(report)]]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(report)), ""])
 
 
 def as_json(report: Report) -> str:
@@ -114,8 +115,9 @@ def plot(report: Report, path: Path) -> None:
     figure = Figure(figsize=(12, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     quality, learning = figure.subplots(1, 2)
-    palette = colormaps["tab10" if len(report.results) <= 10 else "tab20"].colors
-    for result, colour in zip(report.results, palette, strict=False):
+    palette = colormaps["tab10" if len(report.results) <= 10 else "tab20"]
+    for index, result in enumerate(report.results):
+        colour = palette(index)
         marker = "s" if result.name == BASELINE else "o"
         error = standard_error(report, result.accuracy)
         quality.errorbar(

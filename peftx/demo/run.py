@@ -5,7 +5,7 @@ All methods get the same layers, head, batches, number of steps and seed. Only t
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,15 @@ class Contender:
     """One row of the comparison: a config class with its arguments, and the learning rate."""
 
     name: str
-    config: type[PeftConfig]
-    settings: dict[str, Any]
+    config: Callable[..., PeftConfig]
+    settings: Mapping[str, Any]
     learning_rate: float
     mergeable: bool = True
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one method did. Differences are the largest between held-out logits; a method that cannot merge has none."""
+    """What one method did. Differences are the largest between held-out logits; None if the method cannot merge."""
 
     name: str
     accuracy: float
@@ -173,7 +173,7 @@ class Bench:
         model = get_peft_model(base, peft_config(entry, base))
         recorder = self.fit(model, entry, folder)
         trained = encoder.logits(model, self.test, self.collate)
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
         adapter, head = encoder.trainable(model)
 
         other = self.base(self.options.seed + 1)  # with another random head, which the saved one must replace
@@ -233,7 +233,8 @@ class LengthGroupedTrainer(Trainer):
     """Batches of texts of like length, drawn by the seed alone: every method sees the same ones in the same order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        train_dataset = train_dataset or self.train_dataset
+        lengths = [len(ids) for ids in train_dataset["input_ids"]]
         generator = torch.Generator().manual_seed(self.args.seed)
         return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
 

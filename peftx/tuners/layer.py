@@ -108,7 +108,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Dense weight delta (out_features, in_features), at least in fp32, without `self.scaling`."""
+        """Dense weight delta (out_features, in_features), without `self.scaling`."""
         raise NotImplementedError
 
     def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -273,7 +273,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if self._plain and self._dense(names, x):
             weight = self._adapted_weight(names, self.base_weight())
-            return F.linear(x, weight.to(x.dtype), self._cast_input_dtype(self.bias, x.dtype))
+            return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return self._adapt(names, x, self.base_layer(x, *args, **kwargs))
 
     def _dense(self, names: Sequence[str], x: torch.Tensor) -> bool:
@@ -370,7 +370,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The delta in the layout of the base weight and at least in fp32 (PEFT's name for it)."""
-        delta = self.scaling[adapter_name] * self.delta_weight(adapter_name)
+        delta = self.scaling[adapter_name] * at_least_fp32(self.delta_weight(adapter_name))
         return delta.T if self._transposed else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -1,4 +1,4 @@
-"""The rows of PEFT's test matrices, made from the registry: every variant of every method, on the layers it declares."""
+"""The rows of PEFT's test matrices: every variant of every registered method, on the layer types it declares."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
-from .cases import Awake, Variant, awake, skip_reason
+from .cases import Awake, awake, skip_reason
 
 CACHE = Path(__file__).with_name(".cache")
 
@@ -102,7 +102,7 @@ def aim(module: ModuleType, **lists: list) -> dict[str, type]:
             tests = {test: driven(getattr(case, test)) for test in dir(case) if test.startswith("test")}
             if any(tests.values()):
                 hidden = {test: None for test, kept in tests.items() if not kept}
-                adopted[name] = type(name, (Conformance, case), hidden)
+                adopted[name] = type(name, (Conformance, case), {"module": module, **hidden})
     return adopted
 
 
@@ -132,6 +132,8 @@ template = cache(jinja2.Template)  # a third of the suite's time goes into compi
 class Conformance:
     """Mixed into PEFT's test classes: what every test of ours runs under."""
 
+    module: ModuleType  # of PEFT's suite
+
     @pytest.fixture(autouse=True)
     def conformance(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (variant,) = request.node.get_closest_marker("conformance").args
@@ -141,15 +143,12 @@ class Conformance:
         monkeypatch.setattr(BaseTuner, "inject_adapter", inject_awake)
         monkeypatch.setattr(jinja2, "Template", template)
         # PEFT's suite goes online for a model that it meets for the first time. None of ours is on the Hub.
-        met = sys.modules["peft_suite.testing_utils"]._HUB_MODEL_ACCESSES
-        met.setdefault(request.node.callspec.params.get("model_id"), 0)
+        model_id = request.node.callspec.params.get("model_id")
+        sys.modules["peft_suite.testing_utils"]._HUB_MODEL_ACCESSES.setdefault(model_id, 0)
         if variant.method.mixed_batches and "mixed_adapter_batches" in test:
-            self.be_lora(variant, monkeypatch)
+            # PEFT's mixed-batch tests of transformers models skip every class but `LoraConfig`.
+            for module in (self.module, sys.modules["peft_suite.testing_common"]):
+                monkeypatch.setattr(module, "LoraConfig", variant.method.config, raising=False)
         with warnings.catch_warnings(record=True):  # recorded, not ignored: some tests look for warnings
             warnings.simplefilter("always")
             yield
-
-    def be_lora(self, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-        """PEFT's mixed-batch tests of transformers models skip every class but `LoraConfig`."""
-        for name in (type(self).__mro__[2].__module__, "peft_suite.testing_common"):
-            monkeypatch.setattr(sys.modules[name], "LoraConfig", variant.method.config)
