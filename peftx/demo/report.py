@@ -111,47 +111,50 @@ def smooth(values: list[float], share: float = 0.1) -> list[float]:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Accuracy against adapter size, and the training losses."""
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    """Accuracy, size and step time, a method a row, beside the training losses in the same colours."""
+    results = report.results
+    count = len(results)
+    places = range(count)
+    palette = colormaps["tab10" if count <= 10 else "tab20"]
+    colours = [palette(place) for place in places]
+    figure = Figure(figsize=(13, max(4.2, 2.4 + 0.4 * count)), layout="constrained")
     FigureCanvasAgg(figure)
-    quality, learning = figure.subplots(1, 2)
-    palette = colormaps["tab10" if len(report.results) <= 10 else "tab20"]
-    for index, result in enumerate(report.results):
-        colour = palette(index)
-        marker = "s" if result.name == BASELINE else "o"
-        error = standard_error(report, result.accuracy)
-        quality.errorbar(
-            result.adapter_parameters, result.accuracy, error, fmt=marker, color=colour, markersize=9, capsize=3
-        )
-        quality.annotate(
-            result.name, (result.adapter_parameters, result.accuracy), (9, 5), textcoords="offset points", color=colour
-        )
-        learning.plot(range(1, len(result.losses) + 1), smooth(result.losses), color=colour, label=result.name)
+    panels = figure.subplots(1, 4, width_ratios=(3.2, 2, 1.6, 4))
+    quality, size, speed, learning = panels
+
+    accuracies = [result.accuracy for result in results]
+    errors = [standard_error(report, accuracy) for accuracy in accuracies]
+    quality.hlines(places, report.majority, accuracies, colors=colours, alpha=0.35, linewidth=2)
+    for place, accuracy, error, colour in zip(places, accuracies, errors, colours, strict=True):
+        quality.errorbar(accuracy, place, xerr=error, fmt="o", color=colour, capsize=4, markersize=7)
+        quality.annotate(f"{accuracy:.3f}", (accuracy + error, place), (6, -4), textcoords="offset points")
     for name, accuracy in baselines(report):
-        quality.axhline(accuracy, color="grey", linestyle="--", linewidth=1)
-        quality.annotate(
-            name,
-            (0.01, accuracy),
-            (0, 4),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            color="grey",
-        )
-    quality.set(
-        xscale="log",
-        ylim=(0, 1),
-        xlabel="trainable parameters of the adapter",
-        ylabel="held-out accuracy",
-        title="Accuracy and size (bars: one standard error)",
-    )
-    quality.margins(x=0.25)
-    learning.set(xlabel="step", ylabel="training loss", ylim=(0, None), title="Training loss, moving average")
-    learning.legend(frameon=False)
-    for axes in (quality, learning):
+        quality.axvline(accuracy, color="grey", linestyle="--", linewidth=1, zorder=0)
+        quality.annotate(name, (accuracy, -0.6), (-3, 0), textcoords="offset points", rotation=90, color="grey")
+    sizes = [result.adapter_parameters for result in results]
+    ratios = [report.step_ratio(result) for result in results]
+    size.bar_label(size.barh(places, sizes, color=colours, height=0.6), [f" {value:,}" for value in sizes])
+    speed.bar_label(speed.barh(places, ratios, color=colours, height=0.6), [f" {value:.2f}x" for value in ratios])
+    for axes in (quality, size, speed):
+        axes.set_ylim(count - 0.4, -0.6)
+        axes.set_yticks(places, [result.name for result in results] if axes is quality else [])
+        axes.tick_params(axis="y", length=0)
+    quality.set(xlim=(report.majority - 0.05, 1.05), title="held-out accuracy ± standard error")
+    size.set(xscale="log", xlim=(min(sizes) / 4, max(sizes) * 40), title="adapter parameters")
+    speed.set(xlim=(0, max(ratios) * 1.5), title=f"step time / {BASELINE}")
+
+    for result, colour in zip(results, colours, strict=True):
+        steps = range(1, len(result.losses) + 1)
+        learning.plot(steps, smooth(result.losses), color=colour, label=result.name)
+    learning.set(xlabel="step", ylim=(0, None), title="training loss, moving average")
+    learning.legend(frameon=False, ncols=1 + (count > 6))
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        axes.grid(axis="x" if axes is not learning else "both", alpha=0.25)
+        axes.set_axisbelow(True)
+    epochs = f"{report.options.epochs:g} epoch{'s' * (report.options.epochs != 1)}"
     figure.suptitle(
-        f"One docstring, {len(report.families)} module families: fine-tuning {report.options.model.name} "
-        f"for {report.options.epochs:g} epoch{'s' * (report.options.epochs != 1)}"
+        f"Which of {len(report.families)} module families does a docstring come from? {epochs} of fine-tuning on "
+        f"{report.train_texts} docstrings"
     )
     figure.savefig(path, dpi=120)

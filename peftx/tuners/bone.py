@@ -92,6 +92,12 @@ class BoneLinear(AdapterLayer):
                     f"init_weights='bat' cuts the weight into r x r tiles, but r={r} does not divide both "
                     f"in_features={self.in_features} and out_features={self.out_features}."
                 )
+            backend = self.quantization_backend
+            if backend is not None and not backend.supports_merge:
+                raise TypeError(
+                    f"init_weights='bat' needs the weight itself, which {backend.backend_name} layers cannot give. "
+                    "Use the default mode, init_weights=True."
+                )
             shape = self._bat_shape(r)
         block = torch.zeros(shape)
         if config.init_weights is False:

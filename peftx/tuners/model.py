@@ -63,6 +63,11 @@ class AdapterModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The layer places its adapters itself. PEFT's version moves the whole layer, which fails for adapters on the
+        # meta device, and copies `.weight`, which some quantised layers do not have.
+        setattr(parent, child_name, new_module)
+
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         # PEFT guards Mamba's fused projections for a closed list of types; the reason holds for every method.
         try:
