@@ -111,50 +111,50 @@ def smooth(values: list[float], share: float = 0.1) -> list[float]:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Accuracy, size and step time, a method a row, beside the training losses in the same colours."""
-    results = report.results
-    count = len(results)
-    places = range(count)
-    palette = colormaps["tab10" if count <= 10 else "tab20"]
-    colours = [palette(place) for place in places]
-    figure = Figure(figsize=(13, max(4.2, 2.4 + 0.4 * count)), layout="constrained")
+    """Accuracy, size and step time, a method a row under the baselines, beside the training losses."""
+    results, references = report.results, baselines(report)
+    names = [name for name, _ in references] + [result.name for result in results]
+    accuracies = [accuracy for _, accuracy in references] + [result.accuracy for result in results]
+    palette = colormaps["tab10" if len(results) <= 10 else "tab20"]
+    colours = [palette(index) for index in range(len(results))]
+    rows = range(len(names))
+    own_rows = rows[len(references) :]
+
+    figure = Figure(figsize=(14, 2.2 + 0.42 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 4, width_ratios=(3.2, 2, 1.6, 4))
     quality, size, speed, learning = panels
 
-    accuracies = [result.accuracy for result in results]
-    errors = [standard_error(report, accuracy) for accuracy in accuracies]
-    quality.hlines(places, report.majority, accuracies, colors=colours, alpha=0.35, linewidth=2)
-    for place, accuracy, error, colour in zip(places, accuracies, errors, colours, strict=True):
-        quality.errorbar(accuracy, place, xerr=error, fmt="o", color=colour, capsize=4, markersize=7)
-        quality.annotate(f"{accuracy:.3f}", (accuracy + error, place), (6, -4), textcoords="offset points")
-    for name, accuracy in baselines(report):
+    for row, accuracy, colour in zip(rows, accuracies, ["grey"] * len(references) + colours, strict=True):
+        error = standard_error(report, accuracy)
+        quality.hlines(row, report.majority, accuracy, colors=[colour], alpha=0.35, linewidth=2)
+        quality.errorbar(accuracy, row, xerr=error, fmt="o", color=colour, capsize=4, markersize=7)
+        quality.annotate(f"{accuracy:.3f}", (accuracy + error, row), (6, -4), textcoords="offset points")
+    for _, accuracy in references:
         quality.axvline(accuracy, color="grey", linestyle="--", linewidth=1, zorder=0)
-        quality.annotate(name, (accuracy, -0.6), (-3, 0), textcoords="offset points", rotation=90, color="grey")
     sizes = [result.adapter_parameters for result in results]
     ratios = [report.step_ratio(result) for result in results]
-    size.bar_label(size.barh(places, sizes, color=colours, height=0.6), [f" {value:,}" for value in sizes])
-    speed.bar_label(speed.barh(places, ratios, color=colours, height=0.6), [f" {value:.2f}x" for value in ratios])
+    size.bar_label(size.barh(own_rows, sizes, color=colours, height=0.6), [f" {value:,}" for value in sizes])
+    speed.bar_label(speed.barh(own_rows, ratios, color=colours, height=0.6), [f" {value:.2f}x" for value in ratios])
     for axes in (quality, size, speed):
-        axes.set_ylim(count - 0.4, -0.6)
-        axes.set_yticks(places, [result.name for result in results] if axes is quality else [])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_yticks(rows, names if axes is quality else [""] * len(names))
         axes.tick_params(axis="y", length=0)
-    quality.set(xlim=(report.majority - 0.05, 1.05), title="held-out accuracy ± standard error")
-    size.set(xscale="log", xlim=(min(sizes) / 4, max(sizes) * 40), title="adapter parameters")
-    speed.set(xlim=(0, max(ratios) * 1.5), title=f"step time / {BASELINE}")
+    quality.set(xlim=(report.majority - 0.05, 1.08), title="held-out accuracy ± standard error")
+    size.set(xscale="log", xlim=(min(sizes) / 4, max(sizes) * 60), title="parameters of the adapter")
+    speed.set(xlim=(0, max(ratios) * 1.45), title=f"CPU time of a step / {BASELINE}'s")
 
     for result, colour in zip(results, colours, strict=True):
         steps = range(1, len(result.losses) + 1)
         learning.plot(steps, smooth(result.losses), color=colour, label=result.name)
     learning.set(xlabel="step", ylim=(0, None), title="training loss, moving average")
-    learning.legend(frameon=False, ncols=1 + (count > 6))
+    learning.legend(frameon=False, ncols=1 + (len(results) > 6))
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x" if axes is not learning else "both", alpha=0.25)
         axes.set_axisbelow(True)
-    epochs = f"{report.options.epochs:g} epoch{'s' * (report.options.epochs != 1)}"
     figure.suptitle(
-        f"Which of {len(report.families)} module families does a docstring come from? {epochs} of fine-tuning on "
-        f"{report.train_texts} docstrings"
+        f"Which of {len(report.families)} module families does a docstring come from? "
+        f"Fine-tuned on {report.train_texts} docstrings, {len(results[0].losses)} steps"
     )
     figure.savefig(path, dpi=120)
