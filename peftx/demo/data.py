@@ -11,6 +11,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,7 @@ def docstrings(path: Path) -> Iterator[str]:
                 yield text
 
 
+@cache
 def library(root: Path | None = None) -> dict[str, list[str]]:
     """Docstrings by family, for every public family of the standard library, or of the modules under `root`."""
     root = root or Path(sysconfig.get_path("stdlib"))

@@ -42,7 +42,7 @@ def verdict(result: Result, difference: float | None) -> str:
 
 def baselines(report: Report) -> list[tuple[str, float]]:
     """What a method must beat, with its accuracy."""
-    return [("majority class", report.majority), ("probe on the frozen encoder", report.probe)]
+    return [("majority class", report.majority), ("frozen-encoder probe", report.probe)]
 
 
 def notes(report: Report) -> list[str]:
@@ -120,7 +120,7 @@ def plot(report: Report, path: Path) -> None:
     rows = range(len(names))
     own_rows = rows[len(references) :]
 
-    figure = Figure(figsize=(14, 2.2 + 0.42 * len(names)), layout="constrained")
+    figure = Figure(figsize=(14, 2 + 0.4 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 4, width_ratios=(3.2, 2, 1.6, 4))
     quality, size, speed, learning = panels
@@ -140,9 +140,9 @@ def plot(report: Report, path: Path) -> None:
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_yticks(rows, names if axes is quality else [""] * len(names))
         axes.tick_params(axis="y", length=0)
-    quality.set(xlim=(report.majority - 0.05, 1.08), title="held-out accuracy ± standard error")
-    size.set(xscale="log", xlim=(min(sizes) / 4, max(sizes) * 60), title="parameters of the adapter")
-    speed.set(xlim=(0, max(ratios) * 1.45), title=f"CPU time of a step / {BASELINE}'s")
+    quality.set(xlim=(report.majority - 0.05, 1.08), title="held-out accuracy ± s.e.")
+    size.set(xscale="log", xlim=(min(sizes) / 4, max(sizes) * 60), title="adapter parameters")
+    speed.set(xlim=(0, max(ratios) * 1.45), title=f"step time / {BASELINE}'s")
 
     for result, colour in zip(results, colours, strict=True):
         steps = range(1, len(result.losses) + 1)
