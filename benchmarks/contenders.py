@@ -1,4 +1,3 @@
-# ruff: noqa: E402  (the first lines must precede the import of peft)
 """Who competes in step_time.py, and one contender at work inside its own process."""
 
 from __future__ import annotations
@@ -185,6 +184,8 @@ class Contender:
 
     def finish(self) -> dict[str, Any]:
         """Counts, the peak bytes of a step above the bare model, and whether merging restores the bare structure."""
+        with suppress(OSError, AttributeError):  # every large tensor in a mapping of its own: no fragmentation counts
+            ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD, glibc
         settle(self.setup.device)
         self.step()
         self.facts["memory"] = peak(self.setup.device) - self.base_memory

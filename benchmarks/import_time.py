@@ -29,8 +29,8 @@ def main() -> None:
         import_seconds(module)  # compiles byte code and fills the page cache
     for _ in track(range(rounds), "imports", console=Console(stderr=True), transient=True):
         modules.reverse()  # neither is always the first
-        seconds = {module: import_seconds(module) for module in modules}
-        pairs.append((seconds["peftx"], seconds["peft"]))
+        spent = {module: import_seconds(module) for module in modules}
+        pairs.append((spent["peftx"], spent["peft"]))
     low, middle, high = quantiles([ours / theirs for ours, theirs in pairs], n=4)
     print(f"import peftx takes {middle:.3f} x import peft (quartiles {low:.3f}-{high:.3f}, {rounds} pairs)")
     print(

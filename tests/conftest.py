@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+import peft
 import pytest
 import torch
 import transformers
@@ -109,3 +110,26 @@ def randomize(model: nn.Module, case: Case, std: float = 0.1, seed: int = 0) -> 
         if case.info.prefix in name and parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.data += noise.to(parameter.dtype)
+
+
+def adapted(model: nn.Module, case: Case, *names: str, **config: Any) -> peft.PeftModel:
+    """`model` in eval mode with adapters (`"default"`) that do something; the last of them is active."""
+    names = names or ("default",)
+    model = peft.get_peft_model(model, case.config(**config), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, case.config(**config))
+    for seed, name in enumerate(names):
+        model.set_adapter(name)
+        randomize(model, case, seed=seed)
+    return model.eval()
+
+
+def forward(model: nn.Module, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Logits of a (possibly adapted) `tiny_model`."""
+    if model.config.is_encoder_decoder:
+        kwargs["decoder_input_ids"] = tokens[:, :3]
+    return model(input_ids=tokens, **kwargs).logits
+
+
+# Without gradients, since PyTorch's attention rounds otherwise where a bias of the base could need one.
+logits = torch.no_grad()(forward)

@@ -85,11 +85,12 @@ def load(tokenizer: "PreTrainedTokenizerBase", limit: int | None = None) -> "Dat
 
     pairs = examples(tokenizer.mask_token or "[MASK]")
     encoded = tokenizer([text for text, _ in pairs], truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    owners = Counter(ids for ids, _ in {(tuple(ids), family) for ids, (_, family) in zip(encoded, pairs, strict=True)})
-    rows = {tuple(ids): pair for ids, pair in zip(encoded, pairs, strict=True) if owners[tuple(ids)] == 1}
-    names = sorted({family for _, family in rows.values()})
-    columns = {"text": [text for text, _ in rows.values()], "input_ids": [list(ids) for ids in rows]}
-    columns["label"] = [names.index(family) for _, family in rows.values()]
+    keys = [tuple(ids) for ids in encoded]
+    owners = Counter(key for key, _ in {(key, family) for key, (_, family) in zip(keys, pairs, strict=True)})
+    rows = {key: pair for key, pair in zip(keys, pairs, strict=True) if owners[key] == 1}
+    texts, families = zip(*rows.values(), strict=True)
+    names = sorted(set(families))
+    columns = {"text": texts, "input_ids": list(rows), "label": [names.index(family) for family in families]}
     features = Features(text=Value("string"), input_ids=Sequence(Value("int32")), label=ClassLabel(names=names))
 
     def split(data: Dataset, size: float | int) -> DatasetDict:

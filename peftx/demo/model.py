@@ -65,11 +65,11 @@ def adapted_modules(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def trainable(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable values: the adapter's, and the head's (the same for every method)."""
-    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    head = sum(p.numel() for module in heads for p in module.parameters() if p.requires_grad)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad) - head, head
+def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained: the adapter's parameters, and the head's."""
+    wrapped = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    head = {p: None for module in wrapped for p in module.parameters() if p.requires_grad}
+    return [p for p in model.parameters() if p.requires_grad and p not in head], list(head)
 
 
 def outputs(model: nn.Module, data: Dataset, collate: Callable, of: Callable[[dict], Tensor]) -> Tensor:

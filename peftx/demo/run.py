@@ -1,6 +1,7 @@
 """Fine-tune one encoder with LoRA and every method of peftx; save, load back and merge each adapter, and compare.
 
-All methods get the same layers, head, batches, number of steps and seed. Only the learning rate is their own.
+All methods get the same layers, head, batches, number of steps and seed; only the learning rate of the adapter is their
+own. Pooler and classifier are new to every method and learn at one rate.
 """
 
 import statistics
@@ -31,6 +32,7 @@ from .errors import DemoError
 BASELINE = "lora"
 LOAD_TOLERANCE = 0.0
 MERGE_TOLERANCE = 1e-4
+LEARNING_RATE = 2e-3  # LoRA's, and of every method's head
 
 Watch = Callable[[str, int, int, float], None]  # method, step, steps, training loss
 
@@ -102,7 +104,7 @@ class Report:
 
 def contenders(names: tuple[str, ...] = ()) -> list[Contender]:
     """LoRA, then the named variants of peftx's methods, or all of them."""
-    lora = Contender(BASELINE, LoraConfig, {"r": 8, "lora_alpha": 16}, learning_rate=2e-3)
+    lora = Contender(BASELINE, LoraConfig, {"r": 8, "lora_alpha": 16}, learning_rate=LEARNING_RATE)
     ours = [
         Contender(name, info.config, settings, info.learning_rate, info.mergeable)
         for info in peftx.methods()
@@ -174,7 +176,7 @@ class Bench:
         recorder = self.fit(model, entry, folder)
         trained = encoder.logits(model, self.test, self.collate)
         model.save_pretrained(str(folder))
-        adapter, head = encoder.trainable(model)
+        adapter, head = (sum(p.numel() for p in part) for part in encoder.trainable(model))
 
         other = self.base(self.options.seed + 1)  # with another random head, which the saved one must replace
         reloaded = PeftModel.from_pretrained(other, folder).to(model.device)
@@ -202,7 +204,6 @@ class Bench:
             output_dir=str(folder),
             num_train_epochs=self.options.epochs,
             per_device_train_batch_size=self.options.batch_size,
-            learning_rate=entry.learning_rate,
             warmup_steps=0.05,
             seed=self.options.seed,
             logging_steps=1,
@@ -211,8 +212,15 @@ class Bench:
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
+        adapter, head = encoder.trainable(model)
+        groups = [{"params": adapter, "lr": entry.learning_rate}, {"params": head, "lr": LEARNING_RATE}]
         trainer = LengthGroupedTrainer(
-            model, arguments, self.collate, self.train.remove_columns("text"), callbacks=[recorder]
+            model,
+            arguments,
+            self.collate,
+            self.train.remove_columns("text"),
+            callbacks=[recorder],
+            optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -1,0 +1,462 @@
+"""What users do with an adapter on a transformers model: every method, on Llama, BERT, GPT-2 (Conv1D) and T5."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import CASES, EXAMPLES, Case, adapted, forward, logits, randomize, tiny_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.save_and_load import get_peft_model_state_dict
+from torch import nn
+
+import peftx
+
+KINDS = ["llama", "bert", "gpt2", "t5"]
+DIFFERENT = 1e-4  # an adapter that does something changes the output by more than this, relatively
+TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def layers_of(model: nn.Module) -> dict[str, peftx.AdapterLayer]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peftx.AdapterLayer)
+    }
+
+
+def larger(case: Case) -> dict[str, int]:
+    """Arguments that double the sizes of the tiny config."""
+    return {name: 2 * value for name, value in case.info.tiny.items()}
+
+
+def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def near(actual: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether two tensors differ by at most `tolerance`, relative to the norm of `wanted`."""
+    return bool((actual.double() - wanted.double()).norm() <= tolerance * wanted.double().norm())
+
+
+def gradients(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of the trainable parameters for a fixed loss and, in training mode, fixed dropout masks."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    forward(model, tokens).float().sin().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def shift_saved_tensors(model: nn.Module, adapter_name: str = "default") -> None:
+    """Changes every floating-point tensor that is saved, the frozen ones too: one that is not loaded will show."""
+    generator = torch.Generator().manual_seed(3)
+    for tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).values():
+        if tensor.is_floating_point():
+            tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
+
+
+# Which modules
+
+
+def test_default_targets_are_those_of_lora(case: Case, kind: str, tokens: torch.Tensor) -> None:
+    wanted = logits(tiny_model(kind), tokens)
+    model = get_peft_model(tiny_model(kind), case.config())
+    lora = get_peft_model(tiny_model(kind), LoraConfig())
+    assert set(layers_of(model)) == set(lora.targeted_module_names)
+    assert torch.equal(logits(model.eval(), tokens), wanted)
+    randomize(model, case)
+    assert not near(logits(model, tokens), wanted, DIFFERENT)
+
+
+def test_all_linear(case: Case, kind: str, tokens: torch.Tensor) -> None:
+    options = {"target_modules": "all-linear", "task_type": TASKS[kind]}
+    model = get_peft_model(tiny_model(kind), case.config(**options))
+    lora = get_peft_model(tiny_model(kind), LoraConfig(**options))
+    assert set(layers_of(model)) == set(lora.targeted_module_names)
+    assert len(layers_of(model)) == {"llama": 14, "bert": 13, "gpt2": 8, "t5": 32}[kind]
+    assert torch.equal(logits(model.eval(), tokens), logits(tiny_model(kind), tokens))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}, ["1.q_proj", "1.v_proj"]),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, ["0.q_proj"]),
+        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.0.*q_proj"}, "0.k 1.k 1.q"),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, ["0.q_proj", "1.q_proj"]),
+        ({"target_modules": r".*\.1\..*(gate|up)_proj"}, ["1.gate_proj", "1.up_proj"]),
+    ],
+    ids=["layers_to_transform", "layers_pattern", "exclude_regex", "exclude_names", "regex"],
+)
+def test_chosen_modules(case: Case, options: dict, wanted: list[str] | str) -> None:
+    if isinstance(wanted, str):
+        wanted = [f"{name}_proj" for name in wanted.split()]
+    names = [name.split(".") for name in layers_of(get_peft_model(tiny_model("llama"), case.config(**options)))]
+    assert sorted(f"{path[2]}.{path[-1]}" for path in names) == sorted(wanted)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "only"])
+def test_biases_and_modules_to_save_are_trained_and_restored(
+    case: Case, tokens: torch.Tensor, tmp_path: Path, bias: str
+) -> None:
+    base = tiny_model("bert")
+    config = case.config(task_type=TaskType.SEQ_CLS, bias=f"{case.info.name}_only" if bias == "only" else bias)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    biases = {name for name in trained if name.endswith(".bias") and "modules_to_save" not in name}
+    in_layers = {name for name in biases if "base_layer" in name}
+    assert len(biases) == {
+        "none": 0,
+        "all": len([n for n, _ in base.named_parameters() if n.endswith("bias")]) - 1,
+    }.get(bias, len(layers_of(model)))
+    assert len(in_layers) == (0 if bias == "none" else len(layers_of(model)))
+    assert any("classifier.modules_to_save" in name for name in trained)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    assert not near(logits(base, tokens), logits(model, tokens), DIFFERENT)
+
+
+PATTERNS = [case for case in CASES if hasattr(case.config(), "rank_pattern")]
+
+
+@pytest.mark.parametrize("pattern_case", PATTERNS, ids=[case.name for case in PATTERNS])
+def test_rank_pattern(pattern_case: Case, tokens: torch.Tensor, tmp_path: Path) -> None:
+    case, names = pattern_case, ["q_proj", "v_proj"]
+    small, large = (trained_shapes(adapted(tiny_model("llama"), case, target_modules=names, r=r)) for r in (2, 4))
+    pattern = {"layers.0.self_attn.q_proj": 4, r".*\.1\..*v_proj": 4}
+    model = adapted(tiny_model("llama"), case, target_modules=names, r=2, rank_pattern=pattern)
+    for name, shape in trained_shapes(model).items():
+        assert shape == (large if "layers.0.self_attn.q_proj" in name or "1.self_attn.v_proj" in name else small)[name]
+    assert small != large
+
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("llama"), tmp_path), tokens), logits(model, tokens))
+
+
+ALPHAS = [case for case in CASES if hasattr(case.config(), "alpha_pattern")]
+
+
+@pytest.mark.parametrize("pattern_case", ALPHAS, ids=[case.name for case in ALPHAS])
+def test_alpha_pattern(pattern_case: Case, tmp_path: Path) -> None:
+    case, names = pattern_case, ["q_proj", "v_proj"]
+
+    def layers(**options):
+        return layers_of(get_peft_model(tiny_model("llama"), case.config(target_modules=names, **options)))
+
+    plain, high, mixed = layers(alpha=2), layers(alpha=6), layers(alpha=2, alpha_pattern={"v_proj": 6})
+    for name, layer in mixed.items():
+        wanted, other = (high, plain) if name.endswith("v_proj") else (plain, high)
+        state = layer.state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in wanted[name].state_dict().items())
+        assert not all(torch.equal(tensor, state[key]) for key, tensor in other[name].state_dict().items())
+
+
+def test_mamba_projections_that_the_kernel_reads_are_refused(case: Case) -> None:
+    config = transformers.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=64)
+    model = transformers.MambaForCausalLM(config)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=f"{case.info.peft_type.value}.*out_proj"):
+        get_peft_model(model, case.config(target_modules=["in_proj", "out_proj"]))
+    assert [name for name, _ in model.named_modules()] == names
+    assert len(layers_of(get_peft_model(model, case.config(target_modules=["in_proj"])))) == 1
+
+
+def test_print_trainable_parameters(case: Case, capsys: pytest.CaptureFixture) -> None:
+    model = get_peft_model(tiny_model("llama"), case.config())
+    trained = sum(shape.numel() for shape in trained_shapes(model).values())
+    everything = trained + sum(parameter.numel() for parameter in tiny_model("llama").parameters())
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith(f"trainable params: {trained:,d} || all params: {everything:,d} ||")
+
+
+# transformers' own adapter interface
+
+
+def test_native_adapters(case: Case, kind: str, tokens: torch.Tensor) -> None:
+    model = tiny_model(kind)
+    plain = logits(model, tokens)
+    keys = set(model.state_dict())
+    outputs = {}
+    for seed, (name, sizes) in enumerate({"first": {}, "second": larger(case)}.items()):
+        model.add_adapter(case.config(**sizes), adapter_name=name)
+        model.eval()
+        assert model.active_adapters() == [name]
+        assert torch.equal(logits(model, tokens), plain)
+        randomize(model, case, seed=seed)
+        outputs[name] = logits(model, tokens)
+    assert not near(outputs["first"], outputs["second"], DIFFERENT)
+
+    model.set_adapter("first")
+    assert torch.equal(logits(model, tokens), outputs["first"])
+    model.disable_adapters()
+    assert torch.equal(logits(model, tokens), plain)
+    model.enable_adapters()
+    assert torch.equal(logits(model, tokens), outputs["first"])
+    model.set_adapter(["first", "second"])
+    assert not near(logits(model, tokens), outputs["first"], DIFFERENT)
+
+    model.delete_adapter("first")
+    assert list(model.peft_config) == ["second"]
+    assert torch.equal(logits(model, tokens), outputs["second"])
+    model.delete_adapter("second")
+    assert torch.equal(logits(model, tokens), plain)
+    assert not any(case.info.prefix in key for key in model.state_dict())
+    assert {key.replace(".base_layer", "") for key in model.state_dict()} == keys
+
+
+def test_native_loading_restores_every_saved_tensor(
+    case: Case, kind: str, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    model = tiny_model(kind)
+    model.add_adapter(case.config(), adapter_name="default")
+    shift_saved_tensors(model)
+    wanted = logits(model.eval(), tokens)
+    model.save_pretrained(tmp_path / "native")
+    adapted_model = get_peft_model(tiny_model(kind), case.config())
+    shift_saved_tensors(adapted_model)
+    adapted_model.save_pretrained(tmp_path / "peft")
+
+    for folder in ("native", "peft"):
+        assert (tmp_path / folder / "adapter_model.safetensors").exists()
+        for name in ("default", "another"):
+            loaded = tiny_model(kind)
+            info = loaded.load_adapter(tmp_path / folder, adapter_name=name)
+            assert not info.missing_keys and not info.unexpected_keys
+            assert torch.equal(logits(loaded, tokens), wanted)
+        assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(kind), tmp_path / folder), tokens), wanted)
+    saved = [dict(peft.utils.load_peft_weights(tmp_path / folder)) for folder in ("native", "peft")]
+    assert (
+        saved[0].keys() == {key.removeprefix("base_model.model.") for key in saved[1]}
+        or saved[0].keys() == saved[1].keys()
+    )
+
+
+def test_auto_classes_load_the_base_and_the_adapter(case: Case, tokens: torch.Tensor, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base, case, task_type="CAUSAL_LM")
+    shift_saved_tensors(model)
+    wanted = logits(model, tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), tokens), wanted)
+    native = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert layers_of(native) and torch.equal(logits(native, tokens), wanted)
+
+
+# PEFT's
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem"])
+@pytest.mark.parametrize("is_trainable", [False, True], ids=["", "trainable"])
+def test_from_pretrained(
+    case: Case, tokens: torch.Tensor, tmp_path: Path, is_trainable: bool, low_cpu_mem_usage: bool
+) -> None:
+    model = adapted(tiny_model("llama"), case)
+    shift_saved_tensors(model)
+    model.save_pretrained(tmp_path)
+    options = {"is_trainable": is_trainable, "low_cpu_mem_usage": low_cpu_mem_usage}
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path, **options)
+    assert torch.equal(logits(loaded.eval(), tokens), logits(model, tokens))
+    assert trained_shapes(loaded) == (trained_shapes(model) if is_trainable else {})
+    assert loaded.peft_config["default"].inference_mode is not is_trainable
+    if is_trainable:
+        wanted, found = gradients(model, tokens), gradients(loaded, tokens)
+        assert all(torch.equal(gradient, found[name]) for name, gradient in wanted.items())
+
+    loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded.set_adapter("second")
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+
+
+def test_adapters_of_different_sizes_are_saved_and_deleted(case: Case, tokens: torch.Tensor, tmp_path: Path) -> None:
+    model = adapted(tiny_model("llama"), case)
+    outputs = {"default": logits(model, tokens)}
+    model.add_adapter("large", case.config(**larger(case)))
+    assert torch.equal(logits(model, tokens), outputs["default"])
+    model.set_adapter("large")
+    randomize(model, case, seed=1)
+    outputs["large"] = logits(model, tokens)
+    assert not near(outputs["default"], outputs["large"], DIFFERENT)
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    loaded.load_adapter(tmp_path / "large", "large")
+    for name, wanted in outputs.items():
+        loaded.set_adapter(name)
+        assert torch.equal(logits(loaded, tokens), wanted)
+    loaded.delete_adapter("default")
+    assert torch.equal(logits(loaded, tokens), outputs["large"])
+
+
+def test_merge_and_unload(case: Case, kind: str, tokens: torch.Tensor) -> None:
+    base = tiny_model(kind)
+    model = adapted(tiny_model(kind), case, target_modules="all-linear", task_type=TASKS[kind])
+    wanted = logits(model, tokens)
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    assert near(logits(merged, tokens), wanted)
+    assert not near(logits(base, tokens), wanted, DIFFERENT)
+    assert torch.equal(logits(model.unload(), tokens), logits(base, tokens))
+
+
+def test_deepcopy_is_independent(case: Case, kind: str, tokens: torch.Tensor) -> None:
+    model = adapted(tiny_model(kind), case)
+    wanted = logits(model, tokens)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, tokens), wanted)
+    randomize(twin, case, seed=7)
+    assert not torch.equal(logits(twin, tokens), wanted)
+    assert torch.equal(logits(model, tokens), wanted)
+
+
+def test_a_pickled_model_opens_in_a_process_that_never_imported_us(tokens: torch.Tensor, tmp_path: Path) -> None:
+    models = {case.name: adapted(tiny_model("llama"), case) for case in CASES}
+    for name, model in models.items():
+        torch.save(model, tmp_path / name)
+    shutil.copy(EXAMPLES / "my_method.py", tmp_path / "examples_my_method.py")  # the name under which tests import it
+    script = """
+import sys, torch
+outputs = {}
+for name in sys.argv[1:]:
+    model = torch.load(name, weights_only=False)
+    config = model.peft_config["default"]
+    assert config.peft_type is type(config.peft_type)(config.peft_type.value), config.peft_type
+    outputs[name] = model(torch.load("tokens")).logits
+torch.save(outputs, "outputs")
+"""
+    torch.save(tokens, tmp_path / "tokens")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(EXAMPLES.parent)])}
+    subprocess.run([sys.executable, "-c", script, *models], cwd=tmp_path, env=environment, check=True)
+    for name, output in torch.load(tmp_path / "outputs").items():
+        assert near(output, logits(models[name], tokens))
+
+
+# Mixed batches
+
+
+def test_mixed_batch_equals_separate_runs(case: Case, kind: str, tokens: torch.Tensor) -> None:
+    base = tiny_model(kind)
+    model = adapted(tiny_model(kind), case, "first", "second")
+    names = ["second", "__base__", "first"]
+    mixed = logits(model, tokens, adapter_names=names)
+    for row, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+        wanted = logits(base if name == "__base__" else model, tokens)[row]
+        assert near(mixed[row], wanted)
+        other = logits(base if name != "__base__" else model, tokens)[row]
+        assert not near(mixed[row], other, DIFFERENT)
+    assert near(logits(model, tokens, adapter_names=["first"] * 3), logits(model, tokens))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_mixed_batch_generates(case: Case, kind: str, tokens: torch.Tensor, num_beams: int) -> None:
+    model = adapted(tiny_model(kind), case, "first", "second", target_modules="all-linear")
+    options = {"num_beams": num_beams, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    names = ["second", "__base__", "first"]
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **options)
+    separate = {}
+    with model.disable_adapter():
+        separate["__base__"] = model.generate(input_ids=tokens, **options)
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        separate[name] = model.generate(input_ids=tokens, **options)
+    for row, name in enumerate(names):
+        assert torch.equal(mixed.sequences[row], separate[name].sequences[row])
+        rows = slice(row * num_beams, (row + 1) * num_beams)
+        assert near(mixed.logits[-1][rows], separate[name].logits[-1][rows])
+    wrong = (separate[name].logits[0][0] for name in ("__base__", "first"))
+    assert not any(near(mixed.logits[0][0], other, DIFFERENT) for other in wrong)
+
+
+def test_mixed_batch_errors(case: Case, tokens: torch.Tensor) -> None:
+    model = adapted(tiny_model("llama"), case)
+    wanted = logits(model, tokens)
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        logits(model, tokens, adapter_names=["default"] * 2)
+    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
+        logits(model, tokens, adapter_names=["default", "nobody", "__base__"])
+    with pytest.raises(ValueError, match="training mode"):
+        logits(model.train(), tokens, adapter_names=["default"] * 3)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        logits(model, tokens, adapter_names=["default"] * 3)
+    model.unmerge_adapter()
+    assert near(logits(model, tokens), wanted)
+
+
+# Numerics
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradient_checkpointing_gives_the_same_gradients(
+    case: Case, kind: str, tokens: torch.Tensor, use_reentrant: bool
+) -> None:
+    model = adapted(tiny_model(kind), case).train()
+    model.config.use_cache = False
+    wanted = gradients(model, tokens)
+    assert all(gradient.any() for gradient in wanted.values())
+    model.enable_input_require_grads()
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls = []
+    next(iter(layers_of(model).values())).register_forward_hook(lambda *_: calls.append(1))
+    found = gradients(model, tokens)
+    assert len(calls) == 2  # the layer ran again in the backward pass
+    assert all(near(found[name], gradient) for name, gradient in wanted.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_base(case: Case, kind: str, tokens: torch.Tensor, dtype: torch.dtype) -> None:
+    base = tiny_model(kind).to(dtype)
+    model = get_peft_model(copy.deepcopy(base), case.config(target_modules="all-linear", task_type=TASKS[kind])).eval()
+    assert torch.equal(logits(model, tokens), logits(base, tokens))
+    randomize(model, case)
+    trained = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if case.info.prefix in name and parameter.requires_grad
+    ]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert logits(model, tokens).dtype == dtype
+    assert all(g.isfinite().all() and g.any() for g in gradients(model, tokens).values())
+
+    exact = adapted(tiny_model(kind), case, target_modules="all-linear", task_type=TASKS[kind])
+    ulp = torch.finfo(dtype).eps
+    assert near(logits(model, tokens), logits(exact, tokens), 8 * ulp)
+    merged = model.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    assert near(logits(merged, tokens), logits(exact, tokens), 8 * ulp)
+
+
+def test_autocast(case: Case, kind: str, tokens: torch.Tensor) -> None:
+    model = adapted(tiny_model(kind), case, target_modules="all-linear", task_type=TASKS[kind])
+    exact, exact_gradients = logits(model, tokens), gradients(model, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = logits(model, tokens)
+        found = gradients(model, tokens)
+    assert not torch.equal(rounded, exact) and near(rounded, exact, 0.03)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    exact_gradient, gradient = (torch.cat([g.flatten() for g in gs.values()]) for gs in (exact_gradients, found))
+    print("REL", (gradient - exact_gradient).norm() / exact_gradient.norm())
+    assert near(gradient, exact_gradient, 0.1)
