@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +102,37 @@ def laps(phases: Sequence[Callable[[], object]], device: str) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
 
 
-def settle(device: str) -> int:
-    """Gives freed memory back, restarts the count of the peak, and returns the bytes in use."""
-    gc.collect()
+def allocated_peak(step: Callable[[], object], device: str) -> int:
+    """Most bytes of tensors that `step` holds at one time, beyond those alive before it; exact on either device."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    with suppress(OSError, AttributeError):  # glibc keeps freed pages, and the next peak would hide in them
-        ctypes.CDLL(None).malloc_trim(0)
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def settle(device: str) -> int:
+    """Gives freed memory back, restarts the count of the process's peak, and returns the bytes it has now."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_reserved()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
     return psutil.Process().memory_info().rss
 
 
-def peak(device: str) -> int:
-    """Most bytes in use since `settle`; on systems other than Linux, since the process started."""
+def process_peak(device: str) -> int:
+    """Most bytes the process had since `settle`: reserved on the GPU, or resident (without Linux: since it started)."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
         return 1024 * int(found[1])
@@ -127,8 +141,13 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def held_bytes(model: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+def nbytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def held(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return nbytes(model.parameters()) + nbytes(model.buffers())
 
 
 def structure(model: torch.nn.Module) -> list[tuple[Any, ...]]:
@@ -146,23 +165,24 @@ class Contender:
         self.model, self.batch = setup.build()
         self.optimizer: torch.optim.Optimizer | None = None
         self.model.enable_input_require_grads()
-        self.step()  # loads libraries and makes workspaces, which belong to the baseline of the memory
-        self.base_memory = settle(setup.device)
+        self.step()  # loads libraries and makes workspaces, which belong to the bare model
+        self.bare, self.bare_structure = settle(setup.device), structure(self.model)
         self.facts: dict[str, Any] = {"trainable": 0, "saved": 0, "held": 0, "merged": None}
         if config is not None:
             self.model.disable_input_require_grads()
             self._adapt(config)
+        settle(setup.device)
         for _ in range(2):
             self.step()
 
     def _adapt(self, config: PeftConfig) -> None:
-        base_bytes, self.base_structure = held_bytes(self.model), structure(self.model)
+        bare = held(self.model)
         self.model = get_peft_model(self.model, config)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
         self.facts["trainable"] = sum(p.numel() for p in trained)
-        self.facts["saved"] = sum(tensor.nbytes for tensor in get_peft_model_state_dict(self.model).values())
-        self.facts["held"] = held_bytes(self.model) - base_bytes
+        self.facts["saved"] = nbytes(get_peft_model_state_dict(self.model).values())
+        self.facts["held"] = held(self.model) - bare
 
     def step(self) -> list[float]:
         """Seconds of forward, backward and optimizer."""
@@ -183,15 +203,14 @@ class Contender:
             self.optimizer.zero_grad()
 
     def finish(self) -> dict[str, Any]:
-        """Counts, the peak bytes of a step above the bare model, and whether merging restores the bare structure."""
-        with suppress(OSError, AttributeError):  # every large tensor in a mapping of its own: no fragmentation counts
-            ctypes.CDLL(None).mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD, glibc
-        settle(self.setup.device)
-        self.step()
-        self.facts["memory"] = peak(self.setup.device) - self.base_memory
+        """Counts, peak bytes above the bare model, and whether merging gives back the bare model's structure."""
+        self.facts["resident"] = process_peak(self.setup.device) - self.bare
+        states = self.optimizer.state.values() if self.optimizer else ()
+        kept = self.facts["held"] + nbytes(value for state in states for value in state.values())
+        self.facts["memory"] = kept + allocated_peak(self.step, self.setup.device)
         if self.optimizer is not None:
             with suppress(NotImplementedError):
-                self.facts["merged"] = structure(self.model.merge_and_unload()) == self.base_structure
+                self.facts["merged"] = structure(self.model.merge_and_unload()) == self.bare_structure
         return self.facts
 
 

@@ -66,7 +66,7 @@ def measure(setup: Setup, configs: Mapping[str, Any], rounds: int, alive: int) -
 
 
 def ratios(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians of the ratios within each round (of the whole step with their quartiles), and the memory's ratio."""
+    """Medians of the ratios within each round (of the whole step with their quartiles), and the ratios of memory."""
 
     def by_round(part: Callable[[list[float]], float]) -> list[float]:
         pairs = [(part(ours), part(theirs)) for ours, theirs in zip(row["times"], other["times"], strict=True)]
@@ -74,7 +74,8 @@ def ratios(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
     low, middle, high = quantiles(by_round(sum), n=4)
     phases = {phase: median(by_round(lambda times, i=i: times[i])) for i, phase in enumerate(PHASES)}
-    return {"step": middle, "quartiles": (low, high), **phases, "memory": row["memory"] / max(1, other["memory"])}
+    memory = {key: row[key] / max(1, other[key]) for key in ("memory", "resident")}
+    return {"step": middle, "quartiles": (low, high), **phases, **memory}
 
 
 def cells(name: str, row: Mapping[str, Any]) -> dict[str, str]:
@@ -88,6 +89,7 @@ def cells(name: str, row: Mapping[str, Any]) -> dict[str, str]:
         "step / floor": f"{floor['step']:.3f}",
         "memory / LoRA": f"{lora['memory']:.2f}",
         "/ floor": f"{floor['memory']:.2f}",
+        "resident / LoRA": f"{lora['resident']:.2f}",
         "trainable": f"{row['trainable']:,}",
         "saved KiB": f"{row['saved'] / 1024:,.1f}",
         "held KiB": f"{row['held'] / 1024:,.1f}",

@@ -28,9 +28,11 @@ class KronALinear(peftx.AdapterLayer):
     def create(self, adapter_name: str, config: KronAConfig) -> None:
         if self.in_features % config.p or self.out_features % config.p:
             raise ValueError(f"p={config.p} does not divide {self.in_features} and {self.out_features}.")
-        B = torch.zeros if config.init_weights else torch.randn  # zero: the model starts unchanged
+        B = torch.zeros(self.out_features // config.p, self.in_features // config.p)  # the model starts unchanged
+        if not config.init_weights:
+            nn.init.normal_(B, std=0.1)
         self.krona_A[adapter_name] = nn.Parameter(torch.randn(config.p, config.p))
-        self.krona_B[adapter_name] = nn.Parameter(B(self.out_features // config.p, self.in_features // config.p))
+        self.krona_B[adapter_name] = nn.Parameter(B)
 
     def delta_weight(self, adapter_name: str) -> torch.Tensor:
         delta = torch.kron(self.krona_A[adapter_name], self.krona_B[adapter_name])

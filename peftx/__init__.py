@@ -5,7 +5,7 @@ PEFT, transformers and accelerate do with an adapter works as for PEFT's own met
 """
 
 from .registry import MethodInfo, methods, register
-from .tuners import AdapterConfig, AdapterLayer, AdapterModel, BoneConfig, LoLDUConfig
+from .tuners import AdapterConfig, AdapterLayer, AdapterModel, BoneConfig, CompacterConfig, FloraConfig, LoLDUConfig
 
 __version__ = "0.1.0"
 
@@ -14,6 +14,8 @@ __all__ = [
     "AdapterLayer",
     "AdapterModel",
     "BoneConfig",
+    "CompacterConfig",
+    "FloraConfig",
     "LoLDUConfig",
     "MethodInfo",
     "methods",

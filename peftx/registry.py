@@ -33,7 +33,8 @@ class MethodInfo:
         model: the `BaseTuner` subclass that PEFT instantiates.
         paper: where the method comes from, e.g. `"arXiv:2409.15371"`.
         summary: one line on what it does.
-        mergeable: whether a weight delta exists, so that `merge_and_unload` works.
+        mergeable: whether a weight delta exists, so that `merge_and_unload` works; default: what the layer class says.
+        exact_start: whether a fresh adapter leaves the base model's output bit for bit as it is; else to about 1e-6.
         lora_export: `"exact"` (the delta has the adapter's rank), `"dora"`, `"svd"` (truncated, with an error) or
             `"none"`.
         layer_types: names of the layer classes that can be targeted.
@@ -50,6 +51,7 @@ class MethodInfo:
     paper: str
     summary: str
     mergeable: bool = True
+    exact_start: bool = True
     lora_export: Literal["exact", "dora", "svd", "none"] = "svd"
     layer_types: tuple[str, ...] = ("Linear", "Conv1D")
     quantized: bool = True
@@ -179,7 +181,7 @@ def register(
             model=model,
             paper=paper,
             summary=summary or first_line,
-            **{"variants": {name: {}}, **capabilities},
+            **{"variants": {name: {}}, "mergeable": not getattr(cls, "no_delta", ""), **capabilities},
         )
         member = _extend_peft_type(name)
         for mapping in (

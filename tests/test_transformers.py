@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import transformers
 from conftest import CASES, EXAMPLES, Case, adapted, forward, logits, randomize, tiny_model
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 import peftx
@@ -234,18 +234,14 @@ def test_native_loading_restores_every_saved_tensor(
     adapted_model.save_pretrained(tmp_path / "peft")
 
     for folder in ("native", "peft"):
-        assert (tmp_path / folder / "adapter_model.safetensors").exists()
         for name in ("default", "another"):
             loaded = tiny_model(kind)
             info = loaded.load_adapter(tmp_path / folder, adapter_name=name)
             assert not info.missing_keys and not info.unexpected_keys
             assert torch.equal(logits(loaded, tokens), wanted)
         assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(kind), tmp_path / folder), tokens), wanted)
-    saved = [dict(peft.utils.load_peft_weights(tmp_path / folder)) for folder in ("native", "peft")]
-    assert (
-        saved[0].keys() == {key.removeprefix("base_model.model.") for key in saved[1]}
-        or saved[0].keys() == saved[1].keys()
-    )
+    native, ours = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("native", "peft"))
+    assert native.keys() == ours.keys() and all(torch.equal(native[key], ours[key]) for key in ours)
 
 
 def test_auto_classes_load_the_base_and_the_adapter(case: Case, tokens: torch.Tensor, tmp_path: Path) -> None:
@@ -458,5 +454,4 @@ def test_autocast(case: Case, kind: str, tokens: torch.Tensor) -> None:
     assert not torch.equal(rounded, exact) and near(rounded, exact, 0.03)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     exact_gradient, gradient = (torch.cat([g.flatten() for g in gs.values()]) for gs in (exact_gradients, found))
-    print("REL", (gradient - exact_gradient).norm() / exact_gradient.norm())
     assert near(gradient, exact_gradient, 0.1)

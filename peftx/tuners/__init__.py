@@ -1,5 +1,7 @@
 from .bone import BoneConfig, BoneLinear
+from .compacter import CompacterConfig, CompacterLinear
 from .config import AdapterConfig
+from .flora import FloraConfig, FloraLayer
 from .layer import AdapterLayer, accumulate
 from .loldu import LoLDUConfig, LoLDULinear
 from .model import AdapterModel
@@ -10,6 +12,10 @@ __all__ = [
     "AdapterModel",
     "BoneConfig",
     "BoneLinear",
+    "CompacterConfig",
+    "CompacterLinear",
+    "FloraConfig",
+    "FloraLayer",
     "LoLDUConfig",
     "LoLDULinear",
     "accumulate",

@@ -58,7 +58,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
       layer must equal the base layer bit for bit;
     - `delta_weight(adapter_name)`: the dense weight delta, (out_features, in_features);
     - `add_delta(adapter_name, x, result)`: adds the adapter's contribution to the output (default: by the dense delta);
-    - `lora_factors(adapter_name)`: the delta as a LoRA, where it is exactly one.
+    - `lora_factors(adapter_name)`: the delta as a LoRA, where it is exactly one;
+    - `no_delta`: where an adapter is no change of the weight, the reason. It defines `add_delta` then, which may also
+      read the base layer's output, `result`; there is no `delta_weight`, and merging is refused with the reason.
 
     Everything else (several adapters, merging, quantised bases, mixed batches, dtypes, deletion, saving) is here.
     Config values of an adapter, resolved for this module, are in `self.adapter_config[adapter_name]`.
@@ -74,8 +76,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """
 
     model_cls: ClassVar[type[BaseTuner]] = AdapterModel
-    mergeable: ClassVar[bool] = True
+    no_delta: ClassVar[str] = ""
     frozen_names: ClassVar[tuple[str, ...]] = ()
+    layer_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, Conv1D)
+    supported: ClassVar[str] = "nn.Linear, transformers' Conv1D and quantised linear layers"
 
     base_layer: nn.Module
     in_features: int
@@ -113,8 +117,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """The output with the adapter's contribution. Shapes: x (..., in_features), result (..., out_features)."""
-        delta = self.delta_weight(adapter_name).to(result.dtype)
-        return accumulate(result, x, delta.T, self.scaling[adapter_name])
+        return self.add_dense(self.scaling[adapter_name] * self.delta_weight(adapter_name), x, result)
 
     def apply_delta(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
         """`weight` (out_features, in_features) with the adapter merged in; a new tensor."""
@@ -130,6 +133,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         Raises:
             NotImplementedError: the delta has no such factors.
         """
+        self.check_delta()
         raise NotImplementedError(f"{type(self).__name__} has no exact LoRA form for adapter {adapter_name!r}.")
 
     def prefers_dense(self, adapter_name: str, tokens: int) -> bool:
@@ -148,22 +152,34 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def check_base_layer(self, base_layer: nn.Module) -> None:
         backend = self.quantization_backend
-        if isinstance(base_layer, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear"):
+        if isinstance(base_layer, self.layer_types) or (backend is not None and backend.layer_type == "linear"):
             return
         raise TypeError(
-            f"{type(base_layer).__name__} is not supported, only nn.Linear, transformers' Conv1D and quantised "
-            "linear layers are. Name other modules in `target_modules`, or leave this one out by `exclude_modules`."
+            f"{type(base_layer).__name__} is not supported, only {self.supported} are. "
+            "Name other modules in `target_modules`, or leave this one out by `exclude_modules`."
         )
+
+    def project(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """What a base layer of `layer_types` computes, with `weight` (out_features, in_features) and `bias`."""
+        return F.linear(x, weight, bias)
+
+    def add_dense(self, delta: torch.Tensor, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """The output `result` for `x` with the contribution of a dense delta (out_features, in_features)."""
+        return accumulate(result, x, delta.T.to(result.dtype))
+
+    def _tokens(self, x: torch.Tensor) -> int:
+        """How many times the input `x` makes the base layer use its weight."""
+        return x.numel() // max(x.shape[-1], 1)
 
     @property
     def _transposed(self) -> bool:
-        return isinstance(self.get_base_layer(), Conv1D)
+        return isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
 
     @property
     def _plain(self) -> bool:
-        """Whether the base layer computes nothing but `F.linear(x, weight, bias)` and nobody watches it do so."""
+        """Whether the base layer computes nothing but `project(x, weight, bias)` and nobody watches it do so."""
         base = self.base_layer
-        return type(base) in (nn.Linear, Conv1D) and not (
+        return type(base) in self.layer_types and not (
             base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__
         )
 
@@ -278,11 +294,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if self._plain and self._dense(names, x):
             weight = self._adapted_weight(names, self.base_weight())
-            return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return self.project(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return self._adapt(names, x, self.base_layer(x, *args, **kwargs))
 
     def _dense(self, names: Sequence[str], x: torch.Tensor) -> bool:
-        tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        tokens = self._tokens(x)
         return any(self.prefers_dense(name, tokens) for name in names)
 
     def _adapted_weight(self, names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
@@ -295,8 +311,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The base layer's output `result` for `x`, with the contributions of the adapters `names`."""
         if self._dense(names, x):
             weight = at_least_fp32(self.base_weight())
-            delta = self._adapted_weight(names, weight) - weight
-            return accumulate(result, x, delta.T.to(result.dtype))
+            return self.add_dense(self._adapted_weight(names, weight) - weight, x, result)
         for name in names:
             result = self.add_delta(name, x, result)
         return result
@@ -332,8 +347,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: the merged weight is not finite (`safe_merge`).
-            NotImplementedError: the quantised base layer cannot be written.
+            NotImplementedError: the adapter is no weight delta, or the quantised base layer cannot be written.
         """
+        self.check_mergeable()
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if names:
             self._write_weight(self.merged_weight(names, check=safe_merge))
@@ -353,6 +369,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes all merged adapters out of the base weight again, the last merged first."""
+        self.check_mergeable()
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -360,8 +377,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
         self._write_weight(weight)
 
+    def check_delta(self) -> None:
+        """Raises NotImplementedError, with the reason and the way out, where an adapter is no weight delta."""
+        if self.no_delta:
+            method = next((config.peft_type.value for config in self.adapter_config.values()), type(self).__name__)
+            raise NotImplementedError(
+                f"{method} adapters cannot be merged or converted to LoRA: {self.no_delta}. Keep the adapter attached "
+                "for inference, or call `unload()` to get the base model back."
+            )
+
     def check_mergeable(self) -> None:
         """Raises NotImplementedError, with the reason and the way out, where the weight cannot be written."""
+        self.check_delta()
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise NotImplementedError(
@@ -375,11 +402,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The delta in the layout of the base weight and at least in fp32 (PEFT's name for it)."""
+        self.check_delta()
         delta = self.scaling[adapter_name] * at_least_fp32(self.delta_weight(adapter_name))
         return delta.T if self._transposed else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.mergeable
+        """Asked by PEFT's `convert_to_lora`, whose own error does not say why; the tuner's method answers False."""
+        self.check_delta()
+        return True
 
     # Representation
 

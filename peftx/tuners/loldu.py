@@ -94,7 +94,7 @@ def ldu(weight: torch.Tensor, r: int) -> LDU:
     PL = torch.empty_like(L)
     PL[rows] = L
     checksum = sum((i + 1) * (row + 1) for i, row in enumerate(rows[:r])) % (2**61 - 1)
-    return LDU(PL, d, U / d[:, None], torch.tensor(checksum))
+    return LDU(PL, d, U / d[:, None], torch.tensor([checksum]))
 
 
 def start(d: torch.Tensor, method: InitMethod) -> torch.Tensor:
@@ -150,7 +150,7 @@ class LoLDULinear(AdapterLayer):
         PL, d, U, checksum = ldu(weight, r)
         # The offset cancels z and sigma as they will be stored, after rounding to the dtype PEFT gives them.
         z = start(d, config.init_method).to(dtype)
-        sigma = torch.tensor((r if config.alpha is None else config.alpha) / r, dtype=dtype)
+        sigma = torch.tensor([(r if config.alpha is None else config.alpha) / r], dtype=dtype)  # FSDP has no scalars
         c0 = sigma.to(weight.dtype) * z.to(weight.dtype)
         if not config.init_weights:
             z = z + torch.randn(r, dtype=dtype) * d.abs().mean().to(dtype)

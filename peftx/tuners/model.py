@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -118,9 +119,12 @@ class AdapterModel(BaseTuner):
                 yield name, module
 
     def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
         for _, layer in self._layers():
             layer.check_mergeable()
+        super()._check_merge_allowed()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return not self.tuner_layer_cls.no_delta and super().supports_lora_conversion(adapter_name)
 
     def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
         for _, layer in self._layers():
@@ -190,11 +194,11 @@ class AdapterModel(BaseTuner):
     @classmethod
     def _find_problems(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
         expected = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, cls.tuner_layer_cls):
+        for name, module in model.named_modules():
+            if isinstance(module, (cls.tuner_layer_cls, AdapterModel)):
                 prefix = name.removeprefix("_fsdp_wrapped_module.")
-                for attribute, key in _keys(layer, prefix, adapter_name).items():
-                    expected[key] = getattr(layer, attribute)[adapter_name]
+                for attribute, key in _keys(module, prefix, adapter_name).items():
+                    expected[key] = getattr(module, attribute)[adapter_name]
         problems = []
         for key, wanted in expected.items():
             shown = key.removesuffix(f".{adapter_name}")
@@ -215,12 +219,14 @@ class AdapterModel(BaseTuner):
         return problems
 
 
-def _keys(layer: AdapterLayer, prefix: str, adapter_name: str) -> dict[str, str]:
-    """State-dict key of each tensor that the adapter saves, by the name of the layer's attribute."""
+def _keys(module: AdapterLayer | AdapterModel, prefix: str, adapter_name: str) -> dict[str, str]:
+    """State-dict key of each tensor that the adapter saves in a layer, or in the tuner for all layers, by the name of
+    the attribute that holds it."""
     keys = {}
-    for attribute in (*layer.adapter_layer_names, *layer.frozen_names):
-        tensors = getattr(layer, attribute)
-        if adapter_name in tensors and adapter_name not in tensors._non_persistent_buffers_set:
+    for attribute, tensors in module.named_children():
+        if not isinstance(tensors, (nn.ParameterDict, BufferDict)) or adapter_name not in tensors:
+            continue
+        if adapter_name not in tensors._non_persistent_buffers_set:
             keys[attribute] = f"{prefix}.{attribute}.{adapter_name}" if prefix else f"{attribute}.{adapter_name}"
     return keys
 

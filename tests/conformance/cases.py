@@ -60,7 +60,7 @@ class Awake(str):
 
 
 def awake(config: type, kwargs: dict) -> dict:
-    """The kwargs of a config whose adapter is no no-op. PEFT's helper of this kind turns a named mode into False."""
+    """The kwargs of a config whose adapter is not a no-op. PEFT's helper of this kind turns a named mode into False."""
     field = "init_lora_weights" if hasattr(config, "init_lora_weights") else "init_weights"
     mode = kwargs.get(field, True)
     return {**kwargs, field: Awake(mode) if isinstance(mode, str) else False}
@@ -103,9 +103,9 @@ def variants() -> list[Variant]:
     if unknown := set(chosen) - set(methods):
         raise pytest.UsageError(f"CONFORMANCE names {sorted(unknown)}; the methods are {sorted(methods)}")
     return [
-        Variant(name, methods[chosen_name], {**methods[chosen_name].tiny, **kwargs})
-        for chosen_name in chosen
-        for name, kwargs in methods[chosen_name].variants.items()
+        Variant(mode, method, {**method.tiny, **kwargs})
+        for method in map(methods.__getitem__, chosen)
+        for mode, kwargs in method.variants.items()
     ]
 
 

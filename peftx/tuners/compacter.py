@@ -1,0 +1,322 @@
+"""Compacter and Compacter++, arXiv:2106.04647: bottleneck adapters of parameterised hypercomplex multiplications."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..registry import register
+from .config import AdapterConfig, Number
+from .layer import AdapterLayer, accumulate, at_least_fp32
+from .model import AdapterModel
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+# The modules that end a sub-layer: model types, Compacter's targets (after self-attention and after the feed-forward
+# block), Compacter++'s (feed-forward only). PEFT matches names by their ends, so `output.dense` would be both in BERT.
+SITES: list[tuple[str, list[str] | str, list[str] | str]] = [
+    ("t5 mt5 umt5", ["SelfAttention.o", "DenseReluDense.wo"], ["DenseReluDense.wo"]),
+    (
+        "bert roberta xlm-roberta electra deberta deberta-v2",
+        r".*\blayer\.\d+\.(attention\.)?output\.dense",
+        r".*\blayer\.\d+\.output\.dense",
+    ),
+    (
+        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3",
+        ["self_attn.o_proj", "mlp.down_proj"],
+        ["mlp.down_proj"],
+    ),
+    ("gpt2", ["attn.c_proj", "mlp.c_proj"], ["mlp.c_proj"]),
+    ("gptj", ["attn.out_proj", "mlp.fc_out"], ["mlp.fc_out"]),
+    ("gpt_neox", ["attention.dense", "mlp.dense_4h_to_h"], ["mlp.dense_4h_to_h"]),
+    ("opt bart mbart", ["self_attn.out_proj", "fc2"], ["fc2"]),
+    ("distilbert", ["attention.out_lin", "ffn.lin2"], ["ffn.lin2"]),
+    (  # either layout of transformers 5
+        "vit deit",
+        r".*\blayers?\.\d+\.(attention\.o_proj|mlp\.fc2|(attention\.)?output\.dense)",
+        r".*\blayers?\.\d+\.(mlp\.fc2|output\.dense)",
+    ),
+]
+COMPACTER = {model_type: both for types, both, _ in SITES for model_type in types.split()}
+COMPACTER_PLUS_PLUS = {model_type: ffn for types, _, ffn in SITES for model_type in types.split()}
+
+
+@dataclass
+class CompacterConfig(AdapterConfig):
+    """Bottleneck adapters behind the targeted modules, made of Kronecker products with one rule that all share.
+
+    For the output h (d values) of a targeted module, with b = d // reduction_factor and n = phm_dim:
+
+        h' = h + up(phi(down(h))),    down and up: x -> x H + bias,    H = sum_i kron(A_i, s_i t_i)
+
+    The rule A, n matrices of n x n, is one tensor for the whole model, in the file and in the optimizer; s_i and t_i
+    have rank phm_rank and belong to the module: 2 phm_rank (d + b) + d + b values a module, n^3 for the rule. At the
+    start h' equals h to about 1e-6. A nonlinearity on the module's output is no change of its weight: such an adapter
+    cannot be merged or exported to LoRA, only unloaded.
+
+    The rule's gradient is the sum over all modules and far larger than theirs: train with Adam, not with SGD. Under
+    DDP, gradient checkpointing must not be reentrant (`{"use_reentrant": False}`), since the rule is used in many
+    checkpointed blocks. With FSDP keep the rule, which is outside of the blocks, in the root unit.
+
+    Args:
+        phm_dim: n; it divides d and b of every target. Default 4.
+        reduction_factor: d // b; default 32.
+        phm_rank: rank of s_i t_i; default 1.
+        ffn_only: `True` is Compacter++, adapters behind feed-forward blocks only; `False` (default) is Compacter,
+            behind self-attention too. It chooses the default of `target_modules`; never cross-attention.
+        shared_phm_rule: whether the rule is shared; else both projections of every module have their own. Default
+            `True`.
+        factorized_phm: whether s_i t_i is a product; else a full d/n x b/n matrix. Default `True`.
+        learn_phm: whether the rule is trained; default `True`.
+        phm_init_range: standard deviation of the shared rule at the start; default 1e-4. (One that is not shared
+            starts with 0.01, as in the authors' code, and further from the base model.)
+        phm_bias: whether down and up have biases; default `True`.
+        non_linearity: phi; default `"gelu_new"` (the tanh approximation).
+        dropout: on the output of `up`; default 0.
+        train_layer_norms: whether the normalisation layers of the base model are trained and saved too, as in the
+            paper, whose 0.047 % of T5-base counts them. Default `False`.
+        init_weights: `True` as published; `"identity"` starts exactly as the base model (t of `up` is zero); `False`
+            with a random delta (tests).
+
+    The other arguments and the errors raised are those of `peftx.AdapterConfig`.
+    """
+
+    phm_dim: int = field(default=4, metadata={"help": "n: the rule is n x n x n; divides both widths of a projection."})
+    reduction_factor: int = field(default=32, metadata={"help": "Width of the module's output over the bottleneck's."})
+    phm_rank: int = field(default=1, metadata={"help": "Rank of the factors that each module owns."})
+    ffn_only: bool = field(default=False, metadata={"help": "Compacter++: default targets after feed-forward only."})
+    shared_phm_rule: bool = field(default=True, metadata={"help": "One rule for the model, or two for each module."})
+    factorized_phm: bool = field(default=True, metadata={"help": "Low-rank factors, or full matrices."})
+    learn_phm: bool = field(default=True, metadata={"help": "Whether the rule is trained."})
+    phm_init_range: Number = field(default=1e-4, metadata={"help": "Standard deviation of the shared rule at the start."})
+    phm_bias: bool = field(default=True, metadata={"help": "Whether the two projections have biases."})
+    non_linearity: str = field(default="gelu_new", metadata={"help": f"One of {', '.join(ACTIVATIONS)}."})
+    dropout: Number = field(default=0.0, metadata={"help": "Dropout on the adapter's output."})
+    train_layer_norms: bool = field(default=False, metadata={"help": "Train the base model's norms too (the paper)."})
+    init_weights: bool | Literal["identity"] = field(  # type: ignore[assignment]
+        default=True,
+        metadata={"help": "True: as published. 'identity': exactly the base model. False: random delta (tests)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("phm_dim", "reduction_factor", "phm_rank"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
+        if self.phm_init_range < 0:
+            raise ValueError(f"`phm_init_range` must not be negative, got {self.phm_init_range}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}.")
+        if self.non_linearity not in ACTIVATIONS:
+            raise ValueError(f"`non_linearity` must be one of {', '.join(ACTIVATIONS)}; got {self.non_linearity!r}.")
+
+
+# The two ends of x H, H = sum_i kron(rule[i], s[i] @ t[i]) of shape (p, q), which is never built. The rule is folded into
+# the factor on the narrow side: n^2 k values for each of its columns. rule (n, n, n), s (n, p/n, k), t (n, k, q/n).
+
+
+def contract(x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x H where p is the wide side: (..., p) -> (..., q), in the dtype of the rule."""
+    wide = s.transpose(1, 2).flatten(0, 1)  # row-major (n k, p/n): three times as fast as its transpose
+    z = F.linear(x.unflatten(-1, (len(rule), -1)), wide.to(x.dtype)).flatten(-2)
+    narrow = torch.einsum("iab,irv->airbv", rule, t).reshape(z.shape[-1], -1)
+    return z.to(rule.dtype) @ narrow
+
+
+def expand(x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """z (..., n, n k), with which x H is `z @ t.flatten(0, 1)`, flattened, where q is the wide side."""
+    narrow = torch.einsum("iab,iur->aubir", rule, s).reshape(x.shape[-1], -1)
+    return (x @ narrow).unflatten(-1, (len(rule), -1))
+
+
+class SharedRuleModel(AdapterModel):
+    """The tuner; it holds the shared rules, `compacter_rule`, to which the layers only refer."""
+
+    uses_shared_state = True
+    target_module_mapping = COMPACTER
+    compacter_rule: nn.ParameterDict
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self.compacter_rule = nn.ParameterDict()
+
+    def _prepare_adapter_config(self, peft_config: CompacterConfig, model_config: dict) -> CompacterConfig:
+        if peft_config.target_modules is None:
+            model_type = model_config["model_type"]
+            targets = (COMPACTER_PLUS_PLUS if peft_config.ffn_only else COMPACTER).get(model_type)
+            if targets is None:
+                raise ValueError(
+                    "Please specify `target_modules` in `peft_config`: Compacter has no default for the model type "
+                    f"{model_type!r}. Name the modules that end the feed-forward and self-attention blocks."
+                )
+            if isinstance(targets, str) and peft_config.layers_to_transform is not None:
+                raise ValueError(
+                    f"`layers_to_transform` needs `target_modules` to be a list of names; Compacter's default for "
+                    f"{model_type!r} is a regex, {targets!r}."
+                )
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+        if peft_config.train_layer_norms:
+            norms = {name.rpartition(".")[2] for name, m in self.model.named_modules() if _is_norm(m)}
+            peft_config.modules_to_save = sorted(norms.union(peft_config.modules_to_save or ()))
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
+        layer = getattr(parent, target_name)
+        object.__setattr__(layer, "shared_rule", self.compacter_rule)  # not registered: one tensor in the file
+        if peft_config.shared_phm_rule and adapter_name not in self.compacter_rule:
+            n, std = peft_config.phm_dim, peft_config.phm_init_range if peft_config.init_weights else 0.1
+            rule = torch.randn(n, n, n, dtype=torch.promote_types(layer.adapter_dtype, torch.float32)) * std
+            self.compacter_rule[adapter_name] = nn.Parameter(rule)
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT calls this on all modules that have it when it has loaded a file.
+        rule = self.compacter_rule[adapter_name] if adapter_name in self.compacter_rule else None
+        layer = next((layer for _, layer in self._layers() if adapter_name in layer.adapter_config), None)
+        if rule is not None and layer is not None and not rule.is_meta:
+            base_device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            rule.data = at_least_fp32(rule.data).to(device or base_device)
+
+    # PEFT trains, freezes and deletes what is in the layers; the rule of an adapter follows.
+
+    def _follow_layers(self) -> None:
+        for name in list(self.compacter_rule):
+            if name not in self.peft_config:
+                del self.compacter_rule[name]
+                continue
+            trained = any(
+                tensors[name].requires_grad
+                for _, layer in self._layers()
+                for tensors in (getattr(layer, names) for names in layer.adapter_layer_names)
+                if name in tensors
+            )
+            self.compacter_rule[name].requires_grad_(trained and self.peft_config[name].learn_phm)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().inject_adapter(*args, **kwargs)
+        finally:
+            self._follow_layers()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        self._follow_layers()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._follow_layers()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._follow_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._follow_layers()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.lower().endswith(("layernorm", "rmsnorm"))
+
+
+@register(
+    "compacter",
+    config=CompacterConfig,
+    paper="arXiv:2106.04647",
+    lora_export="none",
+    exact_start=False,
+    tiny={"phm_dim": 2, "reduction_factor": 1},
+    learning_rate=3e-3,
+)
+class CompacterLinear(AdapterLayer):
+    model_cls = SharedRuleModel
+    no_delta = "its nonlinear bottleneck reads the module's output, so no change of the weight equals it"
+    adapter_layer_names = (
+        "compacter_down_s",
+        "compacter_down_t",
+        "compacter_down_bias",
+        "compacter_up_s",
+        "compacter_up_t",
+        "compacter_up_bias",
+        "compacter_down_rule",
+        "compacter_up_rule",
+    )
+    shared_rule: nn.ParameterDict
+
+    def create(self, adapter_name: str, config: CompacterConfig) -> None:
+        d, n, k = self.out_features, config.phm_dim, config.phm_rank
+        b = d // config.reduction_factor
+        if d % n or b % n or not b:
+            raise ValueError(
+                f"phm_dim={n} must divide the width d={d} of the module's output and the width of the bottleneck, "
+                f"b = d // reduction_factor = {d} // {config.reduction_factor} = {b}, which must be at least phm_dim."
+            )
+        factors = {"down_s": (n, d // n, k), "down_t": (n, k, b // n), "up_s": (n, b // n, k), "up_t": (n, k, d // n)}
+        if not config.factorized_phm:
+            factors = {"down_s": (n, d // n, b // n), "up_t": (n, b // n, d // n)}
+        tensors = {name: glorot(shape) for name, shape in factors.items()}
+        if config.init_weights == "identity":
+            tensors["up_t"].zero_()
+        if config.phm_bias:
+            tensors |= {"down_bias": torch.zeros(b), "up_bias": torch.zeros(d)}
+        if not config.shared_phm_rule:
+            std = 0.01 if config.init_weights else 0.1
+            tensors |= {name: torch.randn(n, n, n) * std for name in ("down_rule", "up_rule")}
+        for name, tensor in tensors.items():
+            getattr(self, f"compacter_{name}")[adapter_name] = nn.Parameter(tensor)
+        if not config.learn_phm:
+            self.freeze(adapter_name, "compacter_down_rule", "compacter_up_rule")
+
+    def rule(self, adapter_name: str, side: Literal["down", "up"]) -> torch.Tensor:
+        """The rule (n, n, n) of a projection: the module's own or the shared one, at least in fp32."""
+        own = getattr(self, f"compacter_{side}_rule")
+        return at_least_fp32(own[adapter_name] if adapter_name in own else self.shared_rule[adapter_name])
+
+    def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        config = self.adapter_config[adapter_name]
+        n, k = config.phm_dim, self.out_features // config.reduction_factor // config.phm_dim
+        down, up = (self.rule(adapter_name, side).to(result.device) for side in ("down", "up"))  # type: ignore[arg-type]
+        own = {
+            name.removeprefix("compacter_"): getattr(self, name)[adapter_name].to(down.dtype)
+            for name in self.adapter_layer_names
+            if adapter_name in getattr(self, name)
+        }
+        if not config.factorized_phm:
+            own["down_t"] = own["up_s"] = torch.eye(k, dtype=down.dtype, device=down.device).expand(n, k, k)
+        with torch.autocast(result.device.type, enabled=False):  # the rule's products are too small for fp16
+            g = contract(result, down, own["down_s"], own["down_t"])
+            if config.phm_bias:
+                g = g + own["down_bias"]
+            z, wide = expand(ACTIVATIONS[config.non_linearity](g), up, own["up_s"]), own["up_t"].flatten(0, 1)
+            if config.phm_bias:  # n more coefficients, the same for all rows, instead of a further pass over the output
+                z = torch.cat([z, torch.eye(n, dtype=z.dtype, device=z.device).expand(*z.shape[:-2], n, n)], dim=-1)
+                wide = torch.cat([wide, own["up_bias"].view(n, -1)])
+            drop = config.dropout if self.training else 0.0
+            start = torch.zeros_like(result) if drop else result
+            y = accumulate(start.unflatten(-1, (n, -1)), z, wide, self.scaling[adapter_name]).flatten(-2)
+            return result + F.dropout(y, drop) if drop else y
+
+
+def glorot(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor (n, p, q) of n matrices with Xavier's uniform start and gain sqrt(2) each."""
+    tensor = torch.empty(shape)
+    for matrix in tensor:
+        nn.init.xavier_uniform_(matrix, gain=2**0.5)
+    return tensor
