@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import re
 import sys
 import time
@@ -16,7 +17,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # every process would repeat what bitsandbytes lacks here
+# What every process would otherwise repeat on the terminal:
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 import psutil

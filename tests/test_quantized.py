@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MLP, Case, randomize
+from conftest import MLP, Case, adapted, randomize
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, resolve_quantization_backend
 from torch import nn
@@ -80,18 +80,6 @@ def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(4, 3, width, generator=generator).to(dtype) for width in (64, 128)]
 
 
-def adapted(base: nn.Module, case: Case, *names: str) -> PeftModel:
-    """A copy of `base` with adapters that do something; the last one is active."""
-    names = names or ("default",)
-    model = get_peft_model(copy.deepcopy(base), case.config(target_modules=TARGETS), adapter_name=names[0])
-    for seed, name in enumerate(names):
-        if name != names[0]:
-            model.add_adapter(name, case.config(target_modules=TARGETS))
-        model.set_adapter(name)
-        randomize(model, case, seed=seed)
-    return model.eval()
-
-
 def layers_of(model: nn.Module) -> list[peftx.AdapterLayer]:
     return [module for module in model.modules() if isinstance(module, peftx.AdapterLayer)]
 
@@ -135,7 +123,7 @@ def test_starts_as_the_quantized_base(case: Case, base: Net, inputs: list[torch.
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_forward_adds_the_delta(case: Case, base: Net, inputs: list[torch.Tensor], training: bool) -> None:
-    base, model = base.train(training), adapted(base, case).train(training)
+    base, model = base.train(training), adapted(copy.deepcopy(base), case, target_modules=TARGETS).train(training)
     kernel = None if training else torch.bfloat16  # at inference on AVX512, 4-bit scales are rounded to bf16
     for plain, layer, x in zip((base.lin0, base.lin1), layers_of(model), inputs, strict=True):
         change = x.double() @ layer.get_delta_weight("default").double().T
@@ -144,7 +132,7 @@ def test_forward_adds_the_delta(case: Case, base: Net, inputs: list[torch.Tensor
 
 
 def test_gradients_reach_adapter_and_input(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    layer = layers_of(adapted(base, case).train())[0]
+    layer = layers_of(adapted(copy.deepcopy(base), case, target_modules=TARGETS).train())[0]
     delta = layer.get_delta_weight("default").double()
     upstream = torch.randn(4, 3, 128, generator=torch.Generator().manual_seed(2)).to(inputs[0].dtype)
     x, reference = inputs[0].clone().requires_grad_(), inputs[0].clone().requires_grad_()
@@ -159,9 +147,20 @@ def test_gradients_reach_adapter_and_input(case: Case, base: Net, inputs: list[t
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in trainable)
 
 
+def test_training_goes_on_after_an_evaluation(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    fresh, evaluated = (adapted(copy.deepcopy(base), case, target_modules=TARGETS) for _ in range(2))
+    evaluated(inputs[0])
+    for model in (fresh, evaluated):
+        with torch.enable_grad():
+            model.train()(inputs[0]).float().square().mean().backward()
+    for wanted, parameter in zip(fresh.parameters(), evaluated.parameters(), strict=True):
+        if parameter.requires_grad:  # scales of a 4-bit weight were rounded to bf16 on the way
+            assert (parameter.grad - wanted.grad).norm() <= 0.05 * wanted.grad.norm()
+
+
 @pytest.mark.parametrize("evaluated", [False, True], ids=["", "evaluated"])
 def test_merge_writes_the_quantized_sum(case: Case, base: Net, inputs: list[torch.Tensor], evaluated: bool) -> None:
-    model = adapted(base, case)
+    model = adapted(copy.deepcopy(base), case, target_modules=TARGETS)
     before = [dequantize(layer) for layer in quantized_of(model)]
     sums = [w + layer.get_delta_weight("default") for w, layer in zip(before, layers_of(model), strict=True)]
     if evaluated:
@@ -179,7 +178,7 @@ def test_merge_writes_the_quantized_sum(case: Case, base: Net, inputs: list[torc
 
 
 def test_unmerge_returns_within_two_roundings(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model = adapted(base, case)
+    model = adapted(copy.deepcopy(base), case, target_modules=TARGETS)
     model.merge_adapter()
     once = [rounding(layer).max() for layer in quantized_of(model)]
     model.unmerge_adapter()
@@ -192,7 +191,7 @@ def test_unmerge_returns_within_two_roundings(case: Case, base: Net, inputs: lis
 
 
 def test_safe_merge_writes_nothing_when_a_layer_is_broken(case: Case, base: Net) -> None:
-    model = adapted(base, case)
+    model = adapted(copy.deepcopy(base), case, target_modules=TARGETS)
     stored = [layer.weight.data.clone() for layer in quantized_of(model)]
     next(p for p in layers_of(model)[1].parameters() if p.requires_grad).data.fill_(float("nan"))
     for merge in (model.merge_adapter, model.merge_and_unload):
@@ -203,7 +202,7 @@ def test_safe_merge_writes_nothing_when_a_layer_is_broken(case: Case, base: Net)
 
 
 def test_unloading_gives_bitsandbytes_layers_back(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    x, model = inputs[0], adapted(base, case)
+    x, model = inputs[0], adapted(copy.deepcopy(base), case, target_modules=TARGETS)
     merged, unmerged = copy.deepcopy(model).merge_and_unload(), copy.deepcopy(model).unload()
     model.merge_adapter()
     for unloaded in (merged, unmerged):
@@ -214,7 +213,7 @@ def test_unloading_gives_bitsandbytes_layers_back(case: Case, base: Net, inputs:
 
 
 def test_several_adapters_add_up(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    base, model = base.train(), adapted(base, case, "first", "second").train()
+    base, model = base.train(), adapted(copy.deepcopy(base), case, "first", "second", target_modules=TARGETS).train()
     weight, plain = dequantize(base.lin0), base.lin0(inputs[0]).double()
     layer, x = layers_of(model)[0], inputs[0]
     first, second = (layer.get_delta_weight(name) for name in ("first", "second"))
@@ -232,7 +231,7 @@ def test_several_adapters_add_up(case: Case, base: Net, inputs: list[torch.Tenso
 
 
 def test_mixed_batch_equals_separate_rows(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model = adapted(base, case, "first", "second")
+    model = adapted(copy.deepcopy(base), case, "first", "second", target_modules=TARGETS)
     layer, x, names = layers_of(model)[0], inputs[0], ["second", "__base__", "first", "second"]
     mixed = layer(x, adapter_names=names)
     for row, name in enumerate(names):

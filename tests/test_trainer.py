@@ -101,6 +101,7 @@ def test_the_best_model_is_loaded_at_the_end(case: Case, tmp_path: Path) -> None
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames gradient checkpointing
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -115,6 +116,7 @@ def test_trains_as_in_full_precision_without_checkpointing(case: Case, tmp_path:
     plain.train()
     run = trainer(case.config(), tmp_path, save_strategy="no", **arguments)  # the constructor seeds the dropout
     run.train()
+    assert run.model.base_model.model.is_gradient_checkpointing is ("gradient_checkpointing" in arguments)
     tolerance = 2e-2 if "bf16" in arguments else 1e-5
     assert losses(run) == pytest.approx(losses(plain), rel=tolerance)
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]

@@ -405,6 +405,7 @@ def test_mixed_batch_errors(case: Case, tokens: torch.Tensor) -> None:
 # Numerics
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames gradient checkpointing
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_gradient_checkpointing_gives_the_same_gradients(
     case: Case, kind: str, tokens: torch.Tensor, use_reentrant: bool
@@ -414,7 +415,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     wanted = gradients(model, tokens)
     assert all(gradient.any() for gradient in wanted.values())
     model.enable_input_require_grads()
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     calls = []
     next(iter(layers_of(model).values())).register_forward_hook(lambda *_: calls.append(1))
     found = gradients(model, tokens)

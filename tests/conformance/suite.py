@@ -138,7 +138,7 @@ class Conformance:
     def conformance(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (variant,) = request.node.get_closest_marker("conformance").args
         test = request.node.originalname
-        if reason := skip_reason(variant, test):
+        if reason := skip_reason(variant, test, request.node.callspec.params.get("test_name", "")):
             pytest.skip(reason)
         monkeypatch.setattr(BaseTuner, "inject_adapter", inject_awake)
         monkeypatch.setattr(jinja2, "Template", template)
