@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 # What every process would otherwise repeat on the terminal:
@@ -221,8 +223,9 @@ _contender: Contender
 
 
 def start(setup: Setup, config: PeftConfig | None) -> None:
-    """Makes this process's contender."""
+    """Makes this process's contender. The process ends with its parent, however that ends."""
     global _contender
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     _contender = Contender(setup, config)
 
 

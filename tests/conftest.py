@@ -58,6 +58,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
+def starts_as(case: Case, found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether the output `found` of a fresh adapter is the base's: bit for bit, or to what the method declares."""
+    tolerance = 0.0 if case.info.exact_start else max(1e-5, torch.finfo(wanted.dtype).eps) * max(1, wanted.abs().max())
+    return found.dtype == wanted.dtype and bool((found - wanted).abs().max() <= tolerance)
+
+
 class MLP(nn.Module):
     """Layer names as in PEFT's own tests."""
 
@@ -115,6 +121,7 @@ def randomize(model: nn.Module, case: Case, std: float = 0.1, seed: int = 0) -> 
 def adapted(model: nn.Module, case: Case, *names: str, **config: Any) -> peft.PeftModel:
     """`model` in eval mode with adapters (`"default"`) that do something; the last of them is active."""
     names = names or ("default",)
+    torch.manual_seed(0)
     model = peft.get_peft_model(model, case.config(**config), adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, case.config(**config))
@@ -133,3 +140,14 @@ def forward(model: nn.Module, tokens: torch.Tensor, **kwargs: Any) -> torch.Tens
 
 # Without gradients, since PyTorch's attention rounds otherwise where a bias of the base could need one.
 logits = torch.no_grad()(forward)
+
+
+@pytest.fixture(params=[case for case in CASES if case.info.mergeable], ids=lambda case: case.name)
+def mergeable(request: pytest.FixtureRequest) -> Case:
+    """Like `case`, for the methods that change the weight."""
+    return request.param
+
+
+@pytest.fixture(params=[case for case in CASES if not case.info.mergeable], ids=lambda case: case.name)
+def unmergeable(request: pytest.FixtureRequest) -> Case:
+    return request.param

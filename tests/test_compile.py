@@ -22,7 +22,9 @@ def compiled(model: nn.Module, backend: str = "eager") -> nn.Module:
 
 
 def test_a_transformer_is_one_graph(case: Case, tokens: torch.Tensor) -> None:
-    model = adapted(tiny_model("gpt2"), case, target_modules="all-linear")
+    model = tiny_model("gpt2")
+    del model.transformer.h[1]  # tracing takes most of the time
+    model = adapted(model, case, target_modules="all-linear")
     model.config.use_cache = False
     torch.testing.assert_close(logits(compiled(model), tokens), logits(model, tokens), atol=1e-5, rtol=1e-5)
 
@@ -55,9 +57,10 @@ def test_switching_disabling_and_merging_are_seen(case: Case, mlp: MLP) -> None:
     torch.testing.assert_close(run(x), model(x))
     with model.disable_adapter():
         assert torch.equal(run(x), plain)
-    model.set_adapter("first")
-    model.merge_adapter()
-    torch.testing.assert_close(run(x), first, atol=1e-5, rtol=1e-5)
+    if case.info.mergeable:
+        model.set_adapter("first")
+        model.merge_adapter()
+        torch.testing.assert_close(run(x), first, atol=1e-5, rtol=1e-5)
 
 
 def test_autocast_is_one_graph(case: Case, mlp: MLP) -> None:

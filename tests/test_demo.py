@@ -41,7 +41,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
     names = {f"{token[1:-1].lower()}_token": token for token in SPECIAL}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertModel(BertConfig(vocab_size=len(vocabulary), initializer_range=0.1, **sizes)).save_pretrained(folder)
     return folder
 
@@ -155,7 +155,7 @@ def test_every_method_runs_learns_and_survives_saving_and_merging(outcome):
 
 
 def test_comparison_is_fair(outcome):
-    steps = 2 * 192 // 16
+    steps = 2 * 192 // 8
     assert {len(result.losses) for result in outcome.results} == {steps}
     assert {len(result.step_seconds) for result in outcome.results} == {steps}
     assert len({result.head_parameters for result in outcome.results}) == 1

@@ -28,7 +28,7 @@ def saved(case, mlp, tmp_path):
 def edit(folder, change):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = sorted(k for k, v in tensors.items() if v.is_floating_point() and v.ndim)[0]
+    key = sorted(k for k, v in tensors.items() if "lin0" in k and v.is_floating_point() and v.ndim)[0]
     change(tensors, key)
     save_file(tensors, path)
     return key
@@ -188,4 +188,4 @@ def test_the_happy_path_is_silent(case, mlp, saved):
         model = peft.PeftModel.from_pretrained(mlp, saved)
         model(torch.randn(2, 12))
         model.save_pretrained(saved)
-        model.merge_and_unload()
+        model.merge_and_unload() if case.info.mergeable else model.unload()

@@ -118,12 +118,13 @@ def test_starts_as_the_quantized_base(case: Case, base: Net, inputs: list[torch.
     for training in (True, False):
         model = get_peft_model(copy.deepcopy(base), case.config(target_modules=TARGETS))
         assert len(layers_of(model)) == 2
-        assert torch.equal(model.train(training)(x), base.train(training)(x))
+        actual, wanted = model.train(training)(x), base.train(training)(x)
+        assert torch.equal(actual, wanted) if case.info.exact_start else close(actual, wanted)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_forward_adds_the_delta(case: Case, base: Net, inputs: list[torch.Tensor], training: bool) -> None:
-    base, model = base.train(training), adapted(copy.deepcopy(base), case, target_modules=TARGETS).train(training)
+def test_forward_adds_the_delta(mergeable: Case, base: Net, inputs: list[torch.Tensor], training: bool) -> None:
+    base, model = base.train(training), adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS).train(training)
     kernel = None if training else torch.bfloat16  # at inference on AVX512, 4-bit scales are rounded to bf16
     for plain, layer, x in zip((base.lin0, base.lin1), layers_of(model), inputs, strict=True):
         change = x.double() @ layer.get_delta_weight("default").double().T
@@ -132,19 +133,18 @@ def test_forward_adds_the_delta(case: Case, base: Net, inputs: list[torch.Tensor
 
 
 def test_gradients_reach_adapter_and_input(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    layer = layers_of(adapted(copy.deepcopy(base), case, target_modules=TARGETS).train())[0]
-    delta = layer.get_delta_weight("default").double()
+    model = adapted(copy.deepcopy(base), case, target_modules=TARGETS).train()
+    layer = layers_of(model)[0]
     upstream = torch.randn(4, 3, 128, generator=torch.Generator().manual_seed(2)).to(inputs[0].dtype)
     x, reference = inputs[0].clone().requires_grad_(), inputs[0].clone().requires_grad_()
-
     with torch.enable_grad():
         layer(x).backward(upstream)
         base.lin0.train()(reference).backward(upstream)
-    assert close(x.grad, reference.grad.double() + upstream.double() @ delta)
-
-    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    assert trainable
-    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in trainable)
+    assert not torch.equal(x.grad, reference.grad)
+    if case.info.mergeable:
+        assert close(x.grad, reference.grad.double() + upstream.double() @ layer.get_delta_weight("default").double())
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in trained)
 
 
 def test_training_goes_on_after_an_evaluation(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
@@ -159,8 +159,10 @@ def test_training_goes_on_after_an_evaluation(case: Case, base: Net, inputs: lis
 
 
 @pytest.mark.parametrize("evaluated", [False, True], ids=["", "evaluated"])
-def test_merge_writes_the_quantized_sum(case: Case, base: Net, inputs: list[torch.Tensor], evaluated: bool) -> None:
-    model = adapted(copy.deepcopy(base), case, target_modules=TARGETS)
+def test_merge_writes_the_quantized_sum(
+    mergeable: Case, base: Net, inputs: list[torch.Tensor], evaluated: bool
+) -> None:
+    model = adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS)
     before = [dequantize(layer) for layer in quantized_of(model)]
     sums = [w + layer.get_delta_weight("default") for w, layer in zip(before, layers_of(model), strict=True)]
     if evaluated:
@@ -171,14 +173,14 @@ def test_merge_writes_the_quantized_sum(case: Case, base: Net, inputs: list[torc
         stored = layer.get_base_layer()
         error = (dequantize(stored) - wanted).abs()
         # The base is read and written in the dtype of its weight; packing for AVX512 rounds its scales to bf16.
-        slack = torch.finfo(torch.bfloat16 if evaluated else x.dtype).eps * was.abs().max()
+        slack = torch.finfo(torch.bfloat16 if evaluated else x.dtype).eps * wanted.abs().max()
         assert (error <= rounding(stored) + slack).all()
         assert (error < (dequantize(stored) - was).abs()).float().mean() > 0.5
         assert torch.equal(layer(x), stored(x))
 
 
-def test_unmerge_returns_within_two_roundings(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model = adapted(copy.deepcopy(base), case, target_modules=TARGETS)
+def test_unmerge_returns_within_two_roundings(mergeable: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    model = adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS)
     model.merge_adapter()
     once = [rounding(layer).max() for layer in quantized_of(model)]
     model.unmerge_adapter()
@@ -190,8 +192,8 @@ def test_unmerge_returns_within_two_roundings(case: Case, base: Net, inputs: lis
         assert not layer.merged
 
 
-def test_safe_merge_writes_nothing_when_a_layer_is_broken(case: Case, base: Net) -> None:
-    model = adapted(copy.deepcopy(base), case, target_modules=TARGETS)
+def test_safe_merge_writes_nothing_when_a_layer_is_broken(mergeable: Case, base: Net) -> None:
+    model = adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS)
     stored = [layer.weight.data.clone() for layer in quantized_of(model)]
     next(p for p in layers_of(model)[1].parameters() if p.requires_grad).data.fill_(float("nan"))
     for merge in (model.merge_adapter, model.merge_and_unload):
@@ -201,19 +203,27 @@ def test_safe_merge_writes_nothing_when_a_layer_is_broken(case: Case, base: Net)
     assert not any(layer.merged for layer in layers_of(model))
 
 
-def test_unloading_gives_bitsandbytes_layers_back(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    x, model = inputs[0], adapted(copy.deepcopy(base), case, target_modules=TARGETS)
-    merged, unmerged = copy.deepcopy(model).merge_and_unload(), copy.deepcopy(model).unload()
+def test_merge_and_unload_gives_bitsandbytes_layers_back(
+    mergeable: Case, base: Net, inputs: list[torch.Tensor]
+) -> None:
+    model = adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS)
+    merged = copy.deepcopy(model).merge_and_unload()
     model.merge_adapter()
-    for unloaded in (merged, unmerged):
-        assert type(unloaded.lin0) is type(base.lin0) and type(unloaded.lin1) is type(base.lin1)
-        assert not layers_of(unloaded)
-    assert torch.equal(merged(x), model(x))
-    assert torch.equal(unmerged(x), base(x))
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+    assert torch.equal(merged(inputs[0]), model(inputs[0]))
 
 
-def test_several_adapters_add_up(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    base, model = base.train(), adapted(copy.deepcopy(base), case, "first", "second", target_modules=TARGETS).train()
+def test_unload_gives_the_base_back(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    unloaded = adapted(copy.deepcopy(base), case, target_modules=TARGETS).unload()
+    assert [type(module) for module in unloaded.modules()] == [type(module) for module in base.modules()]
+    assert torch.equal(unloaded(inputs[0]), base(inputs[0]))
+
+
+def test_several_adapters_add_up(mergeable: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    base, model = (
+        base.train(),
+        adapted(copy.deepcopy(base), mergeable, "first", "second", target_modules=TARGETS).train(),
+    )
     weight, plain = dequantize(base.lin0), base.lin0(inputs[0]).double()
     layer, x = layers_of(model)[0], inputs[0]
     first, second = (layer.get_delta_weight(name) for name in ("first", "second"))
@@ -316,13 +326,14 @@ def test_forward_only_backend_refuses_to_merge(case: Case, forward_only: MLP) ->
         assert "lin1" in str(error) and "gptq" in str(error)
         assert type(forward_only.lin0) is nn.Linear and torch.equal(forward_only(x), plain(x))
         return
-    assert torch.equal(model(x), plain(x))
+    assert torch.equal(model(x), plain(x)) if case.info.exact_start else close(model(x), plain(x))
     randomize(model, case)
     unmerged = model(x)
     assert not torch.allclose(unmerged, plain(x))
     weight = layers_of(model)[0].base_layer.weight.clone()
+    reason = r"gptq.*merge into the unquantised" if case.info.mergeable else "cannot be merged"
     for merge in (model.merge_adapter, partial(model.merge_adapter, safe_merge=True), model.merge_and_unload):
-        with pytest.raises(NotImplementedError, match=r"gptq.*merge into the unquantised"):
+        with pytest.raises(NotImplementedError, match=reason):
             merge()
     assert torch.equal(layers_of(model)[0].base_layer.weight, weight)
     assert torch.equal(model(x), unmerged)

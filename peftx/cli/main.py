@@ -55,7 +55,7 @@ def demo(
         str | None, typer.Option(help="Variants to set beside LoRA, by comma.", show_default="all of `peftx methods`")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the texts.", show_default="2")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 8,
     output: Annotated[Path, typer.Option(help="Folder for adapters, table and picture.")] = Path("peftx-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of head, batches and adapters.")] = 0,
 ) -> None:
@@ -68,18 +68,20 @@ def demo(
         from ..demo import report, run
         from ..demo.model import default_folder
 
-        names = tuple(name.strip() for name in methods.split(",")) if methods else ()
+        chosen = tuple(name.strip() for name in methods.split(",")) if methods else ()
         options = run.Options(
             model or default_folder(),
             output,
-            names or (run.first_variants(QUICK_METHODS) if quick else ()),
+            chosen or (run.first_variants(QUICK_METHODS) if quick else ()),
             epochs=epochs if epochs is not None else 1.0 if quick else 2.0,
             batch_size=batch_size,
             seed=seed,
             texts=QUICK_TEXTS if quick else None,
         )
         console = Console()
-        with bars([entry.name for entry in run.contenders(options.methods)], console) as watch:
+        names = [entry.name for entry in run.check(options)]
+        console.print("Reading docstrings and probing the frozen encoder, then fine-tuning it:")
+        with bars(names, console) as watch:
             outcome = run.run(options, watch)
         paths = report.write(outcome)
     console.print(report.table(outcome))

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,23 +30,27 @@ def default_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise DemoError(f"no model in {folder}: expected a folder with config.json, model.safetensors and a tokenizer")
+
+
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return loaded(AutoTokenizer, folder)
+    return load(AutoTokenizer, folder)
 
 
 def classifier(folder: Path, labels: int, seed: int) -> PreTrainedModel:
     """The pretrained encoder in fp32 under a new random head."""
     transformers.set_seed(seed)
-    return loaded(AutoModelForSequenceClassification, folder, num_labels=labels, dtype=torch.float32)
+    return load(AutoModelForSequenceClassification, folder, num_labels=labels, dtype=torch.float32)
 
 
-def loaded(factory, folder: Path, **settings):
-    if not (folder / "config.json").is_file():
-        raise DemoError(f"no model in {folder}: expected a folder with config.json, model.safetensors and a tokenizer")
+def load(factory: Any, folder: Path, **settings: Any) -> Any:
+    """`factory.from_pretrained`, from the folder alone."""
     try:
         return factory.from_pretrained(folder, local_files_only=True, **settings)
     except (OSError, ValueError) as error:
-        raise DemoError(f"{folder} does not load: {' '.join(str(error).split())}") from error
+        raise DemoError(f"cannot load {folder}: {' '.join(str(error).split())}") from error
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:

@@ -45,7 +45,7 @@ class Options:
     output: Path
     methods: tuple[str, ...] = ()
     epochs: float = 2.0
-    batch_size: int = 16
+    batch_size: int = 8
     seed: int = 0
     texts: int | None = None
 
@@ -121,15 +121,22 @@ def first_variants(count: int) -> tuple[str, ...]:
     return tuple(next(iter(info.variants)) for info in peftx.methods()[:count])
 
 
-def run(options: Options, watch: Watch = lambda *_: None) -> Report:
-    """The whole demo. Adapters are written to `options.output/<method>`."""
+def check(options: Options) -> list[Contender]:
+    """What would run; a `DemoError` for what the user has to change first. Makes the output folder."""
     entries = contenders(options.methods)
     if not 0 < options.epochs < float("inf"):
         raise DemoError(f"epochs must be a positive number, got {options.epochs}")
+    encoder.check_folder(options.model)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"cannot write to the folder {options.output}: {error.strerror}") from error
+    return entries
+
+
+def run(options: Options, watch: Watch = lambda *_: None) -> Report:
+    """The whole demo. Adapters are written to `options.output/<method>`."""
+    entries = check(options)
     with encoder.quiet():
         tokenizer = encoder.tokenizer(options.model)
         data = load(tokenizer, options.texts)

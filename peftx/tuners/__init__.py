@@ -1,7 +1,7 @@
 from .bone import BoneConfig, BoneLinear
 from .compacter import CompacterConfig, CompacterLinear
 from .config import AdapterConfig
-from .flora import FloraConfig, FloraLayer
+from .flora import FloraConfig, FloraLinear
 from .layer import AdapterLayer, accumulate
 from .loldu import LoLDUConfig, LoLDULinear
 from .model import AdapterModel
@@ -15,7 +15,7 @@ __all__ = [
     "CompacterConfig",
     "CompacterLinear",
     "FloraConfig",
-    "FloraLayer",
+    "FloraLinear",
     "LoLDUConfig",
     "LoLDULinear",
     "accumulate",

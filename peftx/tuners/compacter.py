@@ -103,7 +103,9 @@ class CompacterConfig(AdapterConfig):
     shared_phm_rule: bool = field(default=True, metadata={"help": "One rule for the model, or two for each module."})
     factorized_phm: bool = field(default=True, metadata={"help": "Low-rank factors, or full matrices."})
     learn_phm: bool = field(default=True, metadata={"help": "Whether the rule is trained."})
-    phm_init_range: Number = field(default=1e-4, metadata={"help": "Standard deviation of the shared rule at the start."})
+    phm_init_range: Number = field(
+        default=1e-4, metadata={"help": "Standard deviation of the shared rule at the start."}
+    )
     phm_bias: bool = field(default=True, metadata={"help": "Whether the two projections have biases."})
     non_linearity: str = field(default="gelu_new", metadata={"help": f"One of {', '.join(ACTIVATIONS)}."})
     dropout: Number = field(default=0.0, metadata={"help": "Dropout on the adapter's output."})
@@ -126,8 +128,8 @@ class CompacterConfig(AdapterConfig):
             raise ValueError(f"`non_linearity` must be one of {', '.join(ACTIVATIONS)}; got {self.non_linearity!r}.")
 
 
-# The two ends of x H, H = sum_i kron(rule[i], s[i] @ t[i]) of shape (p, q), which is never built. The rule is folded into
-# the factor on the narrow side: n^2 k values for each of its columns. rule (n, n, n), s (n, p/n, k), t (n, k, q/n).
+# x H for H = sum_i kron(rule[i], s[i] @ t[i]) of shape (p, q), which is never built: the rule is folded into the narrow
+# side's factor, n^2 k values for each of its columns. Shapes: rule (n, n, n), s (n, p/n, k), t (n, k, q/n).
 
 
 def contract(x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -187,12 +189,14 @@ class SharedRuleModel(AdapterModel):
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT calls this on all modules that have it when it has loaded a file.
-        rule = self.compacter_rule[adapter_name] if adapter_name in self.compacter_rule else None
+        # PEFT calls this on all modules that have it when it has loaded a file, layers and tuner.
         layer = next((layer for _, layer in self._layers() if adapter_name in layer.adapter_config), None)
-        if rule is not None and layer is not None and not rule.is_meta:
-            base_device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-            rule.data = at_least_fp32(rule.data).to(device or base_device)
+        if layer is not None and adapter_name in self.compacter_rule:
+            rule = self.compacter_rule[adapter_name]
+            device = device or layer._get_base_layer_device_and_dtype(layer.get_base_layer())[0]
+            if not rule.is_meta and (rule.device != device or rule.dtype.itemsize < 4):
+                moved = at_least_fp32(rule.detach()).to(device)
+                self.compacter_rule[adapter_name] = nn.Parameter(moved, requires_grad=rule.requires_grad)
 
     # PEFT trains, freezes and deletes what is in the layers; the rule of an adapter follows.
 

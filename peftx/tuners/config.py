@@ -161,7 +161,7 @@ def _check_types(config: AdapterConfig) -> None:
                 raise TypeError
             type_validator(name, value, expected)
         except TypeError:
-            shown = str(getattr(expected, "__name__", expected)).replace("typing.", "")
+            shown = expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
             raise TypeError(f"{type(config).__name__}: `{name}` must be of type {shown}, got {value!r}.") from None
 
 

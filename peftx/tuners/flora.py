@@ -93,7 +93,7 @@ def mode_ranks(config: FloraConfig, modes: Sequence[int], groups: int = 1) -> tu
     """
     r, spatial = config.r, config.r_spatial or 2
     ranks = list(r) if isinstance(r, list) else [r, r]
-    if len(ranks) == 2:
+    if len(ranks) == 2 < len(modes):
         ranks += spatial if isinstance(spatial, list) else [min(k, spatial) for k in modes[2:]]
     if groups > 1 or (isinstance(r, int) and len(modes) > 2):
         ranks[0] = min(ranks[0], modes[0])
@@ -164,7 +164,7 @@ def pointwise(
     layer_types=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
     tiny={"r": 2},
 )
-class FloraLayer(AdapterLayer):
+class FloraLinear(AdapterLayer):
     adapter_layer_names: tuple[str, ...] = ("flora_G", "flora_A", "flora_B")
     flora_G: nn.ParameterDict
     flora_A: nn.ParameterDict
@@ -176,7 +176,7 @@ class FloraLayer(AdapterLayer):
 
     @classmethod
     def for_base_layer(cls, base_layer: nn.Module) -> type[AdapterLayer]:
-        return next((c for c in (FloraConv, FloraEmbedding) if isinstance(base_layer, c.layer_types)), FloraLayer)
+        return next((c for c in (FloraConv, FloraEmbedding) if isinstance(base_layer, c.layer_types)), FloraLinear)
 
     @property
     def groups(self) -> int:
@@ -204,7 +204,7 @@ class FloraLayer(AdapterLayer):
         """The factor s of the delta."""
         config = self.adapter_config[adapter_name]
         if config.alpha is not None:
-            return config.alpha / self.flora_B[adapter_name].shape[1]
+            return config.alpha / (config.r[1] if isinstance(config.r, list) else config.r)
         return self.default_scale if config.scale is None else config.scale
 
     def dropout(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -240,8 +240,8 @@ class FloraLayer(AdapterLayer):
         return not any(map(self._drops, names)) and super()._dense(names, x)
 
 
-class FloraConv(FloraLayer):
-    adapter_layer_names = (*FloraLayer.adapter_layer_names, "flora_K", "flora_L", "flora_M")
+class FloraConv(FloraLinear):
+    adapter_layer_names = (*FloraLinear.adapter_layer_names, "flora_K", "flora_L", "flora_M")
     layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     default_scale = 4.0
 
@@ -309,7 +309,7 @@ class FloraConv(FloraLayer):
         return False  # PEFT's conversion takes the SVD of a matrix
 
 
-class FloraEmbedding(FloraLayer):
+class FloraEmbedding(FloraLinear):
     layer_types = (nn.Embedding,)
 
     @property
