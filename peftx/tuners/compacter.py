@@ -184,19 +184,28 @@ class SharedRuleModel(AdapterModel):
         object.__setattr__(layer, "shared_rule", self.compacter_rule)  # not registered: one tensor in the file
         if peft_config.shared_phm_rule and adapter_name not in self.compacter_rule:
             n, std = peft_config.phm_dim, peft_config.phm_init_range if peft_config.init_weights else 0.1
-            rule = torch.randn(n, n, n, dtype=torch.promote_types(layer.adapter_dtype, torch.float32)) * std
+            rule = (torch.randn(n, n, n) * std).to(layer.adapter_dtype)
             self.compacter_rule[adapter_name] = nn.Parameter(rule)
             self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this on all modules that have it when it has loaded a file, layers and tuner.
         layer = next((layer for _, layer in self._layers() if adapter_name in layer.adapter_config), None)
-        if layer is not None and adapter_name in self.compacter_rule:
-            rule = self.compacter_rule[adapter_name]
-            device = device or layer._get_base_layer_device_and_dtype(layer.get_base_layer())[0]
-            if not rule.is_meta and (rule.device != device or rule.dtype.itemsize < 4):
-                moved = at_least_fp32(rule.detach()).to(device)
-                self.compacter_rule[adapter_name] = nn.Parameter(moved, requires_grad=rule.requires_grad)
+        if layer is not None and adapter_name in self.compacter_rule and not self.compacter_rule[adapter_name].is_meta:
+            base_device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            self._convert_rule(adapter_name, device=device or base_device)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype and adapter_name in self.compacter_rule:
+            dtype = torch.promote_types(self.compacter_rule[adapter_name].dtype, torch.float32)
+            self._convert_rule(adapter_name, dtype=dtype)
+
+    def _convert_rule(self, adapter_name: str, **options: Any) -> None:
+        rule = self.compacter_rule[adapter_name]
+        converted = rule.to(**options)
+        if converted is not rule:
+            self.compacter_rule[adapter_name] = nn.Parameter(converted.detach(), requires_grad=rule.requires_grad)
 
     # PEFT trains, freezes and deletes what is in the layers; the rule of an adapter follows.
 

@@ -26,6 +26,8 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
+import peftx
+
 from .cases import Awake, awake, skip_reason
 
 CACHE = Path(__file__).with_name(".cache")
@@ -119,8 +121,16 @@ def let_pass(*args: object) -> None:
     """In place of a guard of the suite that turns methods away by their class."""
 
 
+def skip_unmergeable(model_id: str, config_cls: type, config_kwargs: dict) -> None:
+    """In place of the suite's list of methods that cannot be merged; the rest of a test is merging."""
+    method = next(method for method in peftx.methods() if method.config is config_cls)
+    if not method.mergeable:
+        pytest.skip(f"{method.name} is not mergeable")
+
+
 # Helpers of the suite that know PEFT's own methods only.
 REPLACED = {
+    "_skip_if_merging_not_supported": skip_unmergeable,
     "set_init_weights_false": awake,
     "_skip_if_conv1d_not_supported": let_pass,  # a list of classes; all of our methods support transformers' Conv1D
     "check_beft_config": let_pass,  # meant for BEFT, but keeps every method from merging into a Llama or Gemma
