@@ -23,9 +23,30 @@ def main() -> None:
 
 
 @app.command("methods")
-def list_methods() -> None:
+def list_methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the table of the README.")] = False,
+) -> None:
     """List the methods that peftx adds to PEFT, and what each can do."""
     import peftx
+
+    if markdown:
+        rows = [("config", "what it does", "merge", "LoRA export", "layers", "4/8-bit", "mixed batches", "paper")]
+        rows += [("---",) * len(rows[0])]
+        rows += [
+            (
+                f"`{info.config.__name__}`",
+                info.summary,
+                "yes" if info.mergeable else "no",
+                info.lora_export,
+                ", ".join(info.layer_types),
+                "yes" if info.quantized else "no",
+                "yes" if info.mixed_batches else "no",
+                info.paper,
+            )
+            for info in peftx.methods()
+        ]
+        typer.echo("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        return
 
     table = Table("variants", "what it does", "layers", "can", box=box.SIMPLE_HEAD)
     for info in peftx.methods():
