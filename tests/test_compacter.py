@@ -560,14 +560,17 @@ def test_the_older_layout_of_vit_is_matched_too():
         assert bool(re.fullmatch(COMPACTER_PLUS_PLUS["vit"], name)) == feed_forward
 
 
-def test_unknown_models_need_targets_and_a_regex_takes_no_layers(mlp):
+def test_unknown_models_need_targets(mlp):
     with pytest.raises(ValueError, match="Please specify `target_modules`.* model type 'custom'"):
         peft.get_peft_model(mlp, peftx.CompacterConfig())
-    config = peftx.CompacterConfig(phm_dim=2, reduction_factor=2, layers_to_transform=[1])
-    with pytest.raises(ValueError, match=r"`layers_to_transform` needs `target_modules`.*'bert' is a regex, .*dense"):
-        peft.get_peft_model(small("bert"), copy.copy(config))
-    names = peft.get_peft_model(small("llama"), copy.copy(config)).targeted_module_names
-    assert names == ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
+def test_layers_to_transform_restricts_the_default_targets(kind):
+    options = {"phm_dim": 2, "reduction_factor": 2, "ffn_only": True}
+    wanted = peft.get_peft_model(small(kind), peftx.CompacterConfig(**options)).targeted_module_names[1:]
+    model = peft.get_peft_model(small(kind), peftx.CompacterConfig(**options, layers_to_transform=[1]))
+    assert model.targeted_module_names == wanted and len(wanted) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5", "deberta"])

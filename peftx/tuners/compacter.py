@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -165,11 +166,9 @@ class SharedRuleModel(AdapterModel):
                     "Please specify `target_modules` in `peft_config`: Compacter has no default for the model type "
                     f"{model_type!r}. Name the modules that end the feed-forward and self-attention blocks."
                 )
-            if isinstance(targets, str) and peft_config.layers_to_transform is not None:
-                raise ValueError(
-                    f"`layers_to_transform` needs `target_modules` to be a list of names; Compacter's default for "
-                    f"{model_type!r} is a regex, {targets!r}."
-                )
+            if isinstance(targets, str) and peft_config.layers_to_transform is not None:  # goes with ends of names only
+                names = [name for name, _ in self.model.named_modules() if re.fullmatch(targets, name)]
+                targets = [name.partition(".")[2] for name in names]
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
         if peft_config.train_layer_norms:
             norms = {name.rpartition(".")[2] for name, m in self.model.named_modules() if _is_norm(m)}

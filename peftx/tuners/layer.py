@@ -191,7 +191,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         # On CPUs with AVX512-BF16, bitsandbytes lays a 4-bit weight out anew at the first evaluation; read or trained
         # in that layout it is noise. Its `state_dict()` restores the usual layout in place, except that the scales of
         # a weight without double quantisation stay transposed.
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             base.state_dict()
