@@ -77,6 +77,7 @@ def bat_invert(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     paper="arXiv:2409.15371",
     lora_export="exact",
     tiny={"r": 2},
+    learning_rate=3e-4,
     variants={"bone": {}, "bone-bat": {"init_weights": "bat"}},
 )
 class BoneLinear(AdapterLayer):

@@ -182,7 +182,7 @@ class SharedRuleModel(AdapterModel):
         layer = getattr(parent, target_name)
         object.__setattr__(layer, "shared_rule", self.compacter_rule)  # not registered: one tensor in the file
         if peft_config.shared_phm_rule and adapter_name not in self.compacter_rule:
-            n, std = peft_config.phm_dim, peft_config.phm_init_range if peft_config.init_weights else 0.1
+            n, std = peft_config.phm_dim, peft_config.phm_init_range if peft_config.init_weights else 1.0
             rule = (torch.randn(n, n, n) * std).to(layer.adapter_dtype)
             self.compacter_rule[adapter_name] = nn.Parameter(rule)
             self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -289,7 +289,7 @@ class CompacterLinear(AdapterLayer):
         if config.phm_bias:
             tensors |= {"down_bias": torch.zeros(b), "up_bias": torch.zeros(d)}
         if not config.shared_phm_rule:
-            std = 0.01 if config.init_weights else 0.1
+            std = 0.01 if config.init_weights else 1.0
             tensors |= {name: torch.randn(n, n, n) * std for name in ("down_rule", "up_rule")}
         for name, tensor in tensors.items():
             getattr(self, f"compacter_{name}")[adapter_name] = nn.Parameter(tensor)

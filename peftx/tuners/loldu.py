@@ -125,7 +125,7 @@ def start(d: torch.Tensor, method: InitMethod) -> torch.Tensor:
     paper="arXiv:2410.13618",
     lora_export="exact",
     tiny={"r": 2},
-    learning_rate=1e-2,
+    learning_rate=5e-4,
 )
 class LoLDULinear(AdapterLayer):
     adapter_layer_names = ("loldu_z", "loldu_sigma")

@@ -148,7 +148,9 @@ class Conformance:
     def conformance(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (variant,) = request.node.get_closest_marker("conformance").args
         test = request.node.originalname
-        if reason := skip_reason(variant, test, request.node.callspec.params.get("test_name", "")):
+        row = request.node.callspec.params
+        subject = row["test_name"].split()[1] if "test_name" in row else Path(row.get("model_id", "")).name
+        if reason := skip_reason(variant, test, subject):
             pytest.skip(reason)
         monkeypatch.setattr(BaseTuner, "inject_adapter", inject_awake)
         monkeypatch.setattr(jinja2, "Template", template)
