@@ -159,6 +159,14 @@ def test_training_goes_on_after_an_evaluation(case: Case, base: Net, inputs: lis
             assert (parameter.grad - wanted.grad).norm() <= 0.05 * wanted.grad.norm()
 
 
+def test_evaluating_and_training_leave_the_base_alone(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
+    model, outputs = adapted(copy.deepcopy(base), case, target_modules=TARGETS), []
+    for _ in range(5):
+        outputs.append((model.eval()(inputs[0]), model.train()(inputs[0])))
+    assert torch.equal(outputs[0][1], outputs[-1][1])  # the first evaluation may repack a 4-bit weight, and no other
+    assert torch.equal(outputs[1][0], outputs[-1][0])
+
+
 @pytest.mark.parametrize("evaluated", [False, True], ids=["", "evaluated"])
 def test_merge_writes_the_quantized_sum(
     mergeable: Case, base: Net, inputs: list[torch.Tensor], evaluated: bool

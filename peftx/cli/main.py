@@ -30,7 +30,9 @@ def list_methods(
     import peftx
 
     if markdown:
-        rows: list[tuple[str, ...]] = [("config", "what it does", "merge", "LoRA export", "layers", "4/8-bit", "mixed batches", "paper")]
+        rows: list[tuple[str, ...]] = [
+            ("config", "what it does", "merge", "LoRA export", "layers", "4/8-bit", "mixed batches", "paper")
+        ]
         rows += [("---",) * len(rows[0])]
         rows += [
             (
