@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 import peft
 import torch
@@ -152,7 +157,7 @@ def table(tasks: list[Task]) -> str:
         f"Digits 5 to 9, {sizes} images, {STEPS} steps of {BATCH}, {len(tasks)} seeds. The pre-trained ResNet knows "
         f"0 to 4 to {source:.1%}. torch {torch.__version__}, peft {peft.__version__}, peftx {peftx.__version__}.",
         "",
-        "| | trained values | learning rate | test accuracy, mean ± sd | of each seed | ms a step |",
+        "| | trained values (without the head) | learning rate | test accuracy, mean ± sd | of each seed | ms a step |",
         "|---|--:|--:|--:|---|--:|",
     ]
     for name, start in contenders(tasks[0].model).items():

@@ -81,6 +81,11 @@ def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(4, 3, width, generator=generator).to(dtype) for width in (64, 128)]
 
 
+def attach(base: Net, case: Case, *names: str) -> PeftModel:
+    """A copy of `base` with adapters on its quantised layers."""
+    return adapted(copy.deepcopy(base), case, *names, target_modules=TARGETS)
+
+
 def layers_of(model: nn.Module) -> list[peftx.AdapterLayer]:
     return [module for module in model.modules() if isinstance(module, peftx.AdapterLayer)]
 
@@ -125,7 +130,7 @@ def test_starts_as_the_quantized_base(case: Case, base: Net, inputs: list[torch.
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_forward_adds_the_delta(mergeable: Case, base: Net, inputs: list[torch.Tensor], training: bool) -> None:
-    base, model = base.train(training), adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS).train(training)
+    base, model = base.train(training), attach(base, mergeable).train(training)
     kernel = None if training else torch.bfloat16  # at inference on AVX512, 4-bit scales are rounded to bf16
     for plain, layer, x in zip((base.lin0, base.lin1), layers_of(model), inputs, strict=True):
         change = x.double() @ layer.get_delta_weight("default").double().T
@@ -134,7 +139,7 @@ def test_forward_adds_the_delta(mergeable: Case, base: Net, inputs: list[torch.T
 
 
 def test_gradients_reach_adapter_and_input(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model = adapted(copy.deepcopy(base), case, target_modules=TARGETS).train()
+    model = attach(base, case).train()
     layer = layers_of(model)[0]
     upstream = torch.randn(4, 3, 128, generator=torch.Generator().manual_seed(2)).to(inputs[0].dtype)
     x, reference = inputs[0].clone().requires_grad_(), inputs[0].clone().requires_grad_()
@@ -149,7 +154,7 @@ def test_gradients_reach_adapter_and_input(case: Case, base: Net, inputs: list[t
 
 
 def test_training_goes_on_after_an_evaluation(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    fresh, evaluated = (adapted(copy.deepcopy(base), case, target_modules=TARGETS) for _ in range(2))
+    fresh, evaluated = (attach(base, case) for _ in range(2))
     evaluated(inputs[0])
     for model in (fresh, evaluated):
         with torch.enable_grad():
@@ -160,7 +165,7 @@ def test_training_goes_on_after_an_evaluation(case: Case, base: Net, inputs: lis
 
 
 def test_evaluating_and_training_leave_the_base_alone(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model, outputs = adapted(copy.deepcopy(base), case, target_modules=TARGETS), []
+    model, outputs = attach(base, case), []
     for _ in range(5):
         outputs.append((model.eval()(inputs[0]), model.train()(inputs[0])))
     assert torch.equal(outputs[0][1], outputs[-1][1])  # the first evaluation may repack a 4-bit weight, and no other
@@ -171,7 +176,7 @@ def test_evaluating_and_training_leave_the_base_alone(case: Case, base: Net, inp
 def test_merge_writes_the_quantized_sum(
     mergeable: Case, base: Net, inputs: list[torch.Tensor], evaluated: bool
 ) -> None:
-    model = adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS)
+    model = attach(base, mergeable)
     before = [dequantize(layer) for layer in quantized_of(model)]
     sums = [w + layer.get_delta_weight("default") for w, layer in zip(before, layers_of(model), strict=True)]
     if evaluated:
@@ -189,7 +194,7 @@ def test_merge_writes_the_quantized_sum(
 
 
 def test_unmerge_returns_within_two_roundings(mergeable: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model = adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS)
+    model = attach(base, mergeable)
     model.merge_adapter()
     once = [rounding(layer).max() for layer in quantized_of(model)]
     model.unmerge_adapter()
@@ -202,7 +207,7 @@ def test_unmerge_returns_within_two_roundings(mergeable: Case, base: Net, inputs
 
 
 def test_safe_merge_writes_nothing_when_a_layer_is_broken(mergeable: Case, base: Net) -> None:
-    model = adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS)
+    model = attach(base, mergeable)
     stored = [layer.weight.data.clone() for layer in quantized_of(model)]
     next(p for p in layers_of(model)[1].parameters() if p.requires_grad).data.fill_(float("nan"))
     for merge in (model.merge_adapter, model.merge_and_unload):
@@ -215,7 +220,7 @@ def test_safe_merge_writes_nothing_when_a_layer_is_broken(mergeable: Case, base:
 def test_merge_and_unload_gives_bitsandbytes_layers_back(
     mergeable: Case, base: Net, inputs: list[torch.Tensor]
 ) -> None:
-    model = adapted(copy.deepcopy(base), mergeable, target_modules=TARGETS)
+    model = attach(base, mergeable)
     merged = copy.deepcopy(model).merge_and_unload()
     model.merge_adapter()
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
@@ -223,16 +228,13 @@ def test_merge_and_unload_gives_bitsandbytes_layers_back(
 
 
 def test_unload_gives_the_base_back(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    unloaded = adapted(copy.deepcopy(base), case, target_modules=TARGETS).unload()
+    unloaded = attach(base, case).unload()
     assert [type(module) for module in unloaded.modules()] == [type(module) for module in base.modules()]
     assert torch.equal(unloaded(inputs[0]), base(inputs[0]))
 
 
 def test_several_adapters_add_up(mergeable: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    base, model = (
-        base.train(),
-        adapted(copy.deepcopy(base), mergeable, "first", "second", target_modules=TARGETS).train(),
-    )
+    base, model = base.train(), attach(base, mergeable, "first", "second").train()
     weight, plain = dequantize(base.lin0), base.lin0(inputs[0]).double()
     layer, x = layers_of(model)[0], inputs[0]
     first, second = (layer.get_delta_weight(name) for name in ("first", "second"))
@@ -250,15 +252,16 @@ def test_several_adapters_add_up(mergeable: Case, base: Net, inputs: list[torch.
 
 
 def test_mixed_batch_equals_separate_rows(case: Case, base: Net, inputs: list[torch.Tensor]) -> None:
-    model = adapted(copy.deepcopy(base), case, "first", "second", target_modules=TARGETS)
-    layer, x, names = layers_of(model)[0], inputs[0], ["second", "__base__", "first", "second"]
+    model = attach(base, case, "first", "second")
+    x, names = inputs[0], ["second", "__base__", "first", "second"]
+    assert model(x, adapter_names=names).shape == (4, 3, 4)
+    layer = layers_of(model.train())[0]
     mixed = layer(x, adapter_names=names)
     for row, name in enumerate(names):
         if name != "__base__":
             layer.set_adapter([name])
-        wanted = base.lin0(x) if name == "__base__" else layer(x)
+        wanted = layer.base_layer(x) if name == "__base__" else layer(x)
         assert close(mixed[row], wanted[row])
-    assert model(x, adapter_names=names).shape == (4, 3, 4)
 
 
 def quantized_llama(path: Path, kind: str) -> nn.Module:

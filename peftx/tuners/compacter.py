@@ -153,11 +153,12 @@ class SharedRuleModel(AdapterModel):
     uses_shared_state = True
     target_module_mapping = COMPACTER
     compacter_rule: nn.ParameterDict
+    peft_config: dict[str, Any]
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.compacter_rule = nn.ParameterDict()
 
-    def _prepare_adapter_config(self, peft_config: CompacterConfig, model_config: dict) -> CompacterConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
             model_type = model_config["model_type"]
             targets = (COMPACTER_PLUS_PLUS if peft_config.ffn_only else COMPACTER).get(model_type)
@@ -304,7 +305,7 @@ class CompacterLinear(AdapterLayer):
     def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         config = self.adapter_config[adapter_name]
         n, k = config.phm_dim, self.out_features // config.reduction_factor // config.phm_dim
-        down, up = (self.rule(adapter_name, side).to(result.device) for side in ("down", "up"))  # type: ignore[arg-type]
+        down, up = (self.rule(adapter_name, side).to(result.device) for side in ("down", "up"))
         own = {
             name.removeprefix("compacter_"): getattr(self, name)[adapter_name].to(down.dtype)
             for name in self.adapter_layer_names

@@ -48,7 +48,7 @@ class FrozenDict(BufferDict):
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """Wraps a linear layer (nn.Linear, transformers' Conv1D, or a quantised linear) and adapts it.
+    """Wraps a layer and adapts it; here a linear one: nn.Linear, transformers' Conv1D, or a quantised linear.
 
     A method subclasses this and says which tensors an adapter owns and what they do:
 
@@ -61,6 +61,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     - `lora_factors(adapter_name)`: the delta as a LoRA, where it is exactly one;
     - `no_delta`: where an adapter is no change of the weight, the reason. It defines `add_delta` then, which may also
       read the base layer's output, `result`; there is no `delta_weight`, and merging is refused with the reason.
+
+    A method for other layers (see FLoRA) says which by `layer_types`, returns the class for each from `for_base_layer`,
+    and in that class overrides `project`, `add_dense` and `_tokens`, which are those of a linear layer here.
 
     Everything else (several adapters, merging, quantised bases, mixed batches, dtypes, deletion, saving) is here.
     Config values of an adapter, resolved for this module, are in `self.adapter_config[adapter_name]`.
