@@ -95,8 +95,8 @@ def quantized_of(model: nn.Module) -> list[nn.Module]:
 
 
 def close(actual: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether two tensors differ by at most four roundings of the largest entry in `dtype` (that of `actual`)."""
-    tolerance = 4 * torch.finfo(dtype or actual.dtype).eps * max(1.0, wanted.abs().max().item())
+    """Whether two tensors differ by at most 16 roundings of the largest entry in `dtype` (that of `actual`)."""
+    tolerance = 16 * torch.finfo(dtype or actual.dtype).eps * max(1.0, wanted.abs().max().item())
     return (actual.double() - wanted.double()).abs().max().item() <= tolerance
 
 

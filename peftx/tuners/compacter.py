@@ -133,12 +133,14 @@ class CompacterConfig(AdapterConfig):
 # side's factor, n^2 k values for each of its columns. Shapes: rule (n, n, n), s (n, p/n, k), t (n, k, q/n).
 
 
-def contract(x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x H where p is the wide side: (..., p) -> (..., q), in the dtype of the rule."""
+def contract(
+    x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor, t: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x H + bias where p is the wide side: (..., p) -> (..., q), in the dtype of the rule."""
     wide = s.transpose(1, 2).flatten(0, 1)  # row-major (n k, p/n): three times as fast as its transpose
     z = F.linear(x.unflatten(-1, (len(rule), -1)), wide.to(x.dtype)).flatten(-2)
-    narrow = torch.einsum("iab,irv->airbv", rule, t).reshape(z.shape[-1], -1)
-    return z.to(rule.dtype) @ narrow
+    narrow = torch.einsum("iab,irv->bvair", rule, t).reshape(-1, z.shape[-1])
+    return F.linear(z.to(rule.dtype), narrow, bias)
 
 
 def expand(x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -314,9 +316,7 @@ class CompacterLinear(AdapterLayer):
         if not config.factorized_phm:
             own["down_t"] = own["up_s"] = torch.eye(k, dtype=down.dtype, device=down.device).expand(n, k, k)
         with torch.autocast(result.device.type, enabled=False):  # the rule's products are too small for fp16
-            g = contract(result, down, own["down_s"], own["down_t"])
-            if config.phm_bias:
-                g = g + own["down_bias"]
+            g = contract(result, down, own["down_s"], own["down_t"], own.get("down_bias"))
             z, wide = expand(ACTIVATIONS[config.non_linearity](g), up, own["up_s"]), own["up_t"].flatten(0, 1)
             if config.phm_bias:  # n more coefficients, the same for all rows, instead of a further pass over the output
                 z = torch.cat([z, torch.eye(n, dtype=z.dtype, device=z.device).expand(*z.shape[:-2], n, n)], dim=-1)

@@ -193,11 +193,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _unpack_base_weight(self) -> None:
         # On CPUs with AVX512-BF16, bitsandbytes lays a 4-bit weight out anew at the first evaluation; read or trained
         # in that layout it is noise. Its `state_dict()` restores the usual layout in place, except that the scales of
-        # a weight without double quantisation stay transposed.
+        # a weight without double quantisation stay transposed. Each round costs precision, so this one is the last.
         base: Any = self.get_base_layer()
         state = getattr(getattr(base, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             base.state_dict()
+            base.support_avx512bf16_for_cpu = False
             state = base.weight.quant_state
         if state is not None and not getattr(state, "packing_format_for_cpu", False) and state.absmax.ndim == 2:
             state.absmax = state.absmax.T.reshape(-1).float()
