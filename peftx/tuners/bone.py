@@ -55,11 +55,15 @@ def tile(block: torch.Tensor, in_features: int) -> torch.Tensor:
     return block.T.repeat(1, math.ceil(in_features / r))[:, :in_features]
 
 
-def bat_delta(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Delta of the bat mode: (W[a, b] + I) B[a] for each r x r tile. Shapes: (out, in), (out / r, r, r)."""
-    tiles = weight.reshape(len(block), -1, block.shape[-1])
-    delta = torch.bmm(tiles, block).view(len(block), block.shape[-1], -1, block.shape[-1])
-    return (delta + block[:, :, None, :]).view(weight.shape)
+def bat_delta(weight: torch.Tensor, block: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """Delta of the bat mode, (W[a, b] + I) B[a] for each r x r tile, added to `onto` if given.
+
+    Shapes: weight and onto (out, in), block (out / r, r, r).
+    """
+    r = block.shape[-1]
+    tiles = weight.reshape(len(block), -1, r)
+    product = torch.bmm(tiles, block) if onto is None else torch.baddbmm(onto.reshape(tiles.shape), tiles, block)
+    return (product.view(len(block), r, -1, r) + block[:, :, None, :]).view(weight.shape)
 
 
 def bat_invert(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
@@ -128,7 +132,8 @@ class BoneLinear(AdapterLayer):
     def apply_delta(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
         if not self.is_bat(adapter_name):
             return super().apply_delta(adapter_name, weight)
-        return weight + bat_delta(weight, self.scaling[adapter_name] * self.bone_block[adapter_name].to(weight.dtype))
+        block = self.scaling[adapter_name] * self.bone_block[adapter_name].to(weight.dtype)
+        return bat_delta(weight, block, onto=weight)
 
     def remove_delta(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
         if not self.is_bat(adapter_name):
