@@ -15,6 +15,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 QUICK_TEXTS = 800
 QUICK_METHODS = 2
+PASSES = 8.0  # over the texts, by all methods together: some six minutes on two cores
 
 
 @app.callback()
@@ -77,7 +78,9 @@ def demo(
     methods: Annotated[
         str | None, typer.Option(help="Variants to set beside LoRA, by comma.", show_default="all of `peftx methods`")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the texts.", show_default="2")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the texts.", show_default="8 by all methods, at most 2 each")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 8,
     output: Annotated[Path, typer.Option(help="Folder for adapters, table and picture.")] = Path("peftx-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of head, batches and adapters.")] = 0,
@@ -92,11 +95,13 @@ def demo(
         from ..demo.model import default_folder
 
         chosen = tuple(name.strip() for name in methods.split(",")) if methods else ()
+        chosen = chosen or (run.first_variants(QUICK_METHODS) if quick else ())
+        passes = 1.0 if quick else min(2.0, PASSES / len(run.contenders(chosen)))
         options = run.Options(
             model or default_folder(),
             output,
-            chosen or (run.first_variants(QUICK_METHODS) if quick else ()),
-            epochs=epochs if epochs is not None else 1.0 if quick else 2.0,
+            chosen,
+            epochs=passes if epochs is None else epochs,
             batch_size=batch_size,
             seed=seed,
             texts=QUICK_TEXTS if quick else None,

@@ -9,11 +9,12 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from .run import BASELINE, LOAD_TOLERANCE, MERGE_TOLERANCE, Report, Result
 
-HEADER = ["method", "accuracy", "lr", "parameters", "file kB", "step", "loaded", "merged"]
+HEADER = ["method", "accuracy", "lr", "params", "file kB", "step", "loaded", "merged"]
 PACKAGES = ("peftx", "peft", "transformers", "torch")
 
 
@@ -45,7 +46,7 @@ def verdict(result: Result, difference: float | None) -> str:
 
 def baselines(report: Report) -> list[tuple[str, float]]:
     """What a method must beat, with its accuracy."""
-    return [("majority class", report.majority), ("frozen-encoder probe", report.probe)]
+    return [("majority class", report.majority), ("frozen probe", report.probe)]
 
 
 def notes(report: Report) -> list[str]:
@@ -53,7 +54,8 @@ def notes(report: Report) -> list[str]:
     return [
         f"accuracy: on {report.test_texts} held-out docstrings after {len(report.results[0].losses)} steps on "
         f"{report.train_texts} others; an accuracy of 0.9 has a standard error of {standard_error(report, 0.9):.3f}",
-        f"parameters: the adapter's; every method also trains the same {report.results[0].head_parameters:,} of pooler "
+        "frozen probe: logistic regression on the embeddings of the encoder as it came",
+        f"params: the adapter's; every method also trains the same {report.results[0].head_parameters:,} of pooler "
         "and classifier, which are part of the file",
         f"step: CPU time of a training step over {BASELINE}'s on the same batch, median",
         "loaded, merged: largest change of a held-out logit by saving and loading the adapter, and by merging it; the "
@@ -70,10 +72,11 @@ def standard_error(report: Report, accuracy: float) -> float:
 def table(report: Report) -> Table:
     """For the terminal: the baselines, then the methods, the most accurate in bold, a broken one in red."""
     best = max(result.accuracy for result in report.results)
-    view = Table(title="Which module does this docstring come from?", caption="\n".join(notes(report)))
+    title, caption = "Which module does this docstring come from?", "\n".join(notes(report))
+    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     view.caption_justify = "left"
     for name in HEADER:
-        view.add_column(name, justify="left" if name == HEADER[0] else "right")
+        view.add_column(name, justify="left" if name == HEADER[0] else "right", no_wrap=True)
     for name, accuracy in baselines(report):
         view.add_row(name, f"{accuracy:.3f}", style="dim")
     view.add_section()
