@@ -73,7 +73,7 @@ def table(report: Report) -> Table:
     """For the terminal: the baselines, then the methods, the most accurate in bold, a broken one in red."""
     best = max(result.accuracy for result in report.results)
     title, caption = "Which module does this docstring come from?", "\n".join(notes(report))
-    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     view.caption_justify = "left"
     for name in HEADER:
         view.add_column(name, justify="left" if name == HEADER[0] else "right", no_wrap=True)
