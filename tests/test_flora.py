@@ -150,7 +150,7 @@ def test_the_constant_is_scale_or_alpha_over_rank(config, factor):
 def test_forward_gradients_and_merge_equal_the_dense_layer(monkeypatch, layer, path):
     base, x = layer
     if not isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and path != "direct":
-        pytest.skip("a choice of convolutions")
+        pytest.skip("only convolutions choose between these forward paths")
     force(monkeypatch, path)
     adapted = adapt(base, scale=0.5)
     wanted = dense(base, oracle(adapted, 0.5))
@@ -422,7 +422,7 @@ def as_lora(base, adapted, **kwargs):
 def test_exported_lora_computes_the_same_unmerged_and_merged(layer, r):
     base, x = layer
     if getattr(base, "groups", 1) > 1:
-        pytest.skip("refused, see below")
+        pytest.skip("PEFT has no exact LoRA for this convolution; its refusal has a test of its own")
     if getattr(base, "in_channels", 4) < 4:
         r = [3, 4]
     adapted = adapt(base, r=r, scale=0.5)

@@ -47,7 +47,7 @@ def layer(in_features=12, out_features=10, seed=0, trained=True, **kwargs):
     return adapted
 
 
-def dense_oracle(adapted, z, sigma, **start_values):
+def dense_oracle(adapted, z, sigma):
     """W + PL diag(sigma z - sigma_0 z_0) U from the step-by-step elimination."""
     r = len(z)
     L, _, U = elimination(adapted.base_layer.weight.detach())
@@ -206,10 +206,8 @@ def deltas_after_training(base, init_method, steps=15):
     torch.manual_seed(1)
     config = peftx.LoLDUConfig(r=4, init_method=init_method, train_sigma=False, target_modules=TARGETS)
     model = peft.get_peft_model(copy.deepcopy(base), config)
-    x, y = torch.randn(16, 12, dtype=torch.float64), torch.randn(16, 4, dtype=torch.float64)
-    x, y = (t * torch.linspace(-1, 1, t.numel(), dtype=torch.float64).view_as(t) for t in (x, y))
     generator = torch.Generator().manual_seed(3)
-    x, y = (torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in (x, y))
+    x, y = (torch.randn(16, width, generator=generator, dtype=torch.float64) for width in (12, 4))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0)
     for _ in range(steps):
         nn.functional.mse_loss(model(x), y).backward()
