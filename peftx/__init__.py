@@ -5,11 +5,22 @@ PEFT, transformers and accelerate do with an adapter works as for PEFT's own met
 """
 
 from .registry import MethodInfo, methods, register
-from .tuners import AdapterConfig, AdapterLayer, AdapterModel, BoneConfig, CompacterConfig, FloraConfig, LoLDUConfig
+from .tuners import (
+    AdapterConfig,
+    AdapterLayer,
+    AdapterModel,
+    ALLoRAConfig,
+    BoneConfig,
+    CompacterConfig,
+    FloraConfig,
+    LoLDUConfig,
+)
+from .tuners.triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALLoRAConfig",
     "AdapterConfig",
     "AdapterLayer",
     "AdapterModel",
@@ -18,6 +29,8 @@ __all__ = [
     "FloraConfig",
     "LoLDUConfig",
     "MethodInfo",
+    "TriAdaptCallback",
+    "TriAdaptLoRAConfig",
     "methods",
     "register",
 ]

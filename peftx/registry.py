@@ -40,6 +40,7 @@ class MethodInfo:
         layer_types: names of the layer classes that can be targeted.
         quantized: whether bitsandbytes 4-bit and 8-bit bases work.
         mixed_batches: whether `adapter_names=` works.
+        exact_gradient: whether the adapter's gradients are those of the output, not rescaled by a rule of the method.
         learning_rate: a rate at which the method learns with AdamW on the task of `peftx demo`.
         tiny: config arguments that fit layers 10 to 32 wide.
         variants: name to config arguments of every mode that tests and benchmarks should cover.
@@ -56,6 +57,7 @@ class MethodInfo:
     layer_types: tuple[str, ...] = ("Linear", "Conv1D")
     quantized: bool = True
     mixed_batches: bool = True
+    exact_gradient: bool = True
     learning_rate: float = 2e-3
     tiny: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -1,3 +1,4 @@
+from .allora import ALLoRAConfig
 from .bone import BoneConfig, BoneLinear
 from .compacter import CompacterConfig, CompacterLinear
 from .config import AdapterConfig
@@ -5,8 +6,10 @@ from .flora import FloraConfig, FloraLinear
 from .layer import AdapterLayer, accumulate
 from .loldu import LoLDUConfig, LoLDULinear
 from .model import AdapterModel
+from .triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig, TriAdaptLoRALinear
 
 __all__ = [
+    "ALLoRAConfig",
     "AdapterConfig",
     "AdapterLayer",
     "AdapterModel",
@@ -18,5 +21,8 @@ __all__ = [
     "FloraLinear",
     "LoLDUConfig",
     "LoLDULinear",
+    "TriAdaptCallback",
+    "TriAdaptLoRAConfig",
+    "TriAdaptLoRALinear",
     "accumulate",
 ]

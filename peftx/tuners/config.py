@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import typing
 from functools import cache
@@ -22,8 +23,45 @@ Names = list[str] | set[str] | tuple[str, ...] | str
 Number = int | float
 
 
+class FileConfig(PeftConfig):
+    """What the configs of both families add to PEFT's: types are checked, a broken file is found before any model is
+    touched, and the model card of a saved adapter says how to load it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type_of(type(self))
+        _check_types(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any):
+        """As in PEFT; an unreadable weight file beside the config is reported before any model is touched.
+
+        Raises:
+            ValueError: the adapter's safetensors file is truncated or not a safetensors file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{weights} is not a complete safetensors file ({error}). Save or download the adapter again."
+                ) from error
+        config._from_file = True  # an adapter made for a file leaves the model again when the file does not fit
+        return config
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As in PEFT; a model card beside it learns how to load an adapter of this method."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file():
+            _add_loading_code(card, self)
+
+
 @dataclasses.dataclass
-class AdapterConfig(PeftConfig):
+class AdapterConfig(FileConfig):
     """Base of the configs of all methods that own their tensors.
 
     Args:
@@ -67,8 +105,6 @@ class AdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type_of(type(self))
-        _check_types(self)
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -95,33 +131,6 @@ class AdapterConfig(PeftConfig):
                 changes[target] = pattern[match]
         return dataclasses.replace(self, **changes)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any):
-        """As in PEFT; an unreadable weight file beside the config is reported before any model is touched.
-
-        Raises:
-            ValueError: the adapter's safetensors file is truncated or not a safetensors file.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if weights.is_file():
-            try:
-                with safe_open(weights, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{weights} is not a complete safetensors file ({error}). Save or download the adapter again."
-                ) from error
-        config._from_file = True  # an adapter made for a file leaves the model again when the file does not fit
-        return config
-
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As in PEFT; a model card beside it learns how to load an adapter of this method."""
-        super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory, "README.md")
-        if card.is_file():
-            _add_loading_code(card, self)
-
 
 def _add_loading_code(path: Path, config: PeftConfig) -> None:
     """Puts the code that loads the adapter first in a model card; the first line is the import that registers it."""
@@ -146,15 +155,17 @@ def _add_loading_code(path: Path, config: PeftConfig) -> None:
 
 
 @cache
-def _own_types(cls: Any) -> dict[str, Any]:
-    """Type of each field that `cls` adds to PEFT's own ones."""
-    hints = typing.get_type_hints(cls)
-    inherited = {f.name for f in dataclasses.fields(PeftConfig)}
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name not in inherited}
+def _own_types(cls: type) -> dict[str, Any]:
+    """Type of each field that `cls` and its bases outside PEFT define."""
+    hints = {}
+    for base in reversed(cls.__mro__):
+        if not base.__module__.startswith("peft."):
+            hints.update(inspect.get_annotations(base, eval_str=True))
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name in hints}  # type: ignore[arg-type]
 
 
-def _check_types(config: AdapterConfig) -> None:
-    for name, expected in _own_types(type(config)).items():  # type: ignore[arg-type]
+def _check_types(config: PeftConfig) -> None:
+    for name, expected in _own_types(type(config)).items():
         value = getattr(config, name)
         try:
             if isinstance(value, bool) and not _admits_bool(expected):  # a bool is an int to Python, not to a user

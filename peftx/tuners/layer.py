@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import AdapterConfig
-from .model import AdapterModel
+from .model import AdapterModel, forget
 
 
 def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -30,6 +30,12 @@ def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scal
     h, weight = h.to(result.dtype), weight.to(result.dtype).contiguous()
     flat = result.reshape(-1, result.shape[-1])
     return torch.addmm(flat, h.reshape(-1, h.shape[-1]), weight, alpha=scale).view(result.shape)
+
+
+def unobserved(module: nn.Module) -> bool:
+    """Whether nobody would notice if the module's parameters were used without calling it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,7 +150,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return False
 
     def prepare_load(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Called with an adapter's tensors from a file, by attribute name, before they are loaded; may refuse them."""
+        """Called with an adapter's tensors from a file, by attribute name, before they are loaded; may refuse them by a
+        ValueError, or replace them in `tensors`."""
 
     # The base layer
 
@@ -181,10 +188,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @property
     def _plain(self) -> bool:
         """Whether the base layer computes nothing but `project(x, weight, bias)` and nobody watches it do so."""
-        base = self.base_layer
-        return type(base) in self.layer_types and not (
-            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__
-        )
+        return type(self.base_layer) in self.layer_types and unobserved(self.base_layer)
 
     def get_base_weight(self) -> torch.Tensor:
         self._unpack_base_weight()
@@ -235,17 +239,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.create(adapter_name, config)
         except Exception:
             if is_new:
-                self._forget(adapter_name)
+                forget(self, adapter_name)
             raise
         self.scaling[adapter_name] = 1.0
         self.adapter_config[adapter_name] = config
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _forget(self, adapter_name: str) -> None:
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            if adapter_name in getattr(self, name):
-                del getattr(self, name)[adapter_name]
 
     def freeze(self, adapter_name: str, *names: str) -> None:
         """Keeps the named tensors of an adapter frozen whatever becomes active."""

@@ -19,17 +19,10 @@ if TYPE_CHECKING:
     from .layer import AdapterLayer
 
 
-class AdapterModel(BaseTuner):
-    """Puts the layers of one method into a model. `peftx.register` makes a subclass for each layer class.
-
-    Where PEFT leaves a model half changed after an error (an unsupported module among the targets, a rank that does
-    not fit, a file that does not fit), this one takes the failed adapter out again.
-    """
-
-    target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    tuner_layer_cls: type[AdapterLayer]
-
-    # Injection
+class CheckedTuner(BaseTuner):
+    """What the tuners of both families add to PEFT's: where PEFT leaves a model half changed after an error (an
+    unsupported module among the targets, a rank that does not fit, a file that does not fit), the failed adapter is
+    taken out again."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:
@@ -38,6 +31,81 @@ class AdapterModel(BaseTuner):
             _take_out(model, adapter_name, self.tuner_layer_cls)
             self.peft_config.pop(adapter_name, None)
             raise
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As in PEFT, after checking the file against the model: a file that does not fit is refused as a whole.
+
+        Raises:
+            ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
+        """
+        try:
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            for name, layer in model.named_modules():
+                if isinstance(layer, cls.tuner_layer_cls):
+                    prefix = name.removeprefix("_fsdp_wrapped_module.")
+                    keys = {attribute: key for attribute, (key, _) in _saved(layer, prefix, adapter_name).items()}
+                    tensors = {attribute: remapped[key] for attribute, key in keys.items() if key in remapped}
+                    try:
+                        cls._prepare_load(layer, adapter_name, tensors)
+                    except ValueError as error:
+                        raise ValueError(f"{prefix}: {error}") from None
+                    remapped.update({keys[attribute]: tensor for attribute, tensor in tensors.items()})
+            problems = cls._find_problems(model, adapter_name, remapped)
+            if problems:
+                more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+                raise ValueError(
+                    f"The {config.peft_type.value} adapter does not fit the model, nothing was loaded:\n  "
+                    + "\n  ".join(problems[:10])
+                    + more
+                )
+        except Exception:
+            if getattr(config, "_from_file", False):
+                _withdraw(model, adapter_name, cls.tuner_layer_cls)
+            raise
+        config._from_file = False
+        return remapped
+
+    @classmethod
+    def _prepare_load(cls, layer: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Called for every layer with an adapter's tensors from a file, by attribute name, before they are loaded."""
+
+    @classmethod
+    def _find_problems(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
+        expected = {}
+        for name, module in model.named_modules():
+            if isinstance(module, (cls.tuner_layer_cls, CheckedTuner)):
+                prefix = name.removeprefix("_fsdp_wrapped_module.")
+                expected.update(_saved(module, prefix, adapter_name).values())
+        problems = []
+        for key, wanted in expected.items():
+            shown = cls._remove_adapter_name_from_key(key, adapter_name)
+            found = state_dict.get(key)
+            if found is None:
+                problems.append(f"{shown}: missing, expected shape {tuple(wanted.shape)}")
+            elif wanted.numel() and found.shape != wanted.shape:  # sharded tensors (ZeRO-3) have no elements here
+                problems.append(f"{shown}: found shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+            elif found.is_floating_point() != wanted.is_floating_point():
+                problems.append(f"{shown}: found dtype {found.dtype}, expected {wanted.dtype}")
+            elif found.is_floating_point() and not found.is_meta and not torch.isfinite(found).all():
+                problems.append(f"{shown}: found values that are not finite (NaN or infinite)")
+        problems += [
+            f"{key}: unexpected, the model has no such tensor"
+            for key in state_dict
+            if key not in expected and any(part.startswith(cls.prefix) for part in key.split(".")[-2:])
+        ]
+        return problems
+
+
+class AdapterModel(CheckedTuner):
+    """Puts the layers of one method into a model. `peftx.register` makes a subclass for each layer class."""
+
+    target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    tuner_layer_cls: type[AdapterLayer]
+
+    # Injection
 
     def _create_and_replace(
         self,
@@ -75,6 +143,10 @@ class AdapterModel(BaseTuner):
             _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, target_name)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(str(error).replace("PEFT:LORA", f"PEFT:{peft_config.peft_type.value}")) from None
+
+    @classmethod
+    def _prepare_load(cls, layer: AdapterLayer, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        layer.prepare_load(adapter_name, tensors)
 
     # Mixed batches
 
@@ -151,97 +223,39 @@ class AdapterModel(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
-    # Loading
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """As in PEFT, after checking the file against the model: a file that does not fit is refused as a whole.
-
-        Raises:
-            ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
-        """
-        try:
-            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            for name, layer in model.named_modules():
-                if isinstance(layer, cls.tuner_layer_cls):
-                    prefix = name.removeprefix("_fsdp_wrapped_module.")
-                    tensors = {
-                        attribute: remapped[key]
-                        for attribute, key in _keys(layer, prefix, adapter_name).items()
-                        if key in remapped
-                    }
-                    try:
-                        layer.prepare_load(adapter_name, tensors)
-                    except ValueError as error:
-                        raise ValueError(f"{prefix}: {error}") from None
-            problems = cls._find_problems(model, adapter_name, remapped)
-            if problems:
-                more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-                raise ValueError(
-                    f"The {config.peft_type.value} adapter does not fit the model, nothing was loaded:\n  "
-                    + "\n  ".join(problems[:10])
-                    + more
-                )
-        except Exception:
-            if getattr(config, "_from_file", False):
-                _withdraw(model, adapter_name, cls.tuner_layer_cls)
-            raise
-        config._from_file = False
-        return remapped
-
-    @classmethod
-    def _find_problems(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
-        expected = {}
-        for name, module in model.named_modules():
-            if isinstance(module, (cls.tuner_layer_cls, AdapterModel)):
-                prefix = name.removeprefix("_fsdp_wrapped_module.")
-                for attribute, key in _keys(module, prefix, adapter_name).items():
-                    expected[key] = getattr(module, attribute)[adapter_name]
-        problems = []
-        for key, wanted in expected.items():
-            shown = key.removesuffix(f".{adapter_name}")
-            found = state_dict.get(key)
-            if found is None:
-                problems.append(f"{shown}: missing, expected shape {tuple(wanted.shape)}")
-            elif wanted.numel() and found.shape != wanted.shape:  # sharded tensors (ZeRO-3) have no elements here
-                problems.append(f"{shown}: found shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
-            elif found.is_floating_point() != wanted.is_floating_point():
-                problems.append(f"{shown}: found dtype {found.dtype}, expected {wanted.dtype}")
-            elif found.is_floating_point() and not found.is_meta and not torch.isfinite(found).all():
-                problems.append(f"{shown}: found values that are not finite (NaN or infinite)")
-        problems += [
-            f"{key}: unexpected, the model has no such tensor"
-            for key in state_dict
-            if key not in expected and key.rpartition(".")[2].startswith(cls.prefix)
-        ]
-        return problems
-
-
-def _keys(module: AdapterLayer | AdapterModel, prefix: str, adapter_name: str) -> dict[str, str]:
-    """State-dict key of each tensor that the adapter saves in a layer, or in the tuner for all layers, by the name of
-    the attribute that holds it."""
-    keys = {}
-    for attribute, tensors in module.named_children():
-        if not isinstance(tensors, (nn.ParameterDict, BufferDict)) or adapter_name not in tensors:
+def _saved(module: nn.Module, prefix: str, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
+    """State-dict key and tensor of everything that the adapter saves in a layer, or in the tuner for all layers, by the
+    name of the attribute that holds it."""
+    tensors = {}
+    for attribute, container in module.named_children():
+        if not isinstance(container, (nn.ParameterDict, nn.ModuleDict, BufferDict)) or adapter_name not in container:
             continue
-        if adapter_name not in tensors._non_persistent_buffers_set:
-            keys[attribute] = f"{prefix}.{attribute}.{adapter_name}" if prefix else f"{attribute}.{adapter_name}"
-    return keys
+        for key, tensor in container.state_dict(keep_vars=True).items():
+            adapter, _, rest = key.partition(".")
+            if adapter == adapter_name:
+                name = f"{attribute}.{rest}" if rest not in ("", "weight") else attribute
+                tensors[name] = (f"{prefix}.{attribute}.{key}" if prefix else f"{attribute}.{key}", tensor)
+    return tensors
 
 
-def _take_out(model: nn.Module, adapter_name: str, layer_cls: type[AdapterLayer]) -> None:
+def forget(layer: Any, adapter_name: str) -> None:
+    """Takes one adapter out of a tuner layer of either family, whatever becomes active then."""
+    for name in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
+        if adapter_name in getattr(layer, name, ()):
+            del getattr(layer, name)[adapter_name]
+
+
+def _take_out(model: nn.Module, adapter_name: str, layer_cls: type[BaseTunerLayer]) -> None:
     """Removes one adapter from all layers, and the layers that hold no other adapter."""
-    for name, layer in list(model.named_modules()):
+    for name, layer in reversed(list(model.named_modules())):  # PEFT's attention layer holds another inside
         if isinstance(layer, layer_cls):
-            layer._forget(adapter_name)
-            if not layer.adapter_config:
+            forget(layer, adapter_name)
+            if not layer._all_available_adapter_names():
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
-def _withdraw(model: Any, adapter_name: str, layer_cls: type[AdapterLayer]) -> None:
+def _withdraw(model: Any, adapter_name: str, layer_cls: type[BaseTunerLayer]) -> None:
     """Takes back an adapter that was added for a file which then did not fit."""
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)

@@ -1,0 +1,86 @@
+"""What is refused, before anything has changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from . import projection
+from .fused import bitsandbytes_update
+from .state import layout
+
+UPDATES = ("galore", "apollo", "frugal-sign", "frugal-sgd")
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first hyperparameter of a group that is out of its range."""
+
+    def number(value: Any, low: float, high: float = math.inf) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
+
+    def whole(value: Any, low: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    betas = group["betas"]
+    lr = group["lr"].item() if isinstance(group["lr"], torch.Tensor) else group["lr"]
+    rules = {
+        "lr": (number(lr, 0), "at least 0"),
+        "betas": (len(betas) == 2 and all(number(beta, 0, 1) for beta in betas), "two numbers, at least 0, below 1"),
+        "eps": (number(group["eps"], 0), "at least 0"),
+        "weight_decay": (number(group["weight_decay"], 0), "at least 0"),
+        "rank": (group["rank"] is None or whole(group["rank"], 1), "None or a whole number, at least 1"),
+        "update_proj_gap": (whole(group["update_proj_gap"], 1), "a whole number, at least 1"),
+        "scale": (number(group["scale"], 0), "at least 0"),
+        "optim_bits": (group["optim_bits"] in (8, 32), "8 or 32"),
+        "basis_bits": (group["basis_bits"] in (16, 32), "16 or 32"),
+        "min_8bit_size": (whole(group["min_8bit_size"], 0), "a whole number, at least 0"),
+        "fused": (group["fused"] in (None, True, False), "None, True or False"),
+        "skipped_steps": (whole(group["skipped_steps"], 0), "a whole number, at least 0"),
+    }
+    choices = {
+        "proj_refresh": projection.REFRESH,
+        "refresh_moments": ("keep", "rotate", "reset"),
+        "update": UPDATES,
+    }
+    rules |= {key: (group[key] in names, "one of " + ", ".join(names)) for key, names in choices.items()}
+    for key, (fine, wanted) in rules.items():
+        if not fine:
+            raise ValueError(f"{key} must be {wanted}, not {group[key]!r}")
+    if group["fused"] and bitsandbytes_update() is None:
+        raise ImportError("fused=True needs bitsandbytes: pip install bitsandbytes")
+
+
+def check_parameter(p: Any) -> None:
+    if not isinstance(p, torch.Tensor):
+        raise TypeError(f"parameters must be tensors, not {type(p).__name__}")
+    if not p.is_floating_point():
+        raise ValueError(f"parameters must be real floating-point tensors, not {p.dtype}")
+    if hasattr(p, "device_mesh"):
+        raise NotImplementedError("parameters sharded as DTensor (FSDP2) are not supported by LowRankAdamW")
+
+
+def check_names(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError if both groups know their parameters' names and these differ."""
+    for theirs, ours in zip(found.get("param_names", ()), wanted.get("param_names", ()), strict=False):
+        if theirs != ours:
+            raise ValueError(f"the state dict has a state of {theirs!r} where the optimizer has {ours!r}")
+
+
+def check_state(state: Any, p: torch.Tensor, group: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError unless `state` is, in keys, shapes, dtypes and finiteness, one of `p` under `group`."""
+    wanted = layout(p, group)
+    if not isinstance(state, Mapping) or state.keys() != wanted.keys() | {"step"}:
+        found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"{where}: expected {sorted(wanted.keys() | {'step'})}, found {found}")
+    if not isinstance(state["step"], int) or state["step"] < 0:
+        raise ValueError(f"{where}: step must be a whole number, at least 0, not {state['step']!r}")
+    for key, (shape, dtype) in wanted.items():
+        value = state[key]
+        if not isinstance(value, torch.Tensor) or (tuple(value.shape), value.dtype) != (shape, dtype):
+            found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"{where}: {key} must be {shape} {dtype}, not {found}")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{where}: {key} has values that are not finite")

@@ -1,0 +1,47 @@
+"""Low-rank projection of a gradient (GaLore, arXiv:2403.03507; one-sided, as GradNormLoRP's published code has it).
+
+Everything here sees a matrix lying down: (short, long), rows of at least the height. `lay` turns the others. The
+projected gradient is stored direction by direction, (rank, long): a block of 256 quantised elements then never mixes
+directions, whose energies differ by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import torch
+
+REFRESH = ("svd", "randomized", "random")
+
+
+def lay(matrix: torch.Tensor) -> torch.Tensor:
+    """(m, n) as (short, long): the transpose if m >= n. A view, and its own inverse on the way back."""
+    return matrix.T if matrix.shape[0] >= matrix.shape[1] else matrix
+
+
+def projected_shape(shape: torch.Size, rank: int) -> tuple[int, int]:
+    """(rank, long) of a matrix, the rank limited to the short side."""
+    return min(rank, *shape), max(shape)
+
+
+def basis(gradient: torch.Tensor, rank: int, how: str, seed: int) -> torch.Tensor:
+    """Orthonormal columns (short, rank), in the dtype of `gradient` (short, long).
+
+    `how`: `"svd"`: the leading left singular vectors. `"randomized"`: nearly those, by a range finder with two power
+    iterations (arXiv:0909.4061), at a small fraction of the time for large matrices. `"random"`: of a Gaussian matrix,
+    whatever the gradient. Random numbers come from a private generator, `seed` and the shape decide them.
+    """
+    short, long = gradient.shape
+    if how == "svd":
+        return torch.linalg.svd(gradient, full_matrices=False).U[:, :rank]
+    generator = torch.Generator().manual_seed(seed)
+    if how == "random":
+        return _orthonormal(torch.randn(short, rank, generator=generator).to(gradient))
+    sketch = min(rank + 8, short)
+    found = _orthonormal(gradient @ torch.randn(long, sketch, generator=generator).to(gradient))
+    for _ in range(2):
+        found = _orthonormal(gradient @ _orthonormal(gradient.T @ found))
+    left = torch.linalg.svd(found.T @ gradient, full_matrices=False).U[:, :rank]
+    return found @ left
+
+
+def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.qr(matrix).Q

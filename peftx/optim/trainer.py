@@ -1,0 +1,113 @@
+"""From a model and `TrainingArguments` to a `LowRankAdamW`, for transformers' Trainer or a loop of one's own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adamw import LowRankAdamW
+
+NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as the Trainer has it
+LORA = re.compile(r"\.lora_(embedding_)?[AB]\.")
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.0, rank: int | None = None, target: str | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters, with their names, in up to four groups: with and without decay, projected and not.
+
+    Biases and the weights of normalisation layers have no decay. With a rank, the projected parameters are the matrices
+    whose name `target`, a regular expression, finds. Without a target: LoRA's A and B where the model has them (so no
+    magnitudes and no head); else all matrices but those of embeddings and of a language model's head.
+
+    Raises ValueError if nothing is trainable, or there is a rank and nothing to project.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("the model has no trainable parameter")
+    chosen: set[str] = set()
+    if rank is not None:
+        chosen = {name for name, p in trained if p.dim() == 2} & set(_targets(model, trained, target))
+        if not chosen:
+            raise ValueError(f"rank={rank}, but there is no trainable matrix to project (target={target!r})")
+    norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, p in trained:
+        decays = name not in norms and not any(re.search(pattern, name.lower()) for pattern in NO_DECAY)
+        groups.setdefault((decays, name in chosen), []).append((name, p))
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "rank": rank if projected else None}
+        for (decays, projected), params in groups.items()
+    ]
+
+
+def _targets(model: nn.Module, trained: list[tuple[str, nn.Parameter]], target: str | None) -> list[str]:
+    if target is not None:
+        return [name for name, _ in trained if re.search(target, name)]
+    factors = [name for name, _ in trained if LORA.search(name)]
+    if factors:
+        return factors
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    excluded = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    excluded |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    return [name for name, p in trained if id(p) not in excluded]
+
+
+def create_optimizer(
+    model: nn.Module, args: Any = None, *, rank: int | None = None, target: str | None = None, **options: Any
+) -> LowRankAdamW:
+    """A `LowRankAdamW` of a model's trainable parameters, grouped by `param_groups`.
+
+    Args:
+        args: `TrainingArguments` (learning rate, betas, epsilon and weight decay are taken from them), a learning rate,
+            or None (the optimizer's defaults).
+        rank, target: see `param_groups`.
+        options: any other argument of `LowRankAdamW`; they win over `args`.
+
+    In a subclass of Trainer:
+
+        def create_optimizer(self, model=None):
+            self.optimizer = peftx.optim.create_optimizer(model or self.model, self.args, rank=4)
+            return self.optimizer
+    """
+    options = {**_hyperparameters(args), **options}
+    weight_decay = options.setdefault("weight_decay", 0.01)
+    return LowRankAdamW(param_groups(model, weight_decay, rank, target), **options)
+
+
+def _hyperparameters(args: Any) -> dict[str, Any]:
+    if args is None:
+        return {}
+    if isinstance(args, (int, float, torch.Tensor)):
+        return {"lr": args}
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+
+
+class OptimizerFactory:
+    """What the Trainer calls to make the optimizer from the model it holds then."""
+
+    def __call__(self, model: nn.Module, **options: Any) -> LowRankAdamW:
+        return create_optimizer(model, **options)
+
+
+def trainer_kwargs(args: Any = None, **options: Any) -> dict[str, Any]:
+    """What `Trainer` needs to use `LowRankAdamW`; the arguments are those of `create_optimizer` after the model.
+
+        trainer = Trainer(model, args, train_dataset=data, **peftx.optim.trainer_kwargs(args, rank=4, min_8bit_size=0))
+
+    The optimizer is made when the Trainer makes its own, so this also works with `model_init` and FSDP.
+    """
+    return {"optimizer_cls_and_kwargs": (OptimizerFactory, {"args": args, **options})}

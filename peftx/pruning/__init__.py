@@ -1,0 +1,35 @@
+"""Data pruning: which training samples to keep (DONOD, arXiv:2504.14810, and its baselines).
+
+Two roads. The pure functions, for any training loop:
+
+    scores = score_dataset(model, dataset, collator)              # {"don": (n,), "nod": (n,), "tokens": (n,)}
+    kept = dataset.select(select(scores, keep=0.3))
+
+and one argument for a transformers `Trainer`: `callbacks=[peftx.DonodCallback(keep=0.3)]`.
+"""
+
+from .callback import DonodCallback, prune
+from .report import scatter, table
+from .scores import METRICS, don_nod, gradient_square, head_statistics, score_dataset
+from .select import GOALS, METHODS, preference, select, topsis
+from .selection import FILE_NAME, Selection, fingerprint
+
+__all__ = [
+    "FILE_NAME",
+    "GOALS",
+    "METHODS",
+    "METRICS",
+    "DonodCallback",
+    "Selection",
+    "don_nod",
+    "fingerprint",
+    "gradient_square",
+    "head_statistics",
+    "preference",
+    "prune",
+    "scatter",
+    "score_dataset",
+    "select",
+    "table",
+    "topsis",
+]

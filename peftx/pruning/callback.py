@@ -1,0 +1,324 @@
+"""Pruning as an argument of a transformers `Trainer`.
+
+The Trainer makes its loader, counts its steps and builds its schedule before it fires `on_train_begin`, and gives no
+event a reference to itself. So the callback has to act where the loader is made: it replaces `get_train_dataloader` of
+this one trainer. It finds the trainer on the call stack when `Trainer.__init__` announces that it is done.
+"""
+
+import functools
+import inspect
+from contextlib import nullcontext
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from .head import base_of, task_of
+from .report import write_report
+from .scores import ETA, OF_HEAD, length_of, score_dataset, undisturbed
+from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_keep, check_settings, preference, select
+from .selection import FILE_NAME, Selection, fingerprint
+from .warmup import warmed_up, warmup_length
+
+logger = logging.get_logger(__name__)
+
+UNATTACHED = (
+    "DonodCallback prunes where the Trainer makes its data loader, and this Trainer made it without: it was added after "
+    "the Trainer, or by one that does not derive from transformers.Trainer. Before trainer.train() call "
+    "callback.attach(trainer), or peftx.pruning.prune(trainer)."
+)
+
+
+class DonodCallback(TrainerCallback):
+    """Trains on the part of the data that a score picks (DONOD, arXiv:2504.14810, and its baselines).
+
+        Trainer(model, args, train_dataset=data, callbacks=[peftx.DonodCallback(keep=0.3)]).train()
+
+    When training starts, every sample is scored once by a forward pass, the `ceil(keep * n)` best are chosen, and the loader
+    is made of them: steps, epochs and learning rates are those of a Trainer that was given the kept samples only. The
+    data set itself, and `trainer.train_dataset`, stay whole. Random numbers, modes and gradients are undisturbed. In DDP
+    every process scores its share, and all of them choose the same.
+
+    Written to `output_dir`: `selection.json`, which a resumed or repeated run uses and a run with other data, model or
+    settings refuses; and, with `report`, `selection.md`, the most and the least wanted samples to read, and
+    `selection.png` (with matplotlib). Look at these before you trust a score.
+
+    No score promises better training. Measured with wrong labels and answers in the data (benchmarks/pruning_noise.py),
+    the paper's own setting, `don_goal="max"`, keeps the wrong ones, since it asks for surprising samples; ours is `"min"`.
+
+    Args:
+        keep: share of the samples, in (0, 1].
+        method: `"donod"`, `"don"`, `"nod"`, `"loss"`, `"el2n"`, `"grand"`, `"grand_full"`, `"ifd"` or `"random"`; see
+            `score_dataset`.
+        don_goal, goal, weights: see `select`. The paper's setting is `don_goal="max"`.
+        when: `"start"`: the model scores as it is. `"warmup"`: it is trained for a moment on random samples first, and
+            set back after scoring. Default: `"warmup"` for classifiers, whose head is new as a rule, else `"start"`. Not
+            in the paper.
+        warmup_steps: batches of that moment, at the Trainer's batch size and learning rate. Default: a tenth of an epoch, at
+            least 50, at most an epoch.
+        eta, reduction, task, head: see `score_dataset`.
+        batch_size: samples in a forward pass. Default: the Trainer's batch of one device.
+        seed: of `"random"` and of the warm-up.
+        report: whether to write `selection.md` and `selection.png`.
+        overwrite: score again even if there is a selection; not for resuming.
+
+    Raises:
+        ValueError: here for bad settings; when training starts for data that cannot be pruned (no length, empty, packed), a
+            head that cannot be scored, a selection of something else, or a resumed run without its selection; from
+            `on_train_begin` if the trainer could not be found: then `attach` helps.
+    """
+
+    def __init__(
+        self,
+        keep: float = 0.3,
+        method: str = "donod",
+        *,
+        don_goal: Goal = DON_GOAL,
+        goal: Goal | None = None,
+        weights: Sequence[float] = WEIGHTS,
+        when: Literal["start", "warmup"] | None = None,
+        warmup_steps: int | None = None,
+        eta: float = ETA,
+        reduction: Literal["mean", "sum"] = "mean",
+        batch_size: int | None = None,
+        task: str | None = None,
+        head: str | None = None,
+        seed: int = 0,
+        report: bool = True,
+        overwrite: bool = False,
+    ) -> None:
+        check_keep(keep)
+        check_settings(method, don_goal, goal, weights)
+        if when not in ("start", "warmup", None):
+            raise ValueError(f"when must be 'start', 'warmup' or None, got {when!r}")
+        if warmup_steps is not None and warmup_steps < 1:
+            raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps!r}")
+        self.keep, self.method, self.don_goal, self.goal, self.weights = keep, method, don_goal, goal, tuple(weights)
+        self.when, self.warmup_steps, self.batch_size, self.seed = when, warmup_steps, batch_size, seed
+        self.eta, self.reduction, self.task, self.head = eta, reduction, task, head
+        self.report, self.overwrite = report, overwrite
+        self.selection: Selection | None = None  # of the data that is trained on
+        self._trainer: Trainer | None = None
+        self._data: Any = None
+        self._scored = False  # whether the selection was made by this run, not read
+
+    @property
+    def ranking(self) -> dict[str, Any]:
+        """The arguments of `select` and `preference` behind the scores."""
+        names = ("method", "don_goal", "goal", "weights")
+        return {name: getattr(self, name) for name in names}
+
+    def attach(self, trainer: Trainer) -> "DonodCallback":
+        """Makes `trainer` train on the kept samples; for trainers that exist already. Returns the callback."""
+        if self._trainer is trainer:
+            return self
+        if self._trainer is not None:
+            raise ValueError("a DonodCallback serves one Trainer: make another one for the second")
+        self._trainer = trainer
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        make_loader = trainer.get_train_dataloader
+
+        @functools.wraps(make_loader)
+        def get_train_dataloader() -> Any:
+            whole = trainer.train_dataset
+            if whole is None:
+                return make_loader()  # the Trainer's own error
+            trainer.train_dataset = self.prune(whole)
+            try:
+                loader = make_loader()
+                if len(getattr(loader, "dataset", trainer.train_dataset)) != len(trainer.train_dataset):
+                    raise ValueError(
+                        f"{type(trainer).__name__}.get_train_dataloader does not load trainer.train_dataset: select with "
+                        "peftx.pruning.score_dataset and select, and give the Trainer the kept samples"
+                    )
+                return loader
+            finally:
+                trainer.train_dataset = whole
+
+        trainer.get_train_dataloader = get_train_dataloader
+        return self
+
+    def on_init_end(self, args, state, control, **kwargs):
+        trainer = trainer_above(inspect.currentframe(), self)
+        if trainer is not None:
+            self.attach(trainer)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, selection = self._trainer, self.selection
+        if trainer is None or selection is None:
+            raise ValueError(UNATTACHED)
+        path = Path(args.output_dir, FILE_NAME)
+        if self._scored and state.global_step > 0:
+            self.selection = self._data = None
+            raise ValueError(
+                f"training resumes at step {state.global_step}, but its selection is not there: put the {FILE_NAME} of the "
+                f"interrupted run into {args.output_dir}, or start anew without resume_from_checkpoint"
+            )
+        count = selection.key["data"]["samples"]
+        means = {name: float(column.nanmean()) for name, column in selection.scores.items()}
+        logger.info(f"Training on {len(selection.indices)} of {count} samples; mean scores: {means}")
+        if self._scored and args.should_save:
+            selection.save(path)
+            if self.report:
+                tokenizer = trainer.processing_class
+                wanted = preference(selection.scores, **self.ranking)
+                write_report(selection, wanted, self._data, path.parent, method=self.method, tokenizer=tokenizer)
+        trainer.accelerator.wait_for_everyone()
+
+    def prune(self, dataset: Any) -> Any:
+        """The kept part of `dataset`, which is selected now if it was not before."""
+        if self.selection is None or self._data is not dataset:
+            self.selection, self._scored = self.choose(dataset)
+            self._data = dataset
+        if hasattr(dataset, "select") and hasattr(dataset, "column_names"):  # datasets.Dataset
+            return dataset.select(self.selection.indices, keep_in_memory=True)
+        return Subset(dataset, self.selection.indices)
+
+    def choose(self, dataset: Any) -> tuple[Selection, bool]:
+        """The selection, read by the main process if there is one, else made by all; and whether it was made."""
+        assert self._trainer is not None
+        trainer = self._trainer
+        length_of(dataset)
+        if getattr(trainer.args, "packing", False):
+            raise ValueError(
+                "packing=True puts several samples into a row, which cannot be scored one by one: prune the data before, "
+                "with `peftx prune` or peftx.pruning.score_dataset, or train with packing=False"
+            )
+        model = trainer.model
+        task = self.task or task_of(model)
+        when = self.when or ("warmup" if task in ("SEQ_CLS", "TOKEN_CLS") else "start")
+        steps = (self.warmup_steps or warmup_length(len(dataset), trainer.args.train_batch_size)) if when == "warmup" else 0
+        base = base_of(model)
+        key = {
+            "data": fingerprint(dataset),
+            "model": f"{type(base).__name__} {getattr(base.config, '_name_or_path', '')}".strip(),
+            "settings": {
+                **{name: getattr(self, name) for name in ("keep", *self.ranking, "eta", "reduction", "seed")},
+                **{"when": when, "warmup_steps": steps, "task": task, "head": self.head},
+            },
+        }
+        if (found := self.read(key)) is not None:
+            return found, False
+        scores = self.score(dataset, task, steps)
+        indices = select(scores, self.keep, **self.ranking)
+        return Selection(indices, scores, key), True
+
+    def read(self, key: dict[str, Any]) -> Selection | None:
+        """The stored selection as the main process sees it, on every process."""
+        assert self._trainer is not None
+        path = Path(self._trainer.args.output_dir, FILE_NAME)
+        found: list[Any] = [None]
+        if self._trainer.accelerator.is_main_process and path.exists() and not self.overwrite:
+            try:
+                selection = Selection.load(path)
+                selection.check(key, path)
+                found = [selection]
+            except ValueError as error:
+                found = [error]
+        broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        return found[0]
+
+    def score(self, dataset: Any, task: str, steps: int) -> dict[str, Tensor]:
+        """All scores, on every process; each of them scores every `num_processes`-th sample."""
+        assert self._trainer is not None
+        trainer = self._trainer
+        accelerator, model = trainer.accelerator, trainer.model
+        data, collator = columns_of(trainer, dataset)
+        metrics = list(dict.fromkeys([*METHODS[self.method], *shown_with(self.method)]))
+        batch_size = self.batch_size or trainer._train_batch_size
+        progress = accelerator.is_main_process and not trainer.args.disable_tqdm
+        common = {"seed": self.seed, "progress": progress}
+        share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        table = torch.zeros(len(metrics) + 1, len(dataset), dtype=torch.float64)
+        failure: Exception | None = None
+        try:
+            with undisturbed(model):
+                synchronise(model, accelerator)
+                if steps:
+                    warm = warmed_up(
+                        model,
+                        data,
+                        collator,
+                        steps=steps,
+                        learning_rate=trainer.args.learning_rate,
+                        batch_size=trainer._train_batch_size,
+                        **common,
+                    )
+                else:
+                    warm = nullcontext()
+                with warm:
+                    synchronise(model, accelerator)
+                    with accelerator.autocast():
+                        part = score_dataset(
+                            model,
+                            data,
+                            collator,
+                            metrics=metrics,
+                            batch_size=batch_size,
+                            eta=self.eta,
+                            reduction=self.reduction,
+                            task=task,
+                            head=self.head,
+                            indices=share,
+                            **common,
+                        )
+            table[:, list(share)] = torch.stack([part[name] for name in (*metrics, "tokens")])
+        except Exception as error:
+            if accelerator.num_processes == 1:
+                raise
+            failure = error
+        # Every sample has one process with its score and zeros elsewhere: the sum is exact, also of NaN.
+        failed = accelerator.reduce(torch.tensor([float(failure is not None)], device=accelerator.device), "sum")
+        if failed.item():
+            raise failure or RuntimeError("scoring failed on another process; its error says why")
+        if accelerator.num_processes > 1:
+            table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
+        return dict(zip((*metrics, "tokens"), table, strict=True))
+
+
+def prune(trainer: Trainer, keep: float = 0.3, method: str = "donod", **settings: Any) -> DonodCallback:
+    """Makes a trainer that exists already train on the kept samples only: `DonodCallback(...).attach(trainer)`.
+
+    Call it before `trainer.train()`, which selects. Arguments as for `DonodCallback`, which is returned.
+    """
+    return DonodCallback(keep, method, **settings).attach(trainer)
+
+
+def shown_with(method: str) -> tuple[str, ...]:
+    """Scores that cost nothing more, for the report."""
+    return ("don", "nod", "loss") if OF_HEAD & set(METHODS[method]) else ("loss",)
+
+
+def columns_of(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
+    """The data and the collator as the trainer's own loaders have them: without columns that the model does not take."""
+    if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+        return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+
+
+def synchronise(model: torch.nn.Module, accelerator: Any) -> None:
+    """What trains gets the first process's values, as DDP will give it soon: an adapter's start is random."""
+    if accelerator.num_processes > 1:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.distributed.broadcast(parameter.data, src=0)
+
+
+def trainer_above(frame: FrameType | None, callback: TrainerCallback) -> Trainer | None:
+    """The trainer with this callback that is at work further up the stack."""
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None

@@ -1,0 +1,213 @@
+"""The output layer: which module it is, its weight, and what stands between it and the logits."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+# PEFT's TaskType names, and the transformers classes that they mean.
+TASKS: dict[str, str] = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+}
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model, with whatever PEFT put inside it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def task_of(model: nn.Module) -> str:
+    """The task as PEFT names it: from the adapter's config, else from the class of the model."""
+    if isinstance(model, PeftModel) and model.active_peft_config.task_type in TASKS:
+        return str(getattr(model.active_peft_config.task_type, "value", model.active_peft_config.task_type))
+    name = type(base_of(model)).__name__
+    # Encoder-decoders first: some of their classes stand among the causal ones too.
+    for task in ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"):
+        names = getattr(modeling_auto, TASKS[task]).values()
+        if any(name == entry or name in entry for entry in names if isinstance(entry, str | tuple) and entry):
+            return task
+    raise ValueError(f"cannot tell the task of a {name}: pass task= one of {', '.join(TASKS)}")
+
+
+def find_head(model: nn.Module, task: str, name: str | None = None) -> nn.Module:
+    """The linear layer that makes the logits: the one `name`d, the output embeddings, or the last linear layer behind the
+    encoder that has `num_labels` outputs. A copy that PEFT trains (`modules_to_save`) is found if it is active.
+
+    Raises:
+        ValueError: there is none, or it is not linear.
+    """
+    base = base_of(model)
+    if name is not None:
+        try:
+            found: Any = base.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"head={name!r}: the {type(base).__name__} has no module of that name") from None
+        where = name
+    elif task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        getter = getattr(base, "get_output_embeddings", lambda: None)
+        found, where = getter(), "get_output_embeddings()"
+    else:
+        found, where = classifier(base), "the classifier"
+    if isinstance(found, ModulesToSaveWrapper):
+        found = active_copy(found)
+    if isinstance(found, BaseTunerLayer) and isinstance(found.get_base_layer(), nn.Linear):
+        return found
+    if found is None:
+        raise ValueError(f"found no output layer in {type(base).__name__}: name the linear layer that makes the logits, head=")
+    if not isinstance(found, nn.Linear) or isinstance(found, AuxiliaryTrainingWrapper):
+        raise ValueError(
+            f"the output layer of {type(base).__name__} ({where}) is a {type(found).__name__}; the scores need an "
+            "nn.Linear: name the linear layer that makes the logits, head="
+        )
+    return found
+
+
+def classifier(base: nn.Module) -> nn.Module | None:
+    """The last linear layer outside the encoder with as many outputs as there are labels."""
+    labels = getattr(getattr(base, "config", None), "num_labels", None)
+    encoder = getattr(base, "base_model_prefix", "")
+    found: nn.Module | None = None
+    for name, module in base.named_modules():
+        if name.split(".")[0] == encoder or re.search(r"(^|\.)(original_module|modules_to_save|base_layer)(\.|$)", name):
+            continue
+        if isinstance(module, ModulesToSaveWrapper):
+            inside = [part for part in active_copy(module).modules() if outputs(part) == labels]
+            found = inside[-1] if inside else found
+        elif outputs(module) == labels:
+            found = module
+    return found
+
+
+def outputs(module: nn.Module) -> int | None:
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return layer.out_features if isinstance(layer, nn.Linear) else None
+
+
+def active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
+    """The module that the wrapper calls now."""
+    names = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return wrapper.original_module if wrapper.disable_adapters or not names else wrapper.modules_to_save[names[0]]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight (V, D) that acts: dequantised, and with the active adapters' deltas."""
+    if not isinstance(module, BaseTunerLayer):
+        return dequantize_module_weight(module).detach()
+    weight = dequantize_module_weight(module.get_base_layer()).detach()
+    if module.merged or module.disable_adapters:
+        return weight
+    known = module._all_available_adapter_names()
+    deltas = [name for name in module.active_adapters if name in known]
+    if deltas and not hasattr(module, "get_delta_weight"):
+        raise ValueError(
+            f"the output layer carries a {type(module).__name__} that has no weight delta: score without an adapter on it"
+        )
+    for name in deltas:
+        weight = weight + module.get_delta_weight(name).to(weight)
+    return weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return None if layer.bias is None else layer.bias.detach()
+
+
+def square_norm(weight: Tensor) -> float:
+    """|W|_F^2, summed in float64, some rows at a time."""
+    if weight.device.type == "mps":  # has no float64
+        weight = weight.cpu()
+    rows = max(1, 2**22 // weight.shape[1])
+    return sum(float(part.double().square().sum()) for part in weight.split(rows))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A checked output layer. `logits = scale * z` or `cap * tanh(z / cap)`, with `z = W h + b`."""
+
+    module: nn.Module
+    square: float  # |W|_F^2
+    bias: Tensor | None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the logits by z."""
+        return self.scale if self.cap is None else 1 - (logits / self.cap).square()
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Input and output of every call of `module` in the block."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    handle = module.register_forward_hook(
+        lambda _, args, kwargs, output: calls.append((args[0] if args else kwargs["input"], output)), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def check_head(model: nn.Module, module: nn.Module, h: Tensor, z: Tensor, logits: Tensor) -> Head | None:
+    """The head, once it is seen to be what the formulas assume.
+
+    `h` (n, D), `z` (n, V) and `logits` (n, V) are what went in, what came out and what the model made of it. Two things
+    are checked at the first eight positions: z = W h + b, and that the logits are z, z times one number (Cohere,
+    Granite), or z soft-capped (Gemma; `final_logit_softcapping` in the config). The number is measured, not read.
+    Returns None where NaN and infinity leave nothing to look at.
+
+    Raises:
+        ValueError: one of the two does not hold.
+    """
+    finite = (z.isfinite().all(-1) & logits.isfinite().all(-1)).nonzero()[:8, 0]
+    if not len(finite):
+        return None
+    weight, bias = weight_of(module), bias_of(module)
+    # What half-precision products may differ by; a wrong formula is off by much more.
+    tolerance = 1e-3 if min(torch.finfo(part.dtype).bits for part in (h, z, weight, logits)) >= 32 else 5e-2
+    h, z, logits = h[finite].to(weight.dtype), z[finite].float(), logits[finite].float()
+
+    def same(found: Tensor, wanted: Tensor) -> bool:
+        return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-6))
+
+    with torch.autocast(h.device.type, enabled=False):
+        product = nn.functional.linear(h, weight, None if bias is None else bias.to(weight.dtype))
+    if not same(product.float(), z):
+        raise ValueError(
+            f"the output layer ({type(module).__name__}) does not compute W h + b, so its gradient has another form: "
+            "score without an adapter on it, or name another layer, head="
+        )
+    square = square_norm(weight)
+    if torch.equal(logits, z):
+        return Head(module, square, bias)
+    scale = float((logits * z).sum() / z.square().sum().clamp(min=1e-30))
+    if scale > 0 and same(logits, scale * z):
+        return Head(module, square, bias, scale)
+    cap = softcap(base_of(model))
+    if cap is not None and same(logits, cap * torch.tanh(z / cap)):
+        return Head(module, square, bias, cap=cap)
+    raise ValueError(
+        f"{type(base_of(model)).__name__} changes the output of its head in a way that is neither a factor nor a soft cap "
+        "(final_logit_softcapping), so DON, NOD and GraNd of the head have another form. loss, el2n, ifd, grand_full and "
+        "random need no head."
+    )
+
+
+def softcap(base: nn.Module) -> float | None:
+    config = getattr(base, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        if (cap := getattr(part, "final_logit_softcapping", None)) is not None:
+            return float(cap)
+    return None

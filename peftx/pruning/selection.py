@@ -1,0 +1,97 @@
+"""A selection as a file: what was kept, by which scores, of which data."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE_NAME = "selection.json"
+FORMAT = 1
+PROBED = 1024  # samples that go into a fingerprint
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kept samples (ascending), the scores of all n (float64), and what they belong to.
+
+    `key` says of what: `data` (`samples`, `fingerprint`), `model`, and the settings of the callback. A selection is used
+    again only where every entry is equal.
+    """
+
+    indices: list[int]
+    scores: dict[str, Tensor]
+    key: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes JSON, whole or not at all; NaN and infinity become null."""
+        rows = {
+            name: [x if math.isfinite(x) else None for x in column.tolist()] for name, column in self.scores.items()
+        }
+        page = json.dumps({"format": FORMAT, **asdict(self), "scores": rows}, allow_nan=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.part")
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Selection":
+        """Raises:
+        ValueError: the file is not a selection, or contradicts itself.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']!r} instead of {FORMAT}")
+            indices, rows, key = found["indices"], found["scores"], found["key"]
+            count = key["data"]["samples"]
+            if not all(type(i) is int for i in [count, *indices]):
+                raise ValueError("indices must be integers")
+            if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= count:
+                raise ValueError(f"indices must be ascending, and from 0 to {count - 1}")
+            scores = {
+                str(name): torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64)
+                for name, column in rows.items()
+            }
+            if wrong := [name for name, column in scores.items() if len(column) != count]:
+                raise ValueError(f"{', '.join(wrong)}: not one score for each of the {count} samples")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not a selection of peftx ({reason}): delete it to score again") from error
+        return cls(indices, scores, key)
+
+    def check(self, key: Mapping[str, Any], path: Path) -> None:
+        """Raises:
+        ValueError: the selection belongs to other data, another model or other settings than `key` says.
+        """
+        key = json.loads(json.dumps(key))  # tuples become lists, as in the file
+        names = dict.fromkeys([*self.key, *key])
+        if different := [name for name in names if self.key.get(name) != key.get(name)]:
+            details = ", ".join(f"{name} {self.key.get(name)!r}, now {key.get(name)!r}" for name in different)
+            raise ValueError(
+                f"{path} was made for other {' and '.join(different)} ({details}). Train with what it was made for, use "
+                "another output_dir, or delete the file (or DonodCallback(overwrite=True)) to score again."
+            )
+
+
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    """Length of the data, and a hash of up to 1024 samples at even distances, the first and the last among them."""
+    count = len(dataset)
+    step = max(1.0, (count - 1) / (PROBED - 1))
+    places = sorted({min(count - 1, round(i * step)) for i in range(min(count, PROBED))})
+    digest = hashlib.sha256()
+    for place in places:
+        digest.update(json.dumps(dataset[place], sort_keys=True, default=plain).encode())
+    return {"samples": count, "fingerprint": digest.hexdigest()}
+
+
+def plain(thing: Any) -> Any:
+    """What JSON does not know: tensors and arrays as lists, mappings as dicts, anything else by the name of its type."""
+    if hasattr(thing, "tolist"):
+        return thing.tolist()
+    return dict(thing) if isinstance(thing, Mapping) else type(thing).__name__

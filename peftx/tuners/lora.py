@@ -1,0 +1,175 @@
+"""What ALLoRA, LoRA-GGPO, FedSVD and GradNormLoRP share on top of PEFT's own LoRA: the methods that are LoRA with
+another training rule. PEFT's LoRA layers ask a `LoraVariant` for an adapter's forward; a method here is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .config import FileConfig
+from .layer import accumulate, unobserved
+from .model import CheckedTuner
+
+
+@dataclasses.dataclass
+class VariantConfig(FileConfig, LoraConfig):
+    """Base of the configs of the methods that are LoRA with another training rule; all fields of `LoraConfig` are here.
+
+    Raises:
+        ValueError: an option that changes what LoRA computes: DoRA and the other variants of PEFT, `lora_bias`,
+            `target_parameters`.
+        TypeError: a field of the method has the wrong type.
+    """
+
+    # options of LoRA that the method cannot be combined with
+    excluded: ClassVar[tuple[str, ...]] = ("target_parameters", "lora_bias")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fields = dataclasses.fields(LoraConfig)
+        excluded = {*self.excluded, *(f.name for f in fields if f.metadata.get("is_lora_variant"))}
+        for name in sorted(excluded):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{self.peft_type.value} is a training rule for plain LoRA: `{name}={getattr(self, name)!r}` "
+                    "cannot be combined with it."
+                )
+        (init,) = (f for f in fields if f.name == "init_lora_weights")
+        if self.init_lora_weights in init.metadata.get("lora_variants", ()):
+            raise ValueError(
+                f"{self.peft_type.value} is a training rule for plain LoRA: "
+                f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with it."
+            )
+
+
+class Variant(LoraVariant):
+    """The training rule of one adapter in one LoRA layer. As it stands it is plain LoRA, by the faster product.
+
+    Args:
+        config: the adapter's config.
+        name: name of the layer in the model.
+    """
+
+    def __init__(self, config: VariantConfig, name: str) -> None:
+        self.config = config
+        self.name = name
+
+    def forward(
+        self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """The output with the adapter's contribution. Shapes: x (..., in_features), result (..., out_features)."""
+        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        x, scale = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
+        if is_plain(lora_A, lora_B):
+            return low_rank(result, x, lora_A.weight, lora_B.weight, scale)
+        return result + lora_B(lora_A(x)) * scale
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+
+
+class VariantModel(CheckedTuner, LoraModel):
+    """PEFT's LoRA model, whose layers follow the training rule `variant`."""
+
+    variant: ClassVar[type[Variant]] = Variant
+    layer_types: ClassVar[tuple[type[nn.Module], ...]] = (LoraLayer,)  # PEFT's LoRA layers that the rule is defined for
+    supported: ClassVar[str] = "linear layers (also transformers' Conv1D and quantised ones), embeddings, convolutions"
+
+    def _create_and_replace(
+        self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **kwargs
+    ) -> None:
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        layer = getattr(parent, target_name)
+        # A layer whose forward does not ask for variants (AWQ, fused attention) would silently train as plain LoRA.
+        if not isinstance(layer, self.layer_types) or "lora_variant" not in type(layer).forward.__code__.co_names:
+            raise TypeError(
+                f"{lora_config.peft_type.value} cannot adapt the module {current_key!r}: "
+                f"{type(layer.get_base_layer()).__name__} is not supported, only {self.supported} are. "
+                "Name other modules in `target_modules`, or leave this one out by `exclude_modules`."
+            )
+        layer.lora_variant[adapter_name] = self.variant(lora_config, current_key)
+
+
+def is_plain(lora_A: nn.Module, lora_B: nn.Module) -> bool:
+    """Whether the two modules compute nothing but their products and nobody (Opacus, tensor parallelism) watches."""
+    return all(type(module) is nn.Linear and unobserved(module) for module in (lora_A, lora_B))
+
+
+def low_rank(
+    result: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float | torch.Tensor,
+    *,
+    V: torch.Tensor | None = None,
+    U: torch.Tensor | None = None,
+    rule: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`result + (x V^T) U^T`, with a rule of its own for the gradients to A and B.
+
+    The output and the gradient to x are those of the weight delta U V, by default LoRA's, `scale` B A. With g the
+    gradient of the output, A gets (g `rule`)^T x and B gets diag(`scale`) g^T (x A^T), by default LoRA's gradients. All
+    products are skinny and laid out for speed: the wide sides are contiguous.
+
+    Args:
+        result: (..., out_features), the base layer's output; the sum has its dtype.
+        x: (..., in_features), in the dtype in which the products are taken (under autocast: autocast's).
+        A: (r, in_features).
+        B: (out_features, r).
+        scale: factor of B's gradient: a number or (out_features,).
+        V: (k, in_features), A in its first r rows; default: A.
+        U: (out_features, k); default: `scale` B.
+        rule: (out_features, r); default: U.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.no_grad():
+        V = (A if V is None else V).to(x.dtype)
+        U = scale * B if U is None else U
+        wide = torch.cat([U.T] if rule is None else [U.T, rule.T]).to(result.dtype)
+    if torch.is_grad_enabled():
+        return _LowRank.apply(result, x, A, B, scale, V, wide)
+    return accumulate(result, F.linear(x, V), wide[: len(V)])
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, result, x, A, B, scale, V, wide):
+        h = F.linear(x, V)
+        ctx.r, ctx.scale, ctx.dtypes = len(A), scale, (A.dtype, B.dtype)
+        ctx.save_for_backward(x, h[..., : ctx.r], V, wide)
+        return accumulate(result, h, wide[: len(V)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, h, V, wide = ctx.saved_tensors
+        grad_x = grad_A = grad_B = None
+        flat = g.reshape(-1, g.shape[-1])
+        with torch.autocast(g.device.type, enabled=False):
+            if any(ctx.needs_input_grad[1:3]):
+                inner = F.linear(flat, wide).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_x = (inner[:, : len(V)] @ V).view_as(x)
+            if ctx.needs_input_grad[2]:
+                grad_A = (inner[:, -ctx.r :].T @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
+            if ctx.needs_input_grad[3]:
+                grad_B = h.reshape(-1, ctx.r).to(g.dtype).T @ flat
+                grad_B = (grad_B.to(ctx.dtypes[1]) * ctx.scale).T
+        return g, grad_x, grad_A, grad_B, None, None, None
