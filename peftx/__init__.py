@@ -4,6 +4,9 @@
 PEFT, transformers and accelerate do with an adapter works as for PEFT's own methods. Nothing in PEFT is patched.
 """
 
+import importlib
+from typing import Any
+
 from .registry import MethodInfo, methods, register
 from .tuners import (
     AdapterConfig,
@@ -13,7 +16,9 @@ from .tuners import (
     BoneConfig,
     CompacterConfig,
     FloraConfig,
+    GGPOCallback,
     LoLDUConfig,
+    LoRAGGPOConfig,
 )
 from .tuners.triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig
 
@@ -26,11 +31,24 @@ __all__ = [
     "AdapterModel",
     "BoneConfig",
     "CompacterConfig",
+    "DonodCallback",
     "FloraConfig",
+    "GGPOCallback",
     "LoLDUConfig",
+    "LoRAGGPOConfig",
     "MethodInfo",
     "TriAdaptCallback",
     "TriAdaptLoRAConfig",
     "methods",
     "register",
 ]
+
+_PACKAGES = ("compression", "federated", "hub", "optim", "pruning")  # imported when they are first used
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "DonodCallback":
+        return importlib.import_module(f"{__name__}.pruning").DonodCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -76,7 +76,7 @@ def test_forward_and_input_gradient_are_loras_and_the_weights_gradients_are_scal
 )
 @settings(deadline=None, max_examples=60)
 def test_factored_row_norms_equal_dense_ones_and_s_is_bounded_and_falls(o, i, r, size, eta):
-    model, layer = wrap(nn.Linear(i, o), r=r, eta=eta)
+    _model, layer = wrap(nn.Linear(i, o), r=r, eta=eta)
     A, B = factors(layer)
     B.data *= size
     s = layer.lora_variant["default"].gradient_scale(layer, "default")
@@ -87,13 +87,15 @@ def test_factored_row_norms_equal_dense_ones_and_s_is_bounded_and_falls(o, i, r,
     if size == 0:
         torch.testing.assert_close(s, torch.full_like(s, eta))
     if eta == 1e-3:
-        torch.testing.assert_close(s, torch.full_like(s, eta), rtol=1e-3 * (1 + (B @ A).norm(dim=1).max().item()), atol=0)
+        torch.testing.assert_close(
+            s, torch.full_like(s, eta), rtol=1e-3 * (1 + (B @ A).norm(dim=1).max().item()), atol=0
+        )
     if eta == 1e6 and size == 100:
         torch.testing.assert_close(s, (B @ A).norm(dim=1).detach() ** -0.5, rtol=1e-6, atol=0)
 
 
 def test_s_depends_on_the_product_only():
-    model, layer = wrap(nn.Linear(7, 5))
+    _model, layer = wrap(nn.Linear(7, 5))
     A, B = factors(layer)
     rule = layer.lora_variant["default"]
     before = rule.gradient_scale(layer, "default")
@@ -107,7 +109,7 @@ def test_s_depends_on_the_product_only():
 
 
 def test_norm_of_b_is_blind_to_a():
-    model, layer = wrap(nn.Linear(7, 5), norm_of="b")
+    _model, layer = wrap(nn.Linear(7, 5), norm_of="b")
     A, B = factors(layer)
     A.data *= 3
     s = layer.lora_variant["default"].gradient_scale(layer, "default")

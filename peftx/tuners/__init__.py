@@ -5,6 +5,7 @@ from .config import AdapterConfig
 from .flora import FloraConfig, FloraLinear
 from .layer import AdapterLayer, accumulate
 from .loldu import LoLDUConfig, LoLDULinear
+from .lora_ggpo import GGPOCallback, LoRAGGPOConfig
 from .model import AdapterModel
 from .triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig, TriAdaptLoRALinear
 
@@ -19,8 +20,10 @@ __all__ = [
     "CompacterLinear",
     "FloraConfig",
     "FloraLinear",
+    "GGPOCallback",
     "LoLDUConfig",
     "LoLDULinear",
+    "LoRAGGPOConfig",
     "TriAdaptCallback",
     "TriAdaptLoRAConfig",
     "TriAdaptLoRALinear",

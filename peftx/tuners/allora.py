@@ -33,7 +33,7 @@ class ALLoRAConfig(VariantConfig):
     dropout of 0.05 from its tables: `lora_dropout` is 0 by default, and allowed.
 
     Args:
-        eta: greatest factor of a gradient, > 0; takes the place of alpha / r. Default 2, the usual alpha / r. Try 1 to 8.
+        eta: greatest factor of a gradient, > 0; takes the place of alpha / r. Default 2, a usual alpha / r.
         norm_of: `"ba"`: norms of the rows of B A, as in the paper. `"b"`: of the rows of B, cheaper, and blind to A.
 
     Raises:

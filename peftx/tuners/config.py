@@ -27,10 +27,15 @@ class FileConfig(PeftConfig):
     """What the configs of both families add to PEFT's: types are checked, a broken file is found before any model is
     touched, and the model card of a saved adapter says how to load it."""
 
+    # types of fields that PEFT defines and does not check
+    inherited: ClassVar[dict[str, Any]] = {}
+
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = peft_type_of(type(self))
+        peft_type = peft_type_of(type(self))
         _check_types(self)
+        _check_values(self)
+        super().__post_init__()
+        self.peft_type = peft_type
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any):
@@ -109,17 +114,6 @@ class AdapterConfig(FileConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a string (a regex).")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` needs `layers_to_transform`.")
-        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
-            raise ValueError(f"`bias` must be 'none', 'all' or end in '_only', got {self.bias!r}.")
-        r = getattr(self, "r", 1)
-        if isinstance(r, int) and r <= 0:
-            raise ValueError(f"`r` must be a positive integer, got {r}.")
 
     def for_module(self, key: str) -> AdapterConfig:
         """This config as it applies to the module called `key`: a copy in which patterns are resolved."""
@@ -156,8 +150,8 @@ def _add_loading_code(path: Path, config: PeftConfig) -> None:
 
 @cache
 def _own_types(cls: type) -> dict[str, Any]:
-    """Type of each field that `cls` and its bases outside PEFT define."""
-    hints = {}
+    """Type of each field that `cls` and its bases outside PEFT define, or give a type by `inherited`."""
+    hints = {**cls.inherited}  # type: ignore[attr-defined]
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith("peft."):
             hints.update(inspect.get_annotations(base, eval_str=True))
@@ -174,6 +168,20 @@ def _check_types(config: PeftConfig) -> None:
         except TypeError:
             shown = expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
             raise TypeError(f"{type(config).__name__}: `{name}` must be of type {shown}, got {value!r}.") from None
+
+
+def _check_values(config: Any) -> None:
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a string (a regex).")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("`layers_pattern` needs `layers_to_transform`.")
+    if config.bias not in ("none", "all") and not config.bias.endswith("_only"):
+        raise ValueError(f"`bias` must be 'none', 'all' or end in '_only', got {config.bias!r}.")
+    r = getattr(config, "r", 1)
+    if isinstance(r, int) and r <= 0:
+        raise ValueError(f"`r` must be a positive integer, got {r}.")
 
 
 def _admits_bool(expected: Any) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import AdapterConfig
-from .model import AdapterModel, forget
+from .model import AdapterModel, forget, unsupported
 
 
 def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -41,6 +41,32 @@ def unobserved(module: nn.Module) -> bool:
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, in fp32 where its own dtype is narrower."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def unpack(base_layer: Any) -> None:
+    """Restores the usual layout of a 4-bit weight that bitsandbytes laid out anew; others are left alone.
+
+    On CPUs with AVX512-BF16 it does so at the first evaluation; read or trained in that layout the weight is noise.
+    """
+    # `state_dict()` restores the usual layout in place, except that the scales of a weight without double quantisation
+    # stay transposed. Each round costs precision, so this one is the last.
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        base_layer.state_dict()
+        base_layer.support_avx512bf16_for_cpu = False
+        state = base_layer.weight.quant_state
+    if state is not None and not getattr(state, "packing_format_for_cpu", False) and state.absmax.ndim == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()
+
+
+def check_writable(layer: BaseTunerLayer) -> None:
+    """Raises NotImplementedError, with the reason and the way out, where the base weight cannot be written."""
+    backend = layer.quantization_backend
+    if backend is not None and not backend.supports_merge:
+        raise NotImplementedError(
+            f"Cannot merge into {type(layer.get_base_layer()).__name__}: {backend.backend_name} layers cannot be "
+            "dequantised and written again. Keep the adapter unmerged, or merge into the unquantised model."
+        )
 
 
 class FrozenDict(BufferDict):
@@ -164,10 +190,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         backend = self.quantization_backend
         if isinstance(base_layer, self.layer_types) or (backend is not None and backend.layer_type == "linear"):
             return
-        raise TypeError(
-            f"{type(base_layer).__name__} is not supported, only {self.supported} are. "
-            "Name other modules in `target_modules`, or leave this one out by `exclude_modules`."
-        )
+        raise unsupported(base_layer, self.supported)
 
     def project(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """What a base layer of `layer_types` computes, with `weight` (out_features, in_features) and `bias`."""
@@ -191,25 +214,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return type(self.base_layer) in self.layer_types and unobserved(self.base_layer)
 
     def get_base_weight(self) -> torch.Tensor:
-        self._unpack_base_weight()
+        unpack(self.get_base_layer())
         return super().get_base_weight()
-
-    def _unpack_base_weight(self) -> None:
-        # On CPUs with AVX512-BF16, bitsandbytes lays a 4-bit weight out anew at the first evaluation; read or trained
-        # in that layout it is noise. Its `state_dict()` restores the usual layout in place, except that the scales of
-        # a weight without double quantisation stay transposed. Each round costs precision, so this one is the last.
-        base: Any = self.get_base_layer()
-        state = getattr(getattr(base, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            base.state_dict()
-            base.support_avx512bf16_for_cpu = False
-            state = base.weight.quant_state
-        if state is not None and not getattr(state, "packing_format_for_cpu", False) and state.absmax.ndim == 2:
-            state.absmax = state.absmax.T.reshape(-1).float()
 
     def train(self, mode: bool = True) -> AdapterLayer:
         if mode and self.quantization_backend is not None:
-            self._unpack_base_weight()
+            unpack(self.get_base_layer())
         return super().train(mode)
 
     def base_weight(self) -> torch.Tensor:
@@ -392,12 +402,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def check_mergeable(self) -> None:
         """Raises NotImplementedError, with the reason and the way out, where the weight cannot be written."""
         self.check_delta()
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise NotImplementedError(
-                f"Cannot merge into {type(self.get_base_layer()).__name__}: {backend.backend_name} layers cannot be "
-                "dequantised and written again. Keep the adapter unmerged, or merge into the unquantised model."
-            )
+        check_writable(self)
 
     def _write_weight(self, weight: torch.Tensor) -> None:
         dtype = self.get_base_weight().dtype

@@ -3,20 +3,28 @@ another training rule. PEFT's LoRA layers ask a `LoraVariant` for an adapter's f
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.layer import LoraVariant
+from peft.utils.quantization_utils import (
+    Bnb4bitBackend,
+    Bnb8bitBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
-from .config import FileConfig
-from .layer import accumulate, unobserved
-from .model import CheckedTuner
+from .config import FileConfig, Names, Number
+from .layer import accumulate, check_writable, unobserved, unpack
+from .model import CheckedTuner, errors_naming, innermost, unsupported
 
 
 @dataclasses.dataclass
@@ -28,6 +36,22 @@ class VariantConfig(FileConfig, LoraConfig):
             `target_parameters`.
         TypeError: a field of the method has the wrong type.
     """
+
+    inherited: ClassVar[dict[str, Any]] = {
+        "r": int,
+        "target_modules": Names | None,
+        "exclude_modules": Names | None,
+        "lora_alpha": Number,
+        "lora_dropout": Number,
+        "bias": str,
+        "use_rslora": bool,
+        "modules_to_save": list[str] | set[str] | tuple[str, ...] | None,
+        "init_lora_weights": bool | str,
+        "layers_to_transform": list[int] | int | None,
+        "layers_pattern": list[str] | str | None,
+        "rank_pattern": dict[str, int],
+        "alpha_pattern": dict[str, Number],
+    }
 
     # options of LoRA that the method cannot be combined with
     excluded: ClassVar[tuple[str, ...]] = ("target_parameters", "lora_bias")
@@ -48,6 +72,10 @@ class VariantConfig(FileConfig, LoraConfig):
                 f"{self.peft_type.value} is a training rule for plain LoRA: "
                 f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with it."
             )
+
+
+# layers that PEFT's LoRA can be put on
+ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Variant(LoraVariant):
@@ -86,22 +114,75 @@ class VariantModel(CheckedTuner, LoraModel):
     """PEFT's LoRA model, whose layers follow the training rule `variant`."""
 
     variant: ClassVar[type[Variant]] = Variant
-    layer_types: ClassVar[tuple[type[nn.Module], ...]] = (LoraLayer,)  # PEFT's LoRA layers that the rule is defined for
     supported: ClassVar[str] = "linear layers (also transformers' Conv1D and quantised ones), embeddings, convolutions"
 
     def _create_and_replace(
-        self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **kwargs
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: Any,
+        current_key: str,
+        **kwargs,
     ) -> None:
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        layer = getattr(parent, target_name)
+        base_layer = innermost(target)
+        # On PEFT's layer bitsandbytes may lay a 4-bit weight out anew between an evaluation and a merge or a training.
+        if hasattr(base_layer, "support_avx512bf16_for_cpu"):
+            unpack(base_layer)
+            base_layer.support_avx512bf16_for_cpu = False
+        with errors_naming(lora_config, current_key):
+            if isinstance(base_layer, nn.MultiheadAttention):  # PEFT would alter it before it can be refused
+                raise unsupported(base_layer, self.supported)
+            try:
+                super()._create_and_replace(
+                    lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+                )
+            except ValueError:
+                if isinstance(base_layer, ADAPTABLE):
+                    raise
+                raise unsupported(base_layer, self.supported) from None
+            layer = getattr(parent, target_name)
+            if not self._follows_rule(layer):
+                raise unsupported(base_layer, self.supported)
+        layer.quantization_backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
+        layer.lora_variant[adapter_name] = self._make_rule(lora_config, layer, adapter_name, current_key)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        # PEFT takes from the config how a weight is laid out, and warns, and from the model how it is quantised; the
+        # layer itself says both.
+        base_layer = innermost(target)
+        if isinstance(base_layer, (nn.Linear, Conv1D)):
+            lora_config = copy.copy(lora_config)
+            lora_config.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        backend = resolve_quantization_backend(base_layer, **kwargs)
+        kwargs["loaded_in_8bit"] = isinstance(backend, Bnb8bitBackend)
+        kwargs["loaded_in_4bit"] = isinstance(backend, Bnb4bitBackend)
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+    def _make_rule(self, config: Any, layer: Any, adapter_name: str, key: str) -> Variant:
+        return self.variant(config, key)
+
+    def _follows_rule(self, layer: Any) -> bool:
         # A layer whose forward does not ask for variants (AWQ, fused attention) would silently train as plain LoRA.
-        if not isinstance(layer, self.layer_types) or "lora_variant" not in type(layer).forward.__code__.co_names:
-            raise TypeError(
-                f"{lora_config.peft_type.value} cannot adapt the module {current_key!r}: "
-                f"{type(layer.get_base_layer()).__name__} is not supported, only {self.supported} are. "
-                "Name other modules in `target_modules`, or leave this one out by `exclude_modules`."
-            )
-        layer.lora_variant[adapter_name] = self.variant(lora_config, current_key)
+        forwards = (cls.__dict__["forward"] for cls in type(layer).__mro__ if "forward" in cls.__dict__)
+        return any("lora_variant" in forward.__code__.co_names for forward in forwards if hasattr(forward, "__code__"))
+
+    def _check_merge_allowed(self) -> None:
+        for _, layer in self._layers():
+            check_writable(layer)
+        super()._check_merge_allowed()
+
+    @torch.no_grad()
+    def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
+        for _, layer in self._layers():
+            weight = layer.get_base_weight()
+            for name in layer.active_adapters if adapter_names is None else adapter_names:
+                if name in layer.lora_variant and name not in layer.merged_adapters:
+                    weight = layer.lora_variant[name].merge_safe(layer, name, weight)
+                    if not torch.isfinite(weight).all():
+                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
 
 def is_plain(lora_A: nn.Module, lora_B: nn.Module) -> bool:
@@ -140,7 +221,7 @@ def low_rank(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     with torch.no_grad():
-        V = (A if V is None else V).to(x.dtype)
+        V = (A.detach() if V is None else V).to(x.dtype)  # dynamo refuses the same tensor twice
         U = scale * B if U is None else U
         wide = torch.cat([U.T] if rule is None else [U.T, rule.T]).to(result.dtype)
     if torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""The tuner shared by all methods that own their tensors: which module is wrapped, by what, and what may be loaded."""
+"""What the tuners of both families share, and the tuner of all methods that own their tensors."""
 
 from __future__ import annotations
 
@@ -98,45 +98,6 @@ class CheckedTuner(BaseTuner):
         ]
         return problems
 
-
-class AdapterModel(CheckedTuner):
-    """Puts the layers of one method into a model. `peftx.register` makes a subclass for each layer class."""
-
-    target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    tuner_layer_cls: type[AdapterLayer]
-
-    # Injection
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        config = peft_config.for_module(current_key)
-        try:
-            if isinstance(target, self.tuner_layer_cls):
-                target.update_layer(adapter_name, config)
-                return
-            base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            layer_cls = self.tuner_layer_cls.for_base_layer(base_layer)
-            layer = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))
-        except (TypeError, ValueError) as error:
-            name = peft_config.peft_type.value
-            raise type(error)(f"{name} cannot adapt the module {current_key!r}: {error}") from error
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # The layer places its adapters itself. PEFT's version moves the whole layer, which fails for adapters on the
-        # meta device, and copies `.weight`, which some quantised layers do not have.
-        setattr(parent, child_name, new_module)
-
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         # PEFT guards Mamba's fused projections for a closed list of types; the reason holds for every method.
         try:
@@ -144,23 +105,19 @@ class AdapterModel(CheckedTuner):
         except ValueError as error:
             raise ValueError(str(error).replace("PEFT:LORA", f"PEFT:{peft_config.peft_type.value}")) from None
 
-    @classmethod
-    def _prepare_load(cls, layer: AdapterLayer, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        layer.prepare_load(adapter_name, tensors)
-
     # Mixed batches
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While active, every tuner layer receives the `adapter_names` of the batch (PEFT's protocol)."""
+        """While active, every tuner layer receives the `adapter_names` of the batch (PEFT's protocol, whose own
+        hooks stay after an error)."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, self.tuner_layer_cls)]
-        known = {"__base__"}.union(*(layer.adapter_config for layer in layers))
+        known = {"__base__"}.union(*(layer._all_available_adapter_names() for _, layer in self._layers()))
         if unknown := set(adapter_names) - known:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
@@ -185,23 +142,14 @@ class AdapterModel(CheckedTuner):
 
     # Merging
 
-    def _layers(self) -> Iterator[tuple[str, AdapterLayer]]:
+    def _layers(self) -> Iterator[tuple[str, Any]]:
         for name, module in self.model.named_modules():
             if isinstance(module, self.tuner_layer_cls):
                 yield name, module
 
-    def _check_merge_allowed(self) -> None:
-        for _, layer in self._layers():
-            layer.check_mergeable()
-        super()._check_merge_allowed()
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return not self.tuner_layer_cls.no_delta and super().supports_lora_conversion(adapter_name)
-
     def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
-        for _, layer in self._layers():
-            names = layer.active_adapters if adapter_names is None else adapter_names
-            layer.merged_weight([n for n in layer._present(names) if n not in layer.merged_adapters], check=True)
+        """Raises ValueError where merging these adapters (default: the active ones) would give NaNs or infinities."""
+        raise NotImplementedError
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:  # all layers are checked before the first is written
@@ -222,6 +170,82 @@ class AdapterModel(CheckedTuner):
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+
+
+class AdapterModel(CheckedTuner):
+    """Puts the layers of one method into a model. `peftx.register` makes a subclass for each layer class."""
+
+    target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    tuner_layer_cls: type[AdapterLayer]
+
+    # Injection
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = peft_config.for_module(current_key)
+        with errors_naming(peft_config, current_key):
+            if isinstance(target, self.tuner_layer_cls):
+                target.update_layer(adapter_name, config)
+                return
+            layer_cls = self.tuner_layer_cls.for_base_layer(innermost(target))
+            layer = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The layer places its adapters itself. PEFT's version moves the whole layer, which fails for adapters on the
+        # meta device, and copies `.weight`, which some quantised layers do not have.
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _prepare_load(cls, layer: AdapterLayer, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        layer.prepare_load(adapter_name, tensors)
+
+    # Merging
+
+    def _check_merge_allowed(self) -> None:
+        for _, layer in self._layers():
+            layer.check_mergeable()
+        super()._check_merge_allowed()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return not self.tuner_layer_cls.no_delta and super().supports_lora_conversion(adapter_name)
+
+    def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
+        for _, layer in self._layers():
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            layer.merged_weight([n for n in layer._present(names) if n not in layer.merged_adapters], check=True)
+
+
+@contextmanager
+def errors_naming(config: Any, key: str) -> Iterator[None]:
+    """While active, an error about one layer also says for which method, and which layer."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{config.peft_type.value} cannot adapt the module {key!r}: {error}") from error
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The layer under all tuner layers."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def unsupported(base_layer: nn.Module, supported: str) -> TypeError:
+    return TypeError(
+        f"{type(base_layer).__name__} is not supported, only {supported} are. "
+        "Name other modules in `target_modules`, or leave this one out by `exclude_modules`."
+    )
+
 
 def _saved(module: nn.Module, prefix: str, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
     """State-dict key and tensor of everything that the adapter saves in a layer, or in the tuner for all layers, by the

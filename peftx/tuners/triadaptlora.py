@@ -160,6 +160,11 @@ class TriAdaptLoRAConfig(AdapterConfig):
         in_time = self.total_step is None or step <= self.growth_end * self.total_step
         return step > self.init_warmup and step % self.growth_interval == 0 and in_time
 
+    @property
+    def patience(self) -> int:
+        """After how many training passes a driver should have shown up; batches may be accumulated for a step."""
+        return max(100, self.init_warmup + self.growth_interval)
+
     def quota(self, step: int, budget: int) -> int:
         """q, how many modules grow after optimizer step `step` while `budget` ranks are left; needs `total_step`."""
         total = self.total_step - self.init_warmup  # type: ignore[operator]
@@ -187,10 +192,9 @@ class Activation(FrozenDict):
         self.ranks: dict[str, int] = {}
         super().__init__(*args, **kwargs)
 
-    def refresh(self, adapter_name: str) -> int:
+    def refresh(self, adapter_name: str) -> None:
         if not self[adapter_name].is_meta:
             self.ranks[adapter_name] = int((self[adapter_name] >= 0).sum())
-        return self.ranks.get(adapter_name, 0)
 
     def set(self, adapter_name: str, tensor: torch.Tensor, persistent: bool) -> None:
         super().set(adapter_name, tensor, persistent)
@@ -217,26 +221,26 @@ class GrowingModel(AdapterModel):
     peft_config: dict[str, Any]
     _forwards: int | None = 0  # training passes before the first `update_and_grow`; None: not counted any more
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        # What every kind of PeftModel calls in each forward pass; `forward` only some of them do.
         counts = not torch.compiler.is_compiling() and self._forwards is not None
         if counts and self.training and torch.is_grad_enabled():
             self._remind()
-        return super().forward(*args, **kwargs)
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def _remind(self) -> None:
-        """Warns once, when the first growth could have been and nothing has called `update_and_grow`."""
+        """Warns once, when the first growth should have been and nothing has called `update_and_grow`."""
         self._forwards = (self._forwards or 0) + 1
         name = next((n for n in self.active_adapters if n in self.peft_config), None)
-        if name is None or self._forwards < self.peft_config[name].init_warmup + self.peft_config[name].growth_interval:
+        if name is None or self._forwards <= self.peft_config[name].patience:
             return
-        layers = _trained_layers(self.model, name).values()
-        if any(layer.rank(name) < layer.size(name) for layer in layers):
-            self._forwards = None
+        self._forwards = None
+        if any(layer.rank(name) < layer.size(name) for layer in _trained_layers(self, name).values()):
             warnings.warn(
                 f"The ranks of the TriAdaptLoRA adapter {name!r} do not grow, since nothing drives them: pass "
                 "`callbacks=[peftx.TriAdaptCallback()]` to the Trainer, or call "
                 "`model.base_model.update_and_grow(step)` after each optimizer step.",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def update_and_grow(self, step: int) -> list[str]:
@@ -297,7 +301,7 @@ def update_and_grow(model: nn.Module, step: int) -> list[str]:
         model: a `PeftModel`, its tuner, or a transformers model with an adapter (`model.add_adapter`).
 
     Returns:
-        The names of the modules that grew, in the order of the modules.
+        The names of the modules that grew, in the order of the model.
 
     Raises:
         ValueError: `total_step` is not known, or `step` is not a positive integer.
@@ -305,29 +309,38 @@ def update_and_grow(model: nn.Module, step: int) -> list[str]:
     """
     if not isinstance(step, int) or step < 1:
         raise ValueError(f"`step` counts the optimizer steps from 1, got {step!r}.")
-    tuner: Any = getattr(model, "base_model", model)
-    tuner = tuner if isinstance(tuner, BaseTuner) else model
-    if isinstance(tuner, GrowingModel):
-        tuner._forwards = None
-    body = tuner.model if isinstance(tuner, BaseTuner) else model
-    grown: set[str] = set()
+    tuner = _tuner(model)
+    _found_driver(tuner)
+    grown: dict[str, None] = {}
     for adapter_name, config in tuner.peft_config.items():
         if isinstance(config, TriAdaptLoRAConfig) and (config.total_step is None or config.is_due(step)):
-            layers = _trained_layers(body, adapter_name)
+            layers = _trained_layers(tuner, adapter_name)
             if layers and config.total_step is None:
                 raise ValueError(
                     f"The TriAdaptLoRA adapter {adapter_name!r} does not know how long it will be trained. Set "
                     "`total_step` in its config to the number of optimizer steps, or use `peftx.TriAdaptCallback`."
                 )
-            if layers:
-                grown.update(_grow(layers, adapter_name, config, step))
-    return [name for name, _ in body.named_modules() if name in grown]
+            names = set(_grow(layers, adapter_name, config, step))
+            grown.update(dict.fromkeys(name for name in layers if name in names))
+    return list(grown)
 
 
-def _trained_layers(model: nn.Module, adapter_name: str) -> dict[str, TriAdaptLoRALinear]:
+def _tuner(model: nn.Module) -> Any:
+    """The tuner of a `PeftModel`; what it was made of, a tuner or a transformers model, is returned as it is."""
+    inner: Any = getattr(model, "base_model", model)
+    return inner if isinstance(inner, BaseTuner) else model
+
+
+def _found_driver(tuner: Any) -> None:
+    if isinstance(tuner, GrowingModel):
+        tuner._forwards = None
+
+
+def _trained_layers(tuner: Any, adapter_name: str) -> dict[str, TriAdaptLoRALinear]:
+    body = tuner.model if isinstance(tuner, BaseTuner) else tuner
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in body.named_modules()
         if isinstance(module, TriAdaptLoRALinear) and module.is_trained(adapter_name)
     }
 
@@ -339,7 +352,8 @@ def _grow(
     """One round; yields the names of the modules that grew."""
     for name, layer in layers.items():
         layer.check_growable(adapter_name, name)
-    ranks = {name: layer.triadaptlora_since.refresh(adapter_name) for name, layer in layers.items()}
+        layer.triadaptlora_since.refresh(adapter_name)  # DDP may have written the first process's at the start
+    ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
     budget = (config.target_total_rank or config.target_r * len(layers)) - sum(ranks.values())
     if budget <= 0 or any(layer.triadaptlora_scored[adapter_name].item() == step for layer in layers.values()):
         return
@@ -405,6 +419,7 @@ class TriAdaptLoRALinear(AdapterLayer):
         since = torch.full((size,), -1)
         since[:r] = 0
         self.triadaptlora_since[adapter_name] = since
+        self.triadaptlora_since.ranks[adapter_name] = r  # also where a tensor on the meta device cannot say it
         self.triadaptlora_norm[adapter_name] = norm(core(L, U, r))
         self.triadaptlora_scored[adapter_name] = torch.zeros(1, dtype=torch.int64)
 
@@ -565,6 +580,7 @@ class TriAdaptCallback(TrainerCallback):
                 )
         for config in configs.values():
             config.total_step = config.total_step or state.max_steps
+        _found_driver(_tuner(model))
         if state.global_step == 0:
             self._log(state, model)
 
@@ -573,11 +589,10 @@ class TriAdaptCallback(TrainerCallback):
             self._log(state, model)
 
     def _log(self, state: Any, model: Any) -> None:
-        for adapter_name in model.peft_config:
-            prefix = "base_model.model." if hasattr(model, "base_model_torch_dtype") else ""
-            layers = _trained_layers(model, adapter_name)
-            if layers:
-                ranks = {name.removeprefix(prefix): layer.rank(adapter_name) for name, layer in layers.items()}
+        tuner = _tuner(model)
+        for adapter_name in tuner.peft_config:
+            ranks = {name: layer.rank(adapter_name) for name, layer in _trained_layers(tuner, adapter_name).items()}
+            if ranks:
                 epoch = {} if state.epoch is None else {"epoch": round(state.epoch, 4)}
                 state.log_history.append({**entry(state.global_step, adapter_name, ranks), **epoch})
 
