@@ -17,6 +17,7 @@ from itertools import accumulate, pairwise
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 # What every process would otherwise repeat on the terminal:
@@ -27,7 +28,14 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", categor
 import psutil
 import torch
 from peft import LoraConfig, MissConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainerState,
+)
 
 import peftx
 
@@ -81,11 +89,12 @@ def variants(model: str, chosen: Iterable[str] | None, rank: int) -> dict[str, P
             if chosen is not None and not {info.name, variant} & set(chosen):
                 continue
             own = info.config(**kwargs, target_modules=TARGETS[model])
-            if not hasattr(own, "r"):
+            ranks = [getattr(own, name) for name in info.rank_fields if hasattr(own, name)]
+            if not ranks:
                 found[variant] = own
-                continue
-            for r in dict.fromkeys((rank, own.r)):
-                found[f"{variant} r={r}"] = info.config(**{**kwargs, "r": r, "target_modules": TARGETS[model]})
+            for r in dict.fromkeys((rank, ranks[-1])) if ranks else ():
+                settings = {**kwargs, **dict.fromkeys(info.rank_fields, r), "target_modules": TARGETS[model]}
+                found[f"{variant} r={r}"] = info.config(**settings)
     return found
 
 
@@ -188,6 +197,14 @@ class Contender:
         self.facts["trainable"] = sum(p.numel() for p in trained)
         self.facts["saved"] = nbytes(get_peft_model_state_dict(self.model).values())
         self.facts["held"] = held(self.model) - bare
+        callback = next((i.callback for i in peftx.methods() if type(config) is i.config), None) or TrainerCallback
+        self.callback, self.state = callback(), TrainerState(max_steps=1000)
+        self.tell("on_train_begin")
+
+    def tell(self, event: str) -> None:
+        """Tells the method's callback, as `Trainer` would."""
+        args = SimpleNamespace(output_dir="", resume_from_checkpoint=None)
+        getattr(self.callback, event)(args, self.state, None, model=self.model, optimizer=self.optimizer)
 
     def step(self) -> list[float]:
         """Seconds of forward, backward and optimizer."""
@@ -204,8 +221,11 @@ class Contender:
 
     def _update(self) -> None:
         if self.optimizer is not None:
+            self.tell("on_pre_optimizer_step")
             self.optimizer.step()
             self.optimizer.zero_grad()
+            self.state.global_step += 1
+            self.tell("on_step_end")
 
     def finish(self) -> dict[str, Any]:
         """Counts, peak bytes above the bare model, and whether merging gives back the bare model's structure."""

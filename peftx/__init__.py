@@ -39,16 +39,18 @@ __all__ = [
     "MethodInfo",
     "TriAdaptCallback",
     "TriAdaptLoRAConfig",
+    "export_lora",
     "methods",
     "register",
 ]
 
 _PACKAGES = ("compression", "federated", "hub", "optim", "pruning")  # imported when they are first used
+_NAMES = {"DonodCallback": "pruning", "export_lora": "hub"}  # and what of theirs is public here
 
 
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name == "DonodCallback":
-        return importlib.import_module(f"{__name__}.pruning").DonodCallback
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

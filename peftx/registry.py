@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import peft
 from peft import PeftConfig, PeftType
@@ -18,6 +18,9 @@ from peft.mapping import (
 )
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 T = TypeVar("T", bound=type)
 
@@ -41,6 +44,8 @@ class MethodInfo:
         quantized: whether bitsandbytes 4-bit and 8-bit bases work.
         mixed_batches: whether `adapter_names=` works.
         exact_gradient: whether the adapter's gradients are those of the output, not rescaled by a rule of the method.
+        callback: the `TrainerCallback` that drives the method's training rule, where it has one.
+        rank_fields: the config's fields that set the rank that is at work.
         learning_rate: a rate at which the method learns with AdamW on the task of `peftx demo`.
         tiny: config arguments that fit layers 10 to 32 wide.
         variants: name to config arguments of every mode that tests and benchmarks should cover.
@@ -58,6 +63,8 @@ class MethodInfo:
     quantized: bool = True
     mixed_batches: bool = True
     exact_gradient: bool = True
+    callback: type[TrainerCallback] | None = None
+    rank_fields: tuple[str, ...] = ("r",)
     learning_rate: float = 2e-3
     tiny: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -52,13 +52,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the comparison: a config class with its arguments, and the learning rate."""
+    """One row of the comparison: a config class with its arguments, the learning rate, and what drives its rule."""
 
     name: str
     config: Callable[..., PeftConfig]
     settings: Mapping[str, Any]
     learning_rate: float
     mergeable: bool = True
+    callback: type[TrainerCallback] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def contenders(names: tuple[str, ...] = ()) -> list[Contender]:
     """LoRA, then the named variants of peftx's methods, or all of them."""
     lora = Contender(BASELINE, LoraConfig, {"r": 8, "lora_alpha": 16}, learning_rate=LEARNING_RATE)
     ours = [
-        Contender(name, info.config, settings, info.learning_rate, info.mergeable)
+        Contender(name, info.config, settings, info.learning_rate, info.mergeable, info.callback)
         for info in peftx.methods()
         for name, settings in info.variants.items()
     ]
@@ -226,7 +227,7 @@ class Bench:
             arguments,
             self.collate,
             self.train.remove_columns("text"),
-            callbacks=[recorder],
+            callbacks=[recorder, *([entry.callback()] if entry.callback else [])],
             optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         )
         trainer.remove_callback(PrinterCallback)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import projection
-from .checks import check_names, check_options, check_parameter, check_state
+from .checks import OPTIONS, check_names, check_options, check_parameter, check_state
 from .fused import fusable, fused_step
 from .lanes import descend, plain, project
 from .moments import Rule, Segment, directions, segments, span_of
@@ -49,7 +49,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         lr: default 1e-3 (PyTorch's), like betas and eps.
         betas: default (0.9, 0.999). eps: default 1e-8, added to sqrt(v_hat).
         weight_decay: decoupled; default 0.01 (PyTorch's).
-        rank: rows of R, at least 1; default None, no projection.
+        rank: rows of R, at least 1; or, between 0 and 1, their share of the short side, rounded down but at least one
+            row (0.5 is r // 2 for LoRA's factors, whatever their r). Default None, no projection.
         update_proj_gap: steps between two refreshes of Q, at least 1; default 200 (GaLore's).
         scale: of the projected tensors' update, not of their decay; default 1.0. GaLore's papers use 0.25.
         proj_refresh: `"svd"` (default, exact); `"randomized"` (nearly the same subspace and much faster on large
@@ -72,7 +73,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         ValueError: an argument out of its range, a complex or integer parameter, one that comes twice; from
             `load_state_dict`: a state dict that is not of this optimizer, or not of these parameters. Nothing is
             changed then.
-        NotImplementedError: parameters sharded as DTensor (FSDP2): a projection would need the whole gradient.
+        NotImplementedError: parameters sharded as DTensor (FSDP2): a projection would need the whole gradient. With
+            FSDP1 every rank quantises its own flat shard, unprojected; PyTorch's `FSDP.optim_state_dict` refuses to
+            gather such states from more than one rank.
         ImportError: `fused=True` without bitsandbytes.
         RuntimeError: from `step`, before anything has changed, for a sparse gradient.
     """
@@ -85,7 +88,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        rank: int | None = None,
+        rank: int | float | None = None,
         update_proj_gap: int = 200,
         scale: float = 1.0,
         proj_refresh: str = "svd",
@@ -133,7 +136,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         super().add_param_group({**param_group, "params": params})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what `closure` returns, if one is given. Parameters without a gradient are left alone."""
         loss = None
         if closure is not None:
@@ -216,14 +219,16 @@ class LowRankAdamW(torch.optim.Optimizer):
         state = self.state[p]
         if state["step"] % group["update_proj_gap"]:
             return True
-        gradient = projection.lay(p.grad).to(working_dtype(p.dtype))
+        gradient = projection.lay(p.grad).to(working_dtype(p.dtype))  # type: ignore[arg-type]
         if not gradient.any():
             return state["step"] > 0
-        old = state["basis"].clone()
-        state["basis"].copy_(projection.basis(gradient, old.shape[1], group["proj_refresh"], seed=state["step"]))
+        old = state["basis"].to(gradient.dtype, copy=True)
+        new = projection.basis(gradient, old.shape[1], group["proj_refresh"], seed=state["step"])
+        new = projection.align(new, old)
+        state["basis"].copy_(new)
         if state["step"] and group["refresh_moments"] == "rotate":
-            turn = (state["basis"].T @ old).to(gradient.dtype)
-            write_moment(state, "exp_avg", turn @ read_moment(state, "exp_avg"))
+            m = read_moment(state, "exp_avg")
+            write_moment(state, "exp_avg", (new.T @ old).to(m.dtype) @ m)
         elif state["step"] and group["refresh_moments"] == "reset":
             for moment in moments(state):
                 moment.zero_()
@@ -254,7 +259,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             raise ValueError(f"the state dict has parameter groups of {found} tensors, the optimizer has {wanted}")
         by_id: dict[Any, tuple[torch.Tensor, Mapping[str, Any]]] = {}
         for group, ours in zip(groups, self.param_groups, strict=True):
-            if missing := self.defaults.keys() - group.keys():
+            if missing := OPTIONS - group.keys():
                 raise ValueError(f"the state dict is another optimizer's: {sorted(missing)} are missing in its groups")
             check_options(group)
             check_names(group, ours)

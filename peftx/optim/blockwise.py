@@ -24,12 +24,13 @@ class CodeBook(NamedTuple):
 
     All fp32 numbers that share their upper 16 bits form a cell. No cell contains more than one limit between two
     entries, so the entry of the cell's smallest number (`first`, uint8, by the 16 bits) is either the nearest or, for
-    numbers above that entry's upper limit (`limits`, fp32), one below it.
+    numbers above that entry's upper limit (`limits`, fp32), one above it. `zero` is the code of 0.
     """
 
     values: torch.Tensor
     limits: torch.Tensor
     first: torch.Tensor
+    zero: int
 
 
 def dynamic_values(signed: bool) -> torch.Tensor:
@@ -56,7 +57,7 @@ def code_book(signed: bool, device: torch.device) -> CodeBook:
     low = torch.arange(_CELLS, dtype=torch.int32) << 16
     ends = torch.stack([low, low | 0xFFFF]).view(torch.float32).nan_to_num().amin(0)
     first = torch.bucketize(ends, limits).clamp_max(255).to(torch.uint8)
-    return CodeBook(*(tensor.to(device) for tensor in (values, limits, first)))
+    return CodeBook(values.to(device), limits.to(device), first.to(device), zero=int((values < 0).sum()))
 
 
 def encode(x: torch.Tensor, book: CodeBook) -> tuple[torch.Tensor, torch.Tensor]:

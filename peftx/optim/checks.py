@@ -12,6 +12,10 @@ from . import projection
 from .fused import bitsandbytes_update
 from .state import layout
 
+OPTIONS = {
+    *("lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale", "proj_refresh", "refresh_moments"),
+    *("update", "optim_bits", "min_8bit_size", "basis_bits", "fused", "skipped_steps"),
+}
 UPDATES = ("galore", "apollo", "frugal-sign", "frugal-sgd")
 
 
@@ -24,14 +28,17 @@ def check_options(group: Mapping[str, Any]) -> None:
     def whole(value: Any, low: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
-    betas = group["betas"]
+    betas, rank = group["betas"], group["rank"]
     lr = group["lr"].item() if isinstance(group["lr"], torch.Tensor) else group["lr"]
     rules = {
         "lr": (number(lr, 0), "at least 0"),
         "betas": (len(betas) == 2 and all(number(beta, 0, 1) for beta in betas), "two numbers, at least 0, below 1"),
         "eps": (number(group["eps"], 0), "at least 0"),
         "weight_decay": (number(group["weight_decay"], 0), "at least 0"),
-        "rank": (group["rank"] is None or whole(group["rank"], 1), "None or a whole number, at least 1"),
+        "rank": (
+            rank is None or whole(rank, 1) or (rank and number(rank, 0, 1)),
+            "None, a whole number >= 1, or a share",
+        ),
         "update_proj_gap": (whole(group["update_proj_gap"], 1), "a whole number, at least 1"),
         "scale": (number(group["scale"], 0), "at least 0"),
         "optim_bits": (group["optim_bits"] in (8, 32), "8 or 32"),

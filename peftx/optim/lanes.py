@@ -26,30 +26,35 @@ def project(p: torch.Tensor, state: dict[str, Any], group: Mapping[str, Any], de
     gradient = projection.lay(p.grad).to(working_dtype(p.dtype))  # type: ignore[arg-type]
     basis = state["basis"].to(gradient.dtype)
     low = basis.T @ gradient
-    direction = low if group["update"] == "galore" else torch.empty_like(low)  # the others need both
+    weight, step, update = projection.lay(p.detach()), lr * group["scale"], group["update"]
+    if update == "galore":
+        return low, low, functools.partial(lower, weight, basis, low, decay, step)
+    direction = torch.empty_like(low)
 
     def finish() -> None:
-        weight, step = projection.lay(p.detach()), lr * group["scale"]
-        if group["update"] == "galore" and weight.dtype == basis.dtype:
-            weight.addmm_(basis, direction, beta=decay, alpha=-step)
-            return
-        lifted = lift(basis, direction, low, gradient, group["update"])
-        if group["update"] == "apollo":
+        lifted = lift(basis, direction, low, gradient, update)
+        if update == "apollo":
             limit_growth(lifted, state["norm"])
         descend([weight], [lifted], decay, step)
 
     return low, direction, finish
 
 
+def lower(weight: torch.Tensor, basis: torch.Tensor, direction: torch.Tensor, decay: float, step: float) -> None:
+    """weight = decay * weight - step * Q D, in place, rounded once."""
+    if weight.dtype == basis.dtype:
+        weight.addmm_(basis, direction, beta=decay, alpha=-step)
+    else:
+        descend([weight], [basis @ direction], decay, step)
+
+
 def lift(
     basis: torch.Tensor, direction: torch.Tensor, low: torch.Tensor, gradient: torch.Tensor, update: str
 ) -> torch.Tensor:
-    """The full update (short, long) that the direction D (rank, long) of the projected gradient R stands for."""
+    """APOLLO's or FRUGAL's full update (short, long), from D and R (rank, long) and the gradient G (short, long)."""
     if update == "apollo":
         norm = low.norm(dim=0)
         return gradient * (direction.norm(dim=0) / norm.masked_fill(norm == 0, 1))
-    if update == "galore":
-        return basis @ direction
     rest = gradient - basis @ low
     return torch.addmm(rest.sign() if update == "frugal-sign" else rest, basis, direction)
 

@@ -69,10 +69,14 @@ def directions(batch: Sequence[Segment], rule: Rule) -> list[torch.Tensor]:
     sizes = [segment.gradient.numel() for segment in batch]
     pads = [-size % BLOCK if quantized else 0 for size in sizes]
     first, second, *scales = zip(*(segment.moments for segment in batch), strict=True)
-    m, v = _join(first, pads), _join(second, pads)
     if quantized:
-        books = [code_book(signed, m.device) for signed in (True, False)]
-        m, v = (decode(x, _join(scale), book) for x, scale, book in zip((m, v), scales, books, strict=True))
+        books = [code_book(signed, first[0].device) for signed in (True, False)]
+        m, v = (
+            decode(_join(codes, pads, book.zero), _join(absmax), book)
+            for codes, absmax, book in zip((first, second), scales, books, strict=True)
+        )
+    else:
+        m, v = _join(first), _join(second)
     gradient = _join([segment.gradient for segment in batch], pads).to(m.dtype)
     m.lerp_(gradient, 1 - rule.beta1)
     v.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
@@ -90,10 +94,10 @@ def directions(batch: Sequence[Segment], rule: Rule) -> list[torch.Tensor]:
     return _split(direction, sizes, pads)
 
 
-def _join(parts: Sequence[torch.Tensor], pads: Sequence[int] = ()) -> torch.Tensor:
-    """One flat tensor of all parts, each followed by its number of zeros. A part that stays alone is not copied."""
+def _join(parts: Sequence[torch.Tensor], pads: Sequence[int] = (), fill: int = 0) -> torch.Tensor:
+    """One flat tensor of all parts, each followed by its number of `fill`. A part that stays alone is not copied."""
     if any(pads):
-        parts = [x for part, pad in zip(parts, pads, strict=True) for x in (part, part.new_zeros(pad))]
+        parts = [x for part, pad in zip(parts, pads, strict=True) for x in (part, part.new_full((pad,), fill))]
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

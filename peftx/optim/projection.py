@@ -17,9 +17,10 @@ def lay(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.T if matrix.shape[0] >= matrix.shape[1] else matrix
 
 
-def projected_shape(shape: torch.Size, rank: int) -> tuple[int, int]:
-    """(rank, long) of a matrix, the rank limited to the short side."""
-    return min(rank, *shape), max(shape)
+def projected_shape(shape: torch.Size, rank: int | float) -> tuple[int, int]:
+    """(rank, long) of a matrix. The rank is limited to the short side; below 1 it is a share of it, rounded down."""
+    rows = max(1, int(rank * min(shape))) if rank < 1 else int(rank)
+    return min(rows, *shape), max(shape)
 
 
 def basis(gradient: torch.Tensor, rank: int, how: str, seed: int) -> torch.Tensor:
@@ -41,6 +42,14 @@ def basis(gradient: torch.Tensor, rank: int, how: str, seed: int) -> torch.Tenso
         found = _orthonormal(gradient @ _orthonormal(gradient.T @ found))
     left = torch.linalg.svd(found.T @ gradient, full_matrices=False).U[:, :rank]
     return found @ left
+
+
+def align(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """`new` with its columns' signs, which no decomposition defines, chosen so that none opposes its column in `old`.
+
+    Moments that are kept over a refresh would otherwise be turned round at random.
+    """
+    return torch.where((new * old).sum(0) < 0, -new, new)
 
 
 def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ LORA = re.compile(r"\.lora_(embedding_)?[AB]\.")
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.0, rank: int | None = None, target: str | None = None
+    model: nn.Module, weight_decay: float = 0.0, rank: int | float | None = None, target: str | None = None
 ) -> list[dict[str, Any]]:
     """Trainable parameters, with their names, in up to four groups: with and without decay, projected and not.
 
@@ -62,7 +62,7 @@ def _targets(model: nn.Module, trained: list[tuple[str, nn.Parameter]], target: 
 
 
 def create_optimizer(
-    model: nn.Module, args: Any = None, *, rank: int | None = None, target: str | None = None, **options: Any
+    model: nn.Module, args: Any = None, *, rank: int | float | None = None, target: str | None = None, **options: Any
 ) -> LowRankAdamW:
     """A `LowRankAdamW` of a model's trainable parameters, grouped by `param_groups`.
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import FileConfig, Names, Number
-from .layer import accumulate, check_writable, unobserved, unpack
+from .layer import accumulate, check_writable, unobserved
 from .model import CheckedTuner, errors_naming, innermost, unsupported
 
 
@@ -127,10 +127,6 @@ class VariantModel(CheckedTuner, LoraModel):
         **kwargs,
     ) -> None:
         base_layer = innermost(target)
-        # On PEFT's layer bitsandbytes may lay a 4-bit weight out anew between an evaluation and a merge or a training.
-        if hasattr(base_layer, "support_avx512bf16_for_cpu"):
-            unpack(base_layer)
-            base_layer.support_avx512bf16_for_cpu = False
         with errors_naming(lora_config, current_key):
             if isinstance(base_layer, nn.MultiheadAttention):  # PEFT would alter it before it can be refused
                 raise unsupported(base_layer, self.supported)
@@ -159,7 +155,12 @@ class VariantModel(CheckedTuner, LoraModel):
         backend = resolve_quantization_backend(base_layer, **kwargs)
         kwargs["loaded_in_8bit"] = isinstance(backend, Bnb8bitBackend)
         kwargs["loaded_in_4bit"] = isinstance(backend, Bnb4bitBackend)
-        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        layer = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        if isinstance(backend, Bnb4bitBackend):
+            from .lora_bnb import Linear4bit
+
+            layer.__class__ = Linear4bit
+        return layer
 
     def _make_rule(self, config: Any, layer: Any, adapter_name: str, key: str) -> Variant:
         return self.variant(config, key)

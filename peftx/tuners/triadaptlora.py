@@ -55,7 +55,7 @@ class TriAdaptLoRAConfig(AdapterConfig):
     are: shells of single ranks whatever `growth_size`; the constant s, so that a growth changes no output (the code
     has a constant 2 or, earlier, lora_alpha / r: `scale_by_current_rank`); new ranks that start as the first did; a
     budget that is never exceeded; ties broken by the order of the modules; the defaults of `init_warmup` and
-    `growth_interval`, which are those of IncreLoRA's code for small tasks.
+    `growth_interval`, which are the 100 steps of IncreLoRA's code for small tasks, at 3000 steps.
 
     Args:
         init_r: rank at the start; default 1.
@@ -65,8 +65,8 @@ class TriAdaptLoRAConfig(AdapterConfig):
             width of the module.
         growth: `"linear"` (default; the best in the paper's abstract) or `"exponential"`.
         growth_size: ranks that a module gains at once; default `None`: target_r // 2, at least 1.
-        growth_interval: optimizer steps between growths; default 100.
-        init_warmup: optimizer steps before the first growth can happen; default 100.
+        growth_interval: optimizer steps between growths; default `None`: total_step // 30, at least 1.
+        init_warmup: optimizer steps before the first growth can happen; default `None`: total_step // 30.
         growth_end: fraction of total_step after which no rank is added; default 1.
         total_step: optimizer steps of the training; `None` (default) leaves it to the callback.
         init: `"identity"` (default): L = I, U = 0, A Gaussian, B = 0; `"zero_core"`: L = U = 0, A and B Gaussian. The
@@ -97,8 +97,12 @@ class TriAdaptLoRAConfig(AdapterConfig):
     growth_size: int | None = field(
         default=None, metadata={"help": "Ranks that a module gains at once; None: target_r // 2."}
     )
-    growth_interval: int = field(default=100, metadata={"help": "Optimizer steps between growths."})
-    init_warmup: int = field(default=100, metadata={"help": "Optimizer steps before the first growth."})
+    growth_interval: int | None = field(
+        default=None, metadata={"help": "Optimizer steps between growths; None: total_step // 30."}
+    )
+    init_warmup: int | None = field(
+        default=None, metadata={"help": "Optimizer steps before the first growth; None: total_step // 30."}
+    )
     growth_end: Number = field(default=1.0, metadata={"help": "Fraction of total_step after which nothing grows."})
     total_step: int | None = field(
         default=None, metadata={"help": "Optimizer steps of the training; filled in by TriAdaptCallback."}
@@ -121,12 +125,12 @@ class TriAdaptLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        optional = ("target_total_rank", "max_rank", "growth_size", "total_step")
-        for name in ("init_r", "target_r", "growth_interval", "lora_alpha", *optional):
+        optional = ("target_total_rank", "max_rank", "growth_size", "growth_interval", "total_step")
+        for name in ("init_r", "target_r", "lora_alpha", *optional):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
-        if self.init_warmup < 0:
+        if self.init_warmup is not None and self.init_warmup < 0:
             raise ValueError(f"`init_warmup` must not be negative, got {self.init_warmup}.")
         if self.init_r > self.target_r:
             raise ValueError(f"init_r={self.init_r} is larger than target_r={self.target_r}: ranks only grow.")
@@ -142,7 +146,7 @@ class TriAdaptLoRAConfig(AdapterConfig):
             self.check_total_step(self.total_step)
 
     def check_total_step(self, total_step: int) -> None:
-        if total_step <= self.init_warmup:
+        if self.init_warmup is not None and total_step <= self.init_warmup:
             raise ValueError(
                 f"init_warmup={self.init_warmup} leaves none of the total_step={total_step} optimizer steps for "
                 "growth. Lower `init_warmup` (and `growth_interval`), or train for longer."
@@ -155,20 +159,25 @@ class TriAdaptLoRAConfig(AdapterConfig):
             config = _fixed(config, self.rank_pattern[match])
         return config  # type: ignore[return-value]
 
-    def is_due(self, step: int) -> bool:
-        """Whether a growth may happen after optimizer step `step`."""
-        in_time = self.total_step is None or step <= self.growth_end * self.total_step
-        return step > self.init_warmup and step % self.growth_interval == 0 and in_time
+    # The schedule. All of it needs `total_step`.
 
     @property
-    def patience(self) -> int:
-        """After how many training passes a driver should have shown up; batches may be accumulated for a step."""
-        return max(100, self.init_warmup + self.growth_interval)
+    def warmup(self) -> int:
+        return self.init_warmup if self.init_warmup is not None else self.total_step // 30  # type: ignore[operator]
+
+    @property
+    def interval(self) -> int:
+        return self.growth_interval or max(1, self.total_step // 30)  # type: ignore[operator]
+
+    def is_due(self, step: int) -> bool:
+        """Whether a growth may happen after optimizer step `step`."""
+        last = self.growth_end * self.total_step  # type: ignore[operator]
+        return self.warmup < step <= last and step % self.interval == 0
 
     def quota(self, step: int, budget: int) -> int:
-        """q, how many modules grow after optimizer step `step` while `budget` ranks are left; needs `total_step`."""
-        total = self.total_step - self.init_warmup  # type: ignore[operator]
-        done = min(step - self.init_warmup, total)
+        """q, how many modules grow after optimizer step `step` while `budget` ranks are left."""
+        total = self.total_step - self.warmup  # type: ignore[operator]
+        done = min(step - self.warmup, total)
         if self.growth == "linear":
             return max(1, budget * done // total)
         return max(1, int(budget ** (done / total) + 1e-9))
@@ -232,7 +241,11 @@ class GrowingModel(AdapterModel):
         """Warns once, when the first growth should have been and nothing has called `update_and_grow`."""
         self._forwards = (self._forwards or 0) + 1
         name = next((n for n in self.active_adapters if n in self.peft_config), None)
-        if name is None or self._forwards <= self.peft_config[name].patience:
+        if name is None:
+            return
+        config = self.peft_config[name]
+        first = config.warmup + config.interval if config.total_step else config.init_warmup or 0
+        if self._forwards <= max(100, first):  # several passes may be accumulated for one optimizer step
             return
         self._forwards = None
         if any(layer.rank(name) < layer.size(name) for layer in _trained_layers(self, name).values()):
@@ -249,10 +262,10 @@ class GrowingModel(AdapterModel):
 
     def _named(self, adapter_name: str | None) -> tuple[str, dict[str, TriAdaptLoRALinear]]:
         name = adapter_name or self.active_adapters[0]
-        layers = {key: layer for key, layer in self._layers() if name in layer.adapter_config}
+        layers: dict[str, Any] = {key: layer for key, layer in self._layers() if name in layer.adapter_config}
         if not layers:
             raise ValueError(f"There is no TriAdaptLoRA adapter {name!r}; there are: {', '.join(self.peft_config)}.")
-        return name, layers  # type: ignore[return-value]
+        return name, layers
 
     def ranks(self, adapter_name: str | None = None) -> dict[str, int]:
         """Active rank of each module; default: of the active adapter."""
@@ -315,7 +328,9 @@ def update_and_grow(model: nn.Module, step: int) -> list[str]:
     for adapter_name, config in tuner.peft_config.items():
         if isinstance(config, TriAdaptLoRAConfig) and (config.total_step is None or config.is_due(step)):
             layers = _trained_layers(tuner, adapter_name)
-            if layers and config.total_step is None:
+            if not layers:
+                continue
+            if config.total_step is None:
                 raise ValueError(
                     f"The TriAdaptLoRA adapter {adapter_name!r} does not know how long it will be trained. Set "
                     "`total_step` in its config to the number of optimizer steps, or use `peftx.TriAdaptCallback`."

@@ -1,0 +1,31 @@
+"""PEFT's LoRA layer over bitsandbytes' 4-bit one; imported only where there is such a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import bnb
+
+from .layer import unpack
+
+
+class Linear4bit(bnb.Linear4bit):
+    """PEFT's layer, which also reads, trains and merges a base weight that was laid out anew for an evaluation."""
+
+    def get_base_weight(self) -> torch.Tensor:
+        unpack(self.get_base_layer())
+        return super().get_base_weight()
+
+    def train(self, mode: bool = True) -> Linear4bit:
+        if mode:
+            unpack(self.get_base_layer())
+        return super().train(mode)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        unpack(self.get_base_layer())
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        unpack(self.get_base_layer())
+        super().unmerge()

@@ -1,0 +1,118 @@
+"""`export_lora`: what it writes is loaded by stock PEFT, in a process that never imports peftx, with equal outputs."""
+
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from conftest import CASES, adapted, logits, randomize, tiny_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peftx
+
+EXACT = [case for case in CASES if case.info.lora_export == "exact" and case.name != "bone-bat"]
+KINDS = ["llama", "gpt2", "bert"]
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+root = Path(sys.argv[1])
+tokens = load_file(root / "tokens.safetensors")["tokens"]
+found = {}
+for folder in sorted(root.glob("*@*")):
+    kind = folder.name.split("@")[1]
+    assert PeftConfig.from_pretrained(folder).peft_type == "LORA"
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    model = PeftModel.from_pretrained(auto.from_pretrained(root / kind), folder).eval()
+    with torch.no_grad():
+        found[folder.name] = model(input_ids=tokens).logits
+        found[folder.name + " merged"] = model.merge_and_unload()(input_ids=tokens).logits
+assert "peftx" not in sys.modules
+save_file(found, root / "found.safetensors")
+"""
+
+
+def trained(case, kind):
+    """Every linear layer adapted, and on the classifier also biases and the head trained."""
+    settings = {"target_modules": "all-linear"}
+    if kind == "bert":
+        settings |= {"task_type": "SEQ_CLS", "bias": "all"}
+    if case.info.name == "triadaptlora":  # ranks that differ from module to module
+        settings |= {"total_step": 4, "init_warmup": 0, "growth_interval": 1, "max_rank": 8}
+    model = adapted(tiny_model(kind), case, **settings)
+    if case.info.name == "triadaptlora":
+        model.train()
+        assert model.base_model.update_and_grow(2)
+        randomize(model.eval(), case)
+        assert len(set(model.base_model.ranks().values())) > 1
+    if kind == "bert":
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and case.info.prefix not in name:
+                parameter.data += 0.1
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Logits of all exactly exported adapters as stock PEFT gives them, and as ours were."""
+    root = tmp_path_factory.mktemp("export")
+    tokens = torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, root / "tokens.safetensors")
+    wanted = {}
+    for kind in KINDS:
+        tiny_model(kind).save_pretrained(root / kind)
+        for case in EXACT:
+            model = trained(case, kind)
+            wanted[f"{case.name}@{kind}"] = logits(model, tokens)
+            peftx.export_lora(model, root / f"{case.name}@{kind}")
+            assert torch.equal(logits(model, tokens), wanted[f"{case.name}@{kind}"])  # the model is left alone
+    done = subprocess.run([sys.executable, "-c", LOAD, root], capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    return wanted, load_file(root / "found.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_stock_peft_gives_the_same_logits_without_peftx(exported, case, kind):
+    wanted, found = exported
+    name = f"{case.name}@{kind}"
+    torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[name + " merged"], wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_named_adapter_is_written(tmp_path, tokens):
+    case = EXACT[0]
+    model = adapted(tiny_model("llama"), case, "first", "second", target_modules=["q_proj"])
+    model.set_adapter("first")
+    wanted = logits(model, tokens)
+    model.set_adapter("second")
+    peftx.export_lora(model, tmp_path / "deep" / "folder", adapter_name="first")
+    stock = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "deep" / "folder").eval()
+    torch.testing.assert_close(logits(stock, tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path, unmergeable, tokens):
+    model = adapted(tiny_model("llama"), unmergeable, target_modules=["q_proj"])
+    with pytest.raises(NotImplementedError, match="cannot be merged or converted to LoRA"):
+        peftx.export_lora(model, tmp_path / "out")
+    bat = peft.get_peft_model(tiny_model("llama"), peftx.BoneConfig(r=4, init_weights="bat", target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match="no exact LoRA form"):
+        peftx.export_lora(bat, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(TypeError, match="needs a PeftModel"):
+        peftx.export_lora(nn.Linear(2, 2), tmp_path)
+    model = adapted(tiny_model("llama"), EXACT[0], "first", "second", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="There is no adapter 'other', only first, second"):
+        peftx.export_lora(model, tmp_path, adapter_name="other")
+    model.base_model.set_adapter(["first", "second"])
+    with pytest.raises(ValueError, match="2 adapters are active"):
+        peftx.export_lora(model, tmp_path)
