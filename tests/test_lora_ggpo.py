@@ -651,3 +651,60 @@ def test_rules_are_of_the_right_kind():
     model = wrap()
     assert all(isinstance(layer.lora_variant["default"], GGPO) for layer in layers(model))
     assert all(type(layer) is lora_ggpo.GGPOLinear for layer in layers(model))
+
+
+def test_steps_that_a_grad_scaler_skips_change_no_statistics():
+    model = wrap(net(dtype=torch.float32))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-20)
+    weight = layers(model)[0].lora_B["default"].weight
+    stepped, norms = [], []
+    for _ in range(6):
+        with torch.autocast("cpu", torch.float16):
+            loss = model(data(torch.float32)).float().square().sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        model.base_model.update_ggpo_stats()
+        before = weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        stepped.append(not torch.equal(before, weight))
+        norms.append(layers(model)[0].lora_variant["default"].grad_norms2)
+        optimizer.zero_grad()
+    assert not stepped[0] and stepped[-1]
+    assert [norm is not None for norm in norms] == [any(stepped[: i + 1]) for i in range(6)]
+    assert torch.isfinite(norms[-1]).all() and norms[-1].max() < 1e8  # the scale is not in it
+
+
+def _ddp_process(rank: int, folder: str) -> None:
+    import os
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    model = wrap()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    outputs = []
+    for _ in range(3):
+        y = ddp(data())  # the same rows: only the noise tells the processes apart
+        y.square().sum().backward()
+        model.base_model.update_ggpo_stats()
+        optimizer.step()
+        optimizer.zero_grad()
+        outputs.append(y.detach())
+    taus = [layer.lora_variant["default"].tau for layer in layers(model)]
+    weights = [p.detach() for p in model.parameters()]
+    torch.save([outputs, taus, weights], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_statistics_and_weights_but_not_noise(tmp_path):
+    torch.multiprocessing.spawn(_ddp_process, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    torch.testing.assert_close(first[1:], second[1:], rtol=0, atol=0)
+    assert torch.equal(first[0][0], second[0][0])
+    assert not torch.allclose(first[0][1], second[0][1])

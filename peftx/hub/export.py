@@ -40,17 +40,18 @@ def export_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str | N
         raise TypeError(f"export_lora needs a PeftModel, as `get_peft_model` returns it, got {type(model).__name__}.")
     adapter_name = _chosen(model, adapter_name)
     config = model.peft_config[adapter_name]
+    tuner: Any = model.base_model
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     if isinstance(config, LoraConfig):
         exported = _as_lora(config)
     else:
         layers = {
             name: layer
-            for name, layer in model.base_model.model.named_modules()
+            for name, layer in tuner.model.named_modules()
             if isinstance(layer, AdapterLayer) and adapter_name in layer.adapter_config
         }
         factors = {name: layer.lora_factors(adapter_name) for name, layer in layers.items()}
-        state = {key: tensor for key, tensor in state.items() if not _belongs_to(key, model.base_model.prefix)}
+        state = {key: tensor for key, tensor in state.items() if not _belongs_to(key, tuner.prefix)}
         for name, layer in layers.items():
             state |= _tensors(f"base_model.model.{name}", layer.get_base_layer(), *factors[name])
         exported = _describe(config, {name: len(A) for name, (A, _) in factors.items()}, list(layers.values()))

@@ -53,7 +53,7 @@ class ALLoRAConfig(VariantConfig):
         super().__post_init__()
         if not (self.eta > 0 and math.isfinite(self.eta)):
             raise ValueError(f"`eta` must be positive and finite, got {self.eta}.")
-        patterns = {**self.rank_pattern}
+        patterns = dict(self.rank_pattern or {})
         if self.lora_alpha not in (None, self.r) or self.alpha_pattern not in ({}, patterns) or self.use_rslora:
             raise ValueError(
                 "ALLoRA has no scaling in its forward, so `lora_alpha` equals `r`: leave out `lora_alpha`, "
@@ -84,7 +84,7 @@ class ALLoRA(Variant):
             norm = ((B @ (A @ A.T)) * B).sum(dim=1).clamp(min=0).sqrt() * abs(module.scaling[adapter_name])
         return (norm + self.config.eta**-2).rsqrt()
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         if not torch.is_grad_enabled() and not isinstance(module, Embedding):

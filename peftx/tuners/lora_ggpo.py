@@ -201,7 +201,7 @@ class _NoisyLinear(torch.autograd.Function):
 
 
 def _perturbed(ctx: Any, weight: torch.Tensor, tau: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    for rows, noise in draw(ctx.seed, *weight.shape, weight.device):
+    for rows, noise in draw(ctx.seed, weight.shape[0], weight.shape[1], weight.device):
         part = at_least_fp32(weight[rows])
         yield rows, torch.addcmul(part, noise.to(part.dtype), tau[rows, None].to(part.dtype)).to(ctx.dtype)
 
@@ -377,12 +377,12 @@ class GGPO(Variant):
     @torch.no_grad()
     def measure(self, module: Any, adapter_name: str) -> torch.Tensor | None:
         """Squared row norms (out_features,) of the gradient, at least in fp32, from those of A and B."""
-        weights = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-        grads = [w.grad for w in weights]
-        if grads[1] is None or grads[1].shape != weights[1].shape:
+        A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        if B.grad is None or B.grad.shape != B.shape:
             return None
-        grads[0] = torch.zeros_like(weights[0]) if grads[0] is None else grads[0]
-        return gradient_row_norms2(*(at_least_fp32(t) for t in (*weights, *grads)), module.scaling[adapter_name])
+        grad_A = torch.zeros_like(A) if A.grad is None else A.grad
+        A, B, grad_A, grad_B = (at_least_fp32(tensor) for tensor in (A, B, grad_A, B.grad))
+        return gradient_row_norms2(A, B, grad_A, grad_B, module.scaling[adapter_name])
 
     @torch.no_grad()
     def take(self, module: Any, adapter_name: str, norms2: torch.Tensor) -> None:
@@ -463,14 +463,13 @@ class GGPO(Variant):
             if M_A is not None and M_B is not None and config.mgpo_rho and schedule.step >= config.warmup_steps:
                 U, V = torch.cat([M_B, B], dim=1), torch.cat([A, M_A])
                 length = scale * ((U.T @ U) * (V @ V.T)).sum().clamp(min=0).sqrt()
-                factor = 1.0
-                if self.mean_norm is not None:
-                    factor = (1 / (self.mean_norm + 1e-12)).clamp(max=config.mgpo_max_scale)
+                mean = torch.ones(()) if self.mean_norm is None else self.mean_norm
+                factor = (1 / (mean + 1e-12)).clamp(max=config.mgpo_max_scale)
                 c = -config.mgpo_rho * scale * factor / (length + 1e-12)
                 self._direction = version, (c * U, V)
         return self._direction[1]
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         noise = self.noise(module, active_adapter)
@@ -515,7 +514,8 @@ class GGPOLinear(Linear):
     @torch.compiler.disable
     def _perturbed_forward(self, x: torch.Tensor) -> torch.Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
-        noises = {name: self.lora_variant[name].noise(self, name) for name in names}
+        rules: dict[str, Any] = {name: self.lora_variant[name] for name in names}
+        noises = {name: rule.noise(self, name) for name, rule in rules.items()}
         first = next((name for name, noise in noises.items() if noise is not None), None)
         if first is None:
             return super().forward(x)
@@ -525,11 +525,12 @@ class GGPOLinear(Linear):
         bias = None if base.bias is None else base.bias.to(inner.dtype)
         result = _NoisyLinear.apply(inner, base.weight, bias, *noises[first])
         for name in names:
-            x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+            lora_A: Any = self.lora_A[name]
+            x = self._cast_input_dtype(x, lora_A.weight.dtype)
             noise = noises[name]
             if noise is not None and name != first:
                 result = _noisy_output(result, x, *noise)
-            result = self.lora_variant[name].add(self, name, x, result)
+            result = rules[name].add(self, name, x, result)
         return result
 
 
@@ -606,7 +607,8 @@ class LoRAGGPOModel(VariantModel):
     supported = "linear layers (also transformers' Conv1D and quantised ones)"
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._schedule = Schedule(self.peft_config[adapter_name])
+        config: Any = self.peft_config[adapter_name]
+        self._schedule = Schedule(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         model.register_forward_pre_hook(self._schedule.before_forward)
 
