@@ -654,8 +654,8 @@ def test_rules_are_of_the_right_kind():
 
 
 def test_steps_that_a_grad_scaler_skips_change_no_statistics():
-    model = wrap(net(dtype=torch.float32))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model = wrap(net(dtype=torch.float32), std=0.1, ggpo_sigma=0.01)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-20)
     weight = layers(model)[0].lora_B["default"].weight
     stepped, norms = [], []

@@ -293,6 +293,16 @@ def test_quota(growth: str, step: int, warmup: int, total: int, budget: int, wan
     assert found == wanted
 
 
+@pytest.mark.parametrize("total, warmup, interval", [(3000, 100, 100), (60, 2, 2), (10, 0, 1)])
+def test_the_default_schedule_follows_the_length(total: int, warmup: int, interval: int, mlp: MLP) -> None:
+    default = peftx.TriAdaptLoRAConfig(total_step=total, target_modules=TARGETS)
+    assert (default.warmup, default.interval) == (warmup, interval)
+    model = get_peft_model(mlp, default)
+    for step in range(1, total + 1):
+        assert not model.base_model.update_and_grow(step) or (step > warmup and step % interval == 0)
+    assert sum(ranks(model)) == 16
+
+
 SCHEDULES = [
     # growth, size, modules that grow in the first rounds (DeBERTa-v3-base: 6 matrices in 12 layers), full at step
     ("linear", 4, [17, 30, 32, 25, 15, 5, 1, 1], 900),
@@ -370,6 +380,7 @@ def test_twins_take_the_same_decisions(mlp: MLP) -> None:
 def test_only_active_trainable_adapters_grow(mlp: MLP) -> None:
     model = wrap(mlp)
     model.add_adapter("other", config(init_r=1, target_r=3))
+    model.add_adapter("idle", config(total_step=None, target_total_rank=9))  # would be an error, were it active
     tuner = model.base_model
     first, second = state(model), state(model, "other")
     assert tuner.update_and_grow(1) and ranks(model) == [3, 2]
@@ -380,11 +391,16 @@ def test_only_active_trainable_adapters_grow(mlp: MLP) -> None:
     assert_equal(state(model), first)
     with model.disable_adapter():
         assert tuner.update_and_grow(2) == []
+    for layer in layers_of(model).values():
+        layer.triadaptlora_A["default"].requires_grad_(True)
+    assert_equal(state(model), first)
+    tuner.update_and_grow(2)
+    assert_equal(state(model), first)  # trainable, but not active
     model.requires_grad_(False)
     assert tuner.update_and_grow(3) == []
     model.set_adapter("default")
     assert tuner.update_and_grow(4)
-    assert tuner.ranks("other") == {"lin0": 2, "lin1": 1}
+    assert tuner.ranks("other") == {"lin0": 2, "lin1": 2}
 
 
 def test_a_module_has_room_up_to_its_smaller_width(mlp: MLP) -> None:
@@ -415,7 +431,10 @@ def test_a_module_has_room_up_to_its_smaller_width(mlp: MLP) -> None:
         ({"target_total_rank": 0}, "`target_total_rank` must be positive"),
         ({"lora_alpha": 0}, "`lora_alpha` must be positive"),
         ({"init_warmup": -1}, "`init_warmup` must not be negative"),
-        ({"total_step": 100}, "init_warmup=100 leaves none of the total_step=100 optimizer steps for growth"),
+        (
+            {"init_warmup": 100, "total_step": 100},
+            "init_warmup=100 leaves none of the total_step=100 optimizer steps for growth",
+        ),
         ({"growth_end": 0.0}, r"`growth_end` must be in \(0, 1\]"),
         ({"growth_end": 1.5}, r"`growth_end` must be in \(0, 1\]"),
         ({"lora_dropout": 1.0}, r"`lora_dropout` must be in \[0, 1\)"),
@@ -481,9 +500,12 @@ def test_a_rank_of_its_own_stays(mlp: MLP, tmp_path: Path) -> None:
     assert ranks(PeftModel.from_pretrained(MLP(), tmp_path)) == [8, 3, 1]
 
 
-@pytest.mark.parametrize("options, patience", [({}, 100), ({"init_warmup": 90, "growth_interval": 30}, 120)])
+@pytest.mark.parametrize(
+    "options, patience",
+    [({"total_step": None}, 100), ({"total_step": 999, "init_warmup": 90, "growth_interval": 30}, 120)],
+)
 def test_nothing_drives_it_and_it_says_so_once(options: dict, patience: int, mlp: MLP) -> None:
-    model = wrap(mlp, **{**options, "total_step": None}).train()
+    model = wrap(mlp, **options).train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.eval()(X)

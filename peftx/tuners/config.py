@@ -149,16 +149,16 @@ def _add_loading_code(path: Path, config: PeftConfig) -> None:
 
 
 @cache
-def _own_types(cls: type) -> dict[str, Any]:
+def _own_types(cls: Any) -> dict[str, Any]:
     """Type of each field that `cls` and its bases outside PEFT define, or give a type by `inherited`."""
-    hints = {**cls.inherited}  # type: ignore[attr-defined]
+    hints = {**cls.inherited}
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith("peft."):
             hints.update(inspect.get_annotations(base, eval_str=True))
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name in hints}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name in hints}
 
 
-def _check_types(config: PeftConfig) -> None:
+def _check_types(config: Any) -> None:
     for name, expected in _own_types(type(config)).items():
         value = getattr(config, name)
         try:

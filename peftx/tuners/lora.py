@@ -58,18 +58,19 @@ class VariantConfig(FileConfig, LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        method: Any = self.peft_type
         fields = dataclasses.fields(LoraConfig)
         excluded = {*self.excluded, *(f.name for f in fields if f.metadata.get("is_lora_variant"))}
         for name in sorted(excluded):
             if getattr(self, name):
                 raise ValueError(
-                    f"{self.peft_type.value} is a training rule for plain LoRA: `{name}={getattr(self, name)!r}` "
+                    f"{method.value} is a training rule for plain LoRA: `{name}={getattr(self, name)!r}` "
                     "cannot be combined with it."
                 )
         (init,) = (f for f in fields if f.name == "init_lora_weights")
         if self.init_lora_weights in init.metadata.get("lora_variants", ()):
             raise ValueError(
-                f"{self.peft_type.value} is a training rule for plain LoRA: "
+                f"{method.value} is a training rule for plain LoRA: "
                 f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with it."
             )
 
@@ -86,11 +87,13 @@ class Variant(LoraVariant):
         name: name of the layer in the model.
     """
 
+    config: Any
+
     def __init__(self, config: VariantConfig, name: str) -> None:
         self.config = config
         self.name = name
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The output with the adapter's contribution. Shapes: x (..., in_features), result (..., out_features)."""
@@ -100,13 +103,13 @@ class Variant(LoraVariant):
             return low_rank(result, x, lora_A.weight, lora_B.weight, scale)
         return result + lora_B(lora_A(x)) * scale
 
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
-    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> None:  # type: ignore[override]
         orig_weight.data = self.merge_safe(module, active_adapter, orig_weight.data)
 
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
 
@@ -116,7 +119,7 @@ class VariantModel(CheckedTuner, LoraModel):
     variant: ClassVar[type[Variant]] = Variant
     supported: ClassVar[str] = "linear layers (also transformers' Conv1D and quantised ones), embeddings, convolutions"
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         lora_config: Any,
         adapter_name: str,

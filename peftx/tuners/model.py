@@ -74,7 +74,7 @@ class CheckedTuner(BaseTuner):
 
     @classmethod
     def _find_problems(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
-        expected = {}
+        expected: dict[str, torch.Tensor] = {}
         for name, module in model.named_modules():
             if isinstance(module, (cls.tuner_layer_cls, CheckedTuner)):
                 prefix = name.removeprefix("_fsdp_wrapped_module.")
@@ -247,7 +247,7 @@ def unsupported(base_layer: nn.Module, supported: str) -> TypeError:
     )
 
 
-def _saved(module: nn.Module, prefix: str, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
+def _saved(module: Any, prefix: str, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
     """State-dict key and tensor of everything that the adapter saves in a layer, or in the tuner for all layers, by the
     name of the attribute that holds it."""
     tensors = {}
@@ -269,9 +269,9 @@ def forget(layer: Any, adapter_name: str) -> None:
             del getattr(layer, name)[adapter_name]
 
 
-def _take_out(model: nn.Module, adapter_name: str, layer_cls: type[BaseTunerLayer]) -> None:
+def _take_out(model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
     """Removes one adapter from all layers, and the layers that hold no other adapter."""
-    for name, layer in reversed(list(model.named_modules())):  # PEFT's attention layer holds another inside
+    for name, layer in list(model.named_modules()):
         if isinstance(layer, layer_cls):
             forget(layer, adapter_name)
             if not layer._all_available_adapter_names():

@@ -387,6 +387,59 @@ def _grow(
             yield name
 
 
+def entry(step: int, adapter_name: str, ranks: dict[str, int]) -> dict[str, Any]:
+    """What is logged of the ranks after a step."""
+    return {"step": step, "adapter": adapter_name, "triadaptlora_ranks": ranks}
+
+
+class TriAdaptCallback(TrainerCallback):
+    """Lets the ranks of TriAdaptLoRA adapters grow in the transformers Trainer.
+
+    It sets the config's `total_step`, where that is `None`, to the optimizer steps of this training, calls
+    `update_and_grow` after each of them, and writes the ranks at the start and after each growth to
+    `trainer.state.log_history`, which is in every checkpoint and which `plot_ranks` takes.
+
+    Raises:
+        ValueError: at the start of the training, if the model has no TriAdaptLoRA adapter, or one whose warm-up is
+            longer than the training.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        configs = {
+            name: config
+            for name, config in getattr(model, "peft_config", {}).items()
+            if isinstance(config, TriAdaptLoRAConfig)
+        }
+        if not configs:
+            raise ValueError("TriAdaptCallback: the model has no TriAdaptLoRA adapter. Leave the callback out.")
+        for name, config in configs.items():
+            if config.total_step is None:
+                config.check_total_step(state.max_steps)
+            elif config.total_step != state.max_steps:
+                warnings.warn(
+                    f"The TriAdaptLoRA adapter {name!r} grows as planned for total_step={config.total_step}, but this "
+                    f"training has {state.max_steps} optimizer steps. Set `total_step=None` to plan anew.",
+                    stacklevel=2,
+                )
+        for config in configs.values():
+            config.total_step = config.total_step or state.max_steps
+        _found_driver(_tuner(model))
+        if state.global_step == 0:
+            self._log(state, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if update_and_grow(model, state.global_step):
+            self._log(state, model)
+
+    def _log(self, state: Any, model: Any) -> None:
+        tuner = _tuner(model)
+        for adapter_name in tuner.peft_config:
+            ranks = {name: layer.rank(adapter_name) for name, layer in _trained_layers(tuner, adapter_name).items()}
+            if ranks:
+                epoch = {} if state.epoch is None else {"epoch": round(state.epoch, 4)}
+                state.log_history.append({**entry(state.global_step, adapter_name, ranks), **epoch})
+
+
 def core(L: torch.Tensor, U: torch.Tensor, r: int) -> torch.Tensor:
     """L + U at rank r, (r, r): of L the lower and of U the upper triangle, both with the diagonal."""
     return L[:r, :r].tril() + U[:r, :r].triu()
@@ -402,6 +455,8 @@ def norm(core: torch.Tensor) -> torch.Tensor:
     config=TriAdaptLoRAConfig,
     paper="arXiv:2501.08008",
     lora_export="exact",
+    callback=TriAdaptCallback,
+    rank_fields=("init_r", "target_r"),
     tiny={"init_r": 2, "target_r": 4, "growth_size": 1},
     variants={"triadaptlora": {}, "triadaptlora-zero-core": {"init": "zero_core"}},
 )
@@ -554,62 +609,6 @@ class TriAdaptLoRALinear(AdapterLayer):
                 fitted = tensor.new_full(wanted.shape, -1 if name == "triadaptlora_since" else 0)
                 fitted[common] = tensor[common]
                 tensors[name] = fitted
-
-
-# The Trainer, and a picture
-
-
-def entry(step: int, adapter_name: str, ranks: dict[str, int]) -> dict[str, Any]:
-    """What is logged of the ranks after a step."""
-    return {"step": step, "adapter": adapter_name, "triadaptlora_ranks": ranks}
-
-
-class TriAdaptCallback(TrainerCallback):
-    """Lets the ranks of TriAdaptLoRA adapters grow in the transformers Trainer.
-
-    It sets the config's `total_step`, where that is `None`, to the optimizer steps of this training, calls
-    `update_and_grow` after each of them, and writes the ranks at the start and after each growth to
-    `trainer.state.log_history`, which is in every checkpoint and which `plot_ranks` takes.
-
-    Raises:
-        ValueError: at the start of the training, if the model has no TriAdaptLoRA adapter, or one whose warm-up is
-            longer than the training.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        configs = {
-            name: config
-            for name, config in getattr(model, "peft_config", {}).items()
-            if isinstance(config, TriAdaptLoRAConfig)
-        }
-        if not configs:
-            raise ValueError("TriAdaptCallback: the model has no TriAdaptLoRA adapter. Leave the callback out.")
-        for name, config in configs.items():
-            if config.total_step is None:
-                config.check_total_step(state.max_steps)
-            elif config.total_step != state.max_steps:
-                warnings.warn(
-                    f"The TriAdaptLoRA adapter {name!r} grows as planned for total_step={config.total_step}, but this "
-                    f"training has {state.max_steps} optimizer steps. Set `total_step=None` to plan anew.",
-                    stacklevel=2,
-                )
-        for config in configs.values():
-            config.total_step = config.total_step or state.max_steps
-        _found_driver(_tuner(model))
-        if state.global_step == 0:
-            self._log(state, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if update_and_grow(model, state.global_step):
-            self._log(state, model)
-
-    def _log(self, state: Any, model: Any) -> None:
-        tuner = _tuner(model)
-        for adapter_name in tuner.peft_config:
-            ranks = {name: layer.rank(adapter_name) for name, layer in _trained_layers(tuner, adapter_name).items()}
-            if ranks:
-                epoch = {} if state.epoch is None else {"epoch": round(state.epoch, 4)}
-                state.log_history.append({**entry(state.global_step, adapter_name, ranks), **epoch})
 
 
 def plot_ranks(
