@@ -3,6 +3,7 @@ from .bone import BoneConfig, BoneLinear
 from .compacter import CompacterConfig, CompacterLinear
 from .config import AdapterConfig
 from .flora import FloraConfig, FloraLinear
+from .gradnormlorp import GradNormLoRPConfig
 from .layer import AdapterLayer, accumulate
 from .loldu import LoLDUConfig, LoLDULinear
 from .lora_ggpo import GGPOCallback, LoRAGGPOConfig
@@ -21,6 +22,7 @@ __all__ = [
     "FloraConfig",
     "FloraLinear",
     "GGPOCallback",
+    "GradNormLoRPConfig",
     "LoLDUConfig",
     "LoLDULinear",
     "LoRAGGPOConfig",

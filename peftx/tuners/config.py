@@ -159,7 +159,7 @@ def _own_types(cls: Any) -> dict[str, Any]:
 
 
 def _check_types(config: Any) -> None:
-    for name, expected in _own_types(type(config)).items():
+    for name, expected in _own_types(config.__class__).items():
         value = getattr(config, name)
         try:
             if isinstance(value, bool) and not _admits_bool(expected):  # a bool is an int to Python, not to a user

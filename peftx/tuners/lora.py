@@ -55,13 +55,15 @@ class VariantConfig(FileConfig, LoraConfig):
 
     # options of LoRA that the method cannot be combined with
     excluded: ClassVar[tuple[str, ...]] = ("target_parameters", "lora_bias")
+    # variants of PEFT's that are part of the method
+    inherent: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         method: Any = self.peft_type
         fields = dataclasses.fields(LoraConfig)
         excluded = {*self.excluded, *(f.name for f in fields if f.metadata.get("is_lora_variant"))}
-        for name in sorted(excluded):
+        for name in sorted(excluded.difference(self.inherent)):
             if getattr(self, name):
                 raise ValueError(
                     f"{method.value} is a training rule for plain LoRA: `{name}={getattr(self, name)!r}` "
@@ -142,9 +144,9 @@ class VariantModel(CheckedTuner, LoraModel):
                     raise
                 raise unsupported(base_layer, self.supported) from None
             layer = getattr(parent, target_name)
+            layer.quantization_backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
             if not self._follows_rule(layer):
                 raise unsupported(base_layer, self.supported)
-        layer.quantization_backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
         layer.lora_variant[adapter_name] = self._make_rule(lora_config, layer, adapter_name, current_key)
 
     @staticmethod
@@ -192,6 +194,13 @@ class VariantModel(CheckedTuner, LoraModel):
 def is_plain(lora_A: nn.Module, lora_B: nn.Module) -> bool:
     """Whether the two modules compute nothing but their products and nobody (Opacus, tensor parallelism) watches."""
     return all(type(module) is nn.Linear and unobserved(module) for module in (lora_A, lora_B))
+
+
+def weight_row_norms2(
+    base: torch.Tensor, cross: torch.Tensor | float, A: torch.Tensor, B: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """||W + scale B A||^2 of each row, (out_features,), from ||W||^2 and W A^T (out_features, r; 0: left out)."""
+    return (base + scale * (B * (2 * cross + scale * (B @ (A @ A.T)))).sum(dim=1)).clamp(min=0)
 
 
 def low_rank(

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer over bitsandbytes' 4-bit one; imported only where there is such a layer."""
+"""PEFT's LoRA layers over bitsandbytes' ones; imported only where there is such a layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import bnb
 
+from .gradnormlorp import DecomposedLayer
 from .layer import unpack
 
 
@@ -29,3 +30,14 @@ class Linear4bit(bnb.Linear4bit):
     def unmerge(self) -> None:
         unpack(self.get_base_layer())
         super().unmerge()
+
+
+class DecomposedLinear4bit(DecomposedLayer, Linear4bit):
+    """GradNormLoRP's layer over a 4-bit one."""
+
+
+class DecomposedLinear8bit(DecomposedLayer, bnb.Linear8bitLt):
+    """GradNormLoRP's layer over an 8-bit one."""
+
+
+DECOMPOSED = {Linear4bit: DecomposedLinear4bit, bnb.Linear8bitLt: DecomposedLinear8bit}

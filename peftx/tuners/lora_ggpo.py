@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..registry import register
 from .config import Number
 from .layer import accumulate, at_least_fp32, unobserved
-from .lora import Variant, VariantConfig, VariantModel, is_plain, low_rank
+from .lora import Variant, VariantConfig, VariantModel, is_plain, low_rank, weight_row_norms2
 
 BLOCK = 2**22  # elements of the noise that exist at a time
 PATIENCE = 20  # training forwards without statistics before a warning
@@ -118,13 +118,6 @@ class LoRAGGPOConfig(VariantConfig):
             raise ValueError(f"`mgpo_max_scale` must be positive and finite, got {self.mgpo_max_scale}.")
         if self.total_step is not None and self.total_step <= 0:
             raise ValueError(f"`total_step` must be positive, got {self.total_step}.")
-
-
-def weight_row_norms2(
-    base: torch.Tensor, cross: torch.Tensor | float, A: torch.Tensor, B: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """||W + scale B A||^2 of each row, (out_features,), from ||W||^2 and W A^T (out_features, r; 0: left out)."""
-    return (base + scale * (B * (2 * cross + scale * (B @ (A @ A.T)))).sum(dim=1)).clamp(min=0)
 
 
 def gradient_row_norms2(

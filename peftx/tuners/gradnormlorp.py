@@ -1,0 +1,336 @@
+"""GradNormLoRP: LoRA with normalised rows and magnitudes (DoRA), trained with projected gradients and 8-bit states."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..registry import register
+from .config import Number
+from .layer import at_least_fp32
+from .lora import Variant, VariantConfig, VariantModel, is_plain, low_rank, weight_row_norms2
+
+
+@dataclass
+class GradNormLoRPConfig(VariantConfig):
+    """GradNormLoRP (arXiv:2412.19616): weight-normalised LoRA, whose gradients are projected to a lower rank.
+
+    The weight is W' = m (W + s B A) / ||W + s B A||, with a trained magnitude m and the norm of each row; s = alpha / r.
+    It starts as W. This is DoRA's parameterisation (arXiv:2402.09353), the adapter is saved as PEFT saves DoRA, and
+    `peftx.export_lora` writes it as a stock DoRA adapter of equal outputs.
+
+    The other half of the method is its optimizer, `peftx.optim.LowRankAdamW`: the gradients of A and B, not those of m,
+    are projected, and the moments have 8 bits. `optimizer_options` hands it this config's settings:
+
+        options = config.optimizer_options()
+        trainer = Trainer(model, args, train_dataset=data, **peftx.optim.trainer_kwargs(args, **options))
+        optimizer = peftx.optim.create_optimizer(model, args, **options)  # or: without Trainer
+
+    Any other optimizer trains it as DoRA. What is saved is memory of the optimizer, not of weights and activations.
+
+    The norms cost one product of W with A in each training forward (and W is dequantised for it, if it is quantised),
+    two passes over the layer's output, and the base layer's output is kept for m's gradient; B A is never built. In
+    evaluation that product is kept while A stays as it is. With `lora_dropout` the change of the row's scale sees the
+    dropped input too, as in PEFT's DoRA, which costs another product with W in training.
+
+    The body of the paper could not be read: the formulas follow its public summaries and its authors' code, which is
+    stock DoRA under GaLore's AdamW. Its abstract has a two-sided projection, the code a one-sided one, as here. A row
+    of zeros has no direction: it stays one until B moves it.
+
+    Args:
+        use_dora: always true; PEFT reads from it how the magnitudes are saved.
+        norm_grad: `"detached"` takes the norm for a constant in the backward, as DoRA, PEFT and the authors' code do;
+            the gradient of a row is then not orthogonal to it. `"full"` differentiates through the norm, at another
+            product with W (a quantised one is dequantised again) in the backward.
+        proj_rank: rank of the projected gradients of A and B, at least 1. Default: r // 2 of each module (ours: the
+            authors run it at r or above, which projects nothing).
+        update_proj_gap: steps between two updates of the projection; default 200, as in the authors' code.
+        proj_scale: factor of the projected parameters' updates; default 1.0, as in the authors' code, which takes 4 at
+            a learning rate of 3e-5 for GLUE.
+        optim_bits: of the optimizer's moments, 8 or 32; default 8. All moments, also those of small tensors.
+
+    Raises:
+        ValueError: `use_dora=False`; a number that is too small.
+    """
+
+    inherent = ("use_dora",)
+
+    use_dora: bool = field(default=True, metadata={"help": "Always true: the method is DoRA's parameterisation."})
+    norm_grad: Literal["detached", "full"] = field(
+        default="detached", metadata={"help": "Whether the norm is a constant in the backward, or differentiated."}
+    )
+    proj_rank: int | None = field(default=None, metadata={"help": "Rank of the projected gradients; r // 2 when None."})
+    update_proj_gap: int = field(default=200, metadata={"help": "Steps between updates of the projection."})
+    proj_scale: Number = field(default=1.0, metadata={"help": "Factor of the projected parameters' updates."})
+    optim_bits: Literal[8, 32] = field(default=8, metadata={"help": "Bits of the optimizer's moments."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_dora:
+            raise ValueError(
+                "GRADNORMLORP is DoRA's parameterisation: `use_dora=False` is plain LoRA. Use `peft.LoraConfig`, with "
+                "`peftx.optim.LowRankAdamW` for the projected gradients."
+            )
+        for name in ("proj_rank", "update_proj_gap"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not 0 <= self.proj_scale < float("inf"):
+            raise ValueError(f"`proj_scale` must be finite and at least 0, got {self.proj_scale}.")
+        if self.proj_rank is not None and self.proj_rank >= max(self.r, *self.rank_pattern.values(), 1):
+            warnings.warn(
+                f"proj_rank={self.proj_rank} is not below r={self.r}: the gradients of A and B are rotated, not "
+                "projected, which saves no memory.",
+                stacklevel=2,
+            )
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """What `peftx.optim.trainer_kwargs` and `create_optimizer` need to train an adapter as this config says."""
+        return {
+            "rank": 0.5 if self.proj_rank is None else self.proj_rank,
+            "update_proj_gap": self.update_proj_gap,
+            "scale": self.proj_scale,
+            "optim_bits": self.optim_bits,
+            "min_8bit_size": 0,
+        }
+
+
+class DecomposedLayer:
+    """Mixin for PEFT's LoRA layers: `get_delta_weight` is the whole change of the weight, not s B A alone."""
+
+    lora_variant: dict[str, Any]
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """W' - W, at least in fp32, in the layout of the base weight."""
+        return self.lora_variant[adapter].delta_weight(self, adapter)
+
+
+class DecomposedLinear(DecomposedLayer, Linear):
+    """PEFT's LoRA layer over nn.Linear or transformers' Conv1D."""
+
+
+class _Cross(torch.autograd.Function):
+    """W A^T, (out_features, r). W is read `again` for the backward, if that is given, and otherwise kept."""
+
+    @staticmethod
+    def forward(ctx, A: torch.Tensor, weight: torch.Tensor, again: Callable[[], torch.Tensor] | None):
+        ctx.again = again
+        ctx.save_for_backward(*(() if again else (weight,)))
+        return F.linear(A, weight.to(A.dtype)).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: torch.Tensor):
+        weight = ctx.again() if ctx.again else ctx.saved_tensors[0]
+        return g.T @ weight.to(g.dtype), None, None
+
+
+def unmerged_weight(module: Any) -> torch.Tensor:
+    """The base weight in its layout, dequantised if need be, without the adapters that are merged into it."""
+    weight = module.get_base_weight()
+    for name in reversed(module.merged_adapters):
+        weight = module.lora_variant[name].unmerge(module, name, weight)
+    return weight
+
+
+def in_rows(module: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the layout of the base weight as (out_features, ...), and back."""
+    return tensor.T if isinstance(module.get_base_layer(), Conv1D) else tensor
+
+
+class GradNormLoRP(Variant):
+    """W' = c (W + s B A) for one adapter in one linear layer; c = m / ||W + s B A||, a factor for each row."""
+
+    _base: tuple[Any, torch.Tensor] | None = None  # what the base weight was like, and its squared row norms
+    _cross: tuple[torch.Tensor, torch.Tensor] | None = None  # A, and W A^T, in evaluation
+    _merged: tuple[torch.Tensor, torch.Tensor] | None = None  # c, and the rows of the weight that it made zero
+
+    # Norms
+
+    def row_norms(self, module: Any, adapter_name: str) -> torch.Tensor:
+        """||W + s B A|| of each row (out_features,), at least fp32; with gradients if they are wanted."""
+        A, B = (at_least_fp32(w[adapter_name].weight) for w in (module.lora_A, module.lora_B))
+        full = self.config.norm_grad == "full" and torch.is_grad_enabled()
+        with torch.set_grad_enabled(full), torch.autocast(A.device.type, enabled=False):
+            base, cross = self._products(module, A)
+            norms2 = weight_row_norms2(base, cross, A, B, module.scaling[adapter_name])
+            # Below this, W and s B A cancel, and what is left is rounding.
+            norms2 = torch.maximum(norms2, torch.finfo(base.dtype).eps * base)
+            zero = norms2 == 0
+            return norms2.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+
+    def _products(self, module: Any, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """||W||^2 of each row (out_features,) and W A^T (out_features, r)."""
+
+        def weight() -> torch.Tensor:
+            return in_rows(module, unmerged_weight(module)).detach()
+
+        base = self.base_norms2(module, A.dtype)
+        if torch.is_grad_enabled() or module.training or torch.compiler.is_compiling():
+            return base, _Cross.apply(A, weight(), weight if module.quantization_backend else None)
+        if self._cross is None or not torch.equal(self._cross[0], A):
+            self._cross = A.clone(), F.linear(A, weight().to(A.dtype)).T
+        return base, self._cross[1]
+
+    def base_norms2(self, module: Any, dtype: torch.dtype) -> torch.Tensor:
+        """||W||^2 of each row (out_features,), in `dtype` or a wider one; kept while W stays as it is."""
+        stored = module.get_base_layer().weight
+        state: tuple[Any, ...] = (stored.dtype, stored.device, dtype)
+        if module.quantization_backend is None and not torch.compiler.is_compiling():
+            # Not for a quantised weight: an evaluation may round it, by laying it out anew.
+            state += (stored.data_ptr(), stored._version)
+        if self._base is None or self._base[0] != state or torch.compiler.is_compiling():
+            weight = in_rows(module, unmerged_weight(module)).detach()
+            self._base = state, weight.to(torch.promote_types(weight.dtype, dtype)).square().sum(dim=1)
+            self._cross = None
+        return self._base[1]
+
+    def row_factor(self, module: Any, adapter_name: str) -> torch.Tensor:
+        """c (out_features,), at least fp32; 1 for a row of zeros."""
+        magnitude, norms = module.lora_magnitude_vector[adapter_name].weight, self.row_norms(module, adapter_name)
+        zero = norms == 0
+        # The norm is rounded as the magnitude once was, so that c is 1 at the start in any dtype.
+        norms = norms.to(magnitude.dtype).masked_fill(zero, 1)
+        return at_least_fp32(magnitude / norms).masked_fill(zero, 1)
+
+    # Forward
+
+    def forward(
+        self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        dropout, c = module.lora_dropout[active_adapter], self.row_factor(module, active_adapter)
+        factor = module.scaling[active_adapter] * c
+        if isinstance(dropout, nn.Dropout) and module.training:
+            x = dropout(x)
+            weight = in_rows(module, unmerged_weight(module))
+            result = (result + (c - 1) * F.linear(x, weight.to(x.dtype))).to(result.dtype)
+        else:
+            result = scale_rows(result, c, module.get_base_layer().bias)
+        if is_plain(lora_A, lora_B):
+            return low_rank(result, x, lora_A.weight, factor[:, None] * lora_B.weight, 1.0)
+        return result + lora_B(lora_A(x)) * factor
+
+    # Merging
+
+    def delta_weight(self, module: Any, adapter_name: str) -> torch.Tensor:
+        """W' - W, at least in fp32, in the layout of the base weight."""
+        weight = at_least_fp32(unmerged_weight(module))
+        return self._change(module, weight, self.row_factor(module, adapter_name), adapter_name)
+
+    def _change(self, module: Any, weight: torch.Tensor, c: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return in_rows(module, (c - 1)[:, None]) * weight + in_rows(module, c[:, None]) * self._low_rank(
+            module, adapter_name
+        )
+
+    @staticmethod
+    def _low_rank(module: Any, adapter_name: str) -> torch.Tensor:
+        A, B = (at_least_fp32(w[adapter_name].weight) for w in (module.lora_A, module.lora_B))
+        return in_rows(module, module.scaling[adapter_name] * B @ A)
+
+    @torch.no_grad()
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        c = self.row_factor(module, active_adapter)
+        weight = at_least_fp32(orig_weight)
+        # Kept for `unmerge`: other norms come from the merged weight, and a row that c makes zero has no way back.
+        self._merged = c, in_rows(module, weight)[c == 0]
+        return (weight + self._change(module, weight, c, active_adapter)).to(orig_weight.dtype)
+
+    @torch.no_grad()
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        assert self._merged is not None
+        c, lost = self._merged
+        weight = at_least_fp32(orig_weight) / in_rows(module, c[:, None]) - self._low_rank(module, active_adapter)
+        in_rows(module, weight)[c == 0] = lost
+        return weight.to(orig_weight.dtype)
+
+
+def scale_rows(result: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The output `result` = W x + bias, (..., out_features), as that of diag(c) W with the same bias."""
+    scaled = result * c if bias is None else torch.addcmul((1 - c) * bias, result, c)
+    return scaled.to(result.dtype)
+
+
+@register(
+    "gradnormlorp",
+    config=GradNormLoRPConfig,
+    paper="arXiv:2412.19616",
+    summary="DoRA's magnitudes and directions, trained with projected gradients and 8-bit optimizer states",
+    lora_export="dora",
+    exact_gradient=False,
+    learning_rate=2e-3,
+    tiny={"r": 2},
+    variants={"gradnormlorp": {}, "gradnormlorp-full": {"norm_grad": "full"}},
+)
+class GradNormLoRPModel(VariantModel):
+    """LoRA whose layers have normalised rows and magnitudes; see `GradNormLoRPConfig`."""
+
+    supported = "linear layers (also transformers' Conv1D and bitsandbytes' 8-bit and 4-bit ones)"
+
+    def _create_and_replace(self, lora_config: Any, *args: Any, **kwargs: Any) -> None:
+        lora_config = copy.copy(lora_config)
+        lora_config.use_dora = False  # or PEFT would make its own rule, by way of the dense B A
+        super()._create_and_replace(lora_config, *args, **kwargs)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        layer = VariantModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        if type(layer) is Linear:
+            layer.__class__ = DecomposedLinear
+        elif type(layer).__module__.endswith("bnb"):
+            from .lora_bnb import DECOMPOSED
+
+            layer.__class__ = DECOMPOSED[type(layer)]
+        return layer
+
+    def _follows_rule(self, layer: Any) -> bool:
+        backend = layer.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise TypeError(
+                f"the norms of its rows need the weight itself, which {backend.backend_name} layers cannot give. "
+                "Use the unquantised model, or bitsandbytes' quantisation."
+            )
+        return isinstance(layer, DecomposedLayer)
+
+    def _make_rule(self, config: Any, layer: Any, adapter_name: str, key: str) -> GradNormLoRP:
+        rule = GradNormLoRP(config, key)
+        A, empty = layer.lora_A[adapter_name].weight, torch.empty(layer.out_features, device="meta")
+        with torch.no_grad(), gather_params_ctx(layer.get_base_layer().parameters()):
+            rule.base_norms2(layer, at_least_fp32(A).dtype)
+            magnitude = empty if A.is_meta else rule.row_norms(layer, adapter_name)
+        vector = DoraLinearLayer(getattr(layer, "fan_in_fan_out", False))
+        vector.weight = nn.Parameter(magnitude, requires_grad=A.requires_grad)
+        layer.lora_magnitude_vector[adapter_name] = vector
+        return rule
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for _, layer in self._layers():
+            if not autocast_adapter_dtype and adapter_name in layer.lora_magnitude_vector:
+                magnitude = layer.lora_magnitude_vector[adapter_name].weight
+                magnitude.data = magnitude.data.to(layer.lora_A[adapter_name].weight.dtype)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ):
+        """As in PEFT, for the factors; the magnitudes become such that the new weight change is their product B A.
+
+        A combination by `"svd"` approximates the whole changes of the weight, the others ignore the magnitudes.
+        """
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        for _, layer in self._layers():
+            if adapter_name in layer.lora_magnitude_vector:
+                norms = layer.lora_variant[adapter_name].row_norms(layer, adapter_name).detach()
+                layer.lora_magnitude_vector[adapter_name].weight.data.copy_(norms)
