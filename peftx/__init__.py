@@ -17,10 +17,11 @@ from .tuners import (
     CompacterConfig,
     FloraConfig,
     GGPOCallback,
+    GradNormLoRPConfig,
     LoLDUConfig,
     LoRAGGPOConfig,
 )
-from .tuners.triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig
+from .tuners.triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig, plot_ranks
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "DonodCallback",
     "FloraConfig",
     "GGPOCallback",
+    "GradNormLoRPConfig",
     "LoLDUConfig",
     "LoRAGGPOConfig",
     "MethodInfo",
@@ -41,6 +43,7 @@ __all__ = [
     "TriAdaptLoRAConfig",
     "export_lora",
     "methods",
+    "plot_ranks",
     "register",
 ]
 
