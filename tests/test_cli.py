@@ -36,7 +36,7 @@ def test_runs_as_a_module():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "bonne"], "peftx: unknown method bonne: the demo knows lora, bone"),
+        (["--methods", "bonne"], "peftx: unknown method bonne: the demo knows lora, "),
         (["--model", "no-such-folder", "--output", "{tmp}"], "peftx: no model in no-such-folder"),
         (["--epochs", "0"], "peftx: epochs must be a positive number, got 0.0"),
         (["--output", __file__], "peftx: cannot write to the folder"),

@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -51,7 +51,7 @@ def list_methods(
         typer.echo("\n".join(f"| {' | '.join(row)} |" for row in rows))
         return
 
-    table = Table("variants", "what it does", "layers", "can", box=box.SIMPLE_HEAD)
+    table = Table(Column("variants", no_wrap=True), "what it does", "layers", "can", box=box.SIMPLE_HEAD)
     for info in peftx.methods():
         can = {
             "merge": info.mergeable,

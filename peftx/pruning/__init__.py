@@ -9,18 +9,22 @@ and one argument for a transformers `Trainer`: `callbacks=[peftx.DonodCallback(k
 """
 
 from .callback import DonodCallback, prune
-from .report import scatter, table
+from .report import axes_of, scatter, shown_with, table
 from .scores import METRICS, don_nod, gradient_square, head_statistics, score_dataset
-from .select import GOALS, METHODS, preference, select, topsis
+from .select import DON_GOAL, GOALS, METHODS, PAPER_DON_GOAL, WEIGHTS, preference, select, topsis
 from .selection import FILE_NAME, Selection, fingerprint
 
 __all__ = [
+    "DON_GOAL",
     "FILE_NAME",
     "GOALS",
     "METHODS",
     "METRICS",
+    "PAPER_DON_GOAL",
+    "WEIGHTS",
     "DonodCallback",
     "Selection",
+    "axes_of",
     "don_nod",
     "fingerprint",
     "gradient_square",
@@ -30,6 +34,7 @@ __all__ = [
     "scatter",
     "score_dataset",
     "select",
+    "shown_with",
     "table",
     "topsis",
 ]

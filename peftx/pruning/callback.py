@@ -7,8 +7,9 @@ this one trainer. It finds the trainer on the call stack when `Trainer.__init__`
 
 import functools
 import inspect
-from contextlib import nullcontext
+import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -21,8 +22,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .head import base_of, task_of
-from .report import write_report
-from .scores import ETA, OF_HEAD, length_of, score_dataset, undisturbed
+from .report import shown_with, write_report
+from .scores import ETA, length_of, score_dataset, undisturbed
 from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_keep, check_settings, preference, select
 from .selection import FILE_NAME, Selection, fingerprint
 from .warmup import warmed_up, warmup_length
@@ -30,9 +31,9 @@ from .warmup import warmed_up, warmup_length
 logger = logging.get_logger(__name__)
 
 UNATTACHED = (
-    "DonodCallback prunes where the Trainer makes its data loader, and this Trainer made it without: it was added after "
-    "the Trainer, or by one that does not derive from transformers.Trainer. Before trainer.train() call "
-    "callback.attach(trainer), or peftx.pruning.prune(trainer)."
+    "DonodCallback prunes where the Trainer makes its data loader, and this Trainer made it without: the callback was "
+    "added later, or the Trainer does not derive from transformers.Trainer. Before trainer.train() call "
+    "callback.attach(trainer), or peftx.pruning.prune(trainer) instead of adding the callback."
 )
 
 
@@ -41,17 +42,18 @@ class DonodCallback(TrainerCallback):
 
         Trainer(model, args, train_dataset=data, callbacks=[peftx.DonodCallback(keep=0.3)]).train()
 
-    When training starts, every sample is scored once by a forward pass, the `ceil(keep * n)` best are chosen, and the loader
-    is made of them: steps, epochs and learning rates are those of a Trainer that was given the kept samples only. The
-    data set itself, and `trainer.train_dataset`, stay whole. Random numbers, modes and gradients are undisturbed. In DDP
-    every process scores its share, and all of them choose the same.
+    When training starts, every sample is scored once by a forward pass, the `ceil(keep * n)` best are chosen, and the
+    loader is made of them: steps, epochs and learning rates are those of a Trainer that was given the kept samples
+    only. The data set itself, and `trainer.train_dataset`, stay whole. Random numbers, modes and gradients are
+    undisturbed. In DDP every process scores its share, and all of them choose the same.
 
     Written to `output_dir`: `selection.json`, which a resumed or repeated run uses and a run with other data, model or
     settings refuses; and, with `report`, `selection.md`, the most and the least wanted samples to read, and
     `selection.png` (with matplotlib). Look at these before you trust a score.
 
-    No score promises better training. Measured with wrong labels and answers in the data (benchmarks/pruning_noise.py),
-    the paper's own setting, `don_goal="max"`, keeps the wrong ones, since it asks for surprising samples; ours is `"min"`.
+    No score promises better training. Measured with wrong labels and answers in the data
+    (benchmarks/pruning_noise.py), the paper's own setting, `don_goal="max"`, keeps the wrong ones, since it asks for
+    surprising samples; ours is `"min"`.
 
     Args:
         keep: share of the samples, in (0, 1].
@@ -59,20 +61,21 @@ class DonodCallback(TrainerCallback):
             `score_dataset`.
         don_goal, goal, weights: see `select`. The paper's setting is `don_goal="max"`.
         when: `"start"`: the model scores as it is. `"warmup"`: it is trained for a moment on random samples first, and
-            set back after scoring. Default: `"warmup"` for classifiers, whose head is new as a rule, else `"start"`. Not
-            in the paper.
-        warmup_steps: batches of that moment, at the Trainer's batch size and learning rate. Default: a tenth of an epoch, at
-            least 50, at most an epoch.
+            set back after scoring. Default: `"warmup"` for classifiers, whose head is new as a rule, else `"start"`.
+            Not in the paper.
+        warmup_steps: batches of that moment, at the Trainer's batch size and learning rate. Default: a tenth of an
+            epoch, at least 50, at most an epoch.
         eta, reduction, task, head: see `score_dataset`.
-        batch_size: samples in a forward pass. Default: the Trainer's batch of one device.
+        batch_size: samples in a forward pass. Default: the Trainer's batch of one device; 1 with TRL's `padding_free`.
         seed: of `"random"` and of the warm-up.
-        report: whether to write `selection.md` and `selection.png`.
+        report: whether to write `selection.md` and `selection.png`. Never with `push_to_hub=True`, which would publish
+            texts of the samples; an explicit `trainer.push_to_hub()` uploads whatever is in `output_dir`.
         overwrite: score again even if there is a selection; not for resuming.
 
     Raises:
-        ValueError: here for bad settings; when training starts for data that cannot be pruned (no length, empty, packed), a
-            head that cannot be scored, a selection of something else, or a resumed run without its selection; from
-            `on_train_begin` if the trainer could not be found: then `attach` helps.
+        ValueError: here for bad settings; when training starts for data that cannot be pruned (no length, empty,
+            packed), a head that cannot be scored, a selection of something else, a resumed run without its selection,
+            or a trainer that could not be found: then `attach` helps.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class DonodCallback(TrainerCallback):
         self.eta, self.reduction, self.task, self.head = eta, reduction, task, head
         self.report, self.overwrite = report, overwrite
         self.selection: Selection | None = None  # of the data that is trained on
-        self._trainer: Trainer | None = None
+        self._trainer: Any = None
         self._data: Any = None
         self._scored = False  # whether the selection was made by this run, not read
 
@@ -115,7 +118,7 @@ class DonodCallback(TrainerCallback):
         names = ("method", "don_goal", "goal", "weights")
         return {name: getattr(self, name) for name in names}
 
-    def attach(self, trainer: Trainer) -> "DonodCallback":
+    def attach(self, trainer: Any) -> "DonodCallback":
         """Makes `trainer` train on the kept samples; for trainers that exist already. Returns the callback."""
         if self._trainer is trainer:
             return self
@@ -136,8 +139,8 @@ class DonodCallback(TrainerCallback):
                 loader = make_loader()
                 if len(getattr(loader, "dataset", trainer.train_dataset)) != len(trainer.train_dataset):
                     raise ValueError(
-                        f"{type(trainer).__name__}.get_train_dataloader does not load trainer.train_dataset: select with "
-                        "peftx.pruning.score_dataset and select, and give the Trainer the kept samples"
+                        f"{type(trainer).__name__}.get_train_dataloader does not load trainer.train_dataset: select "
+                        "with peftx.pruning.score_dataset and select, and give the Trainer the kept samples"
                     )
                 return loader
             finally:
@@ -159,18 +162,19 @@ class DonodCallback(TrainerCallback):
         if self._scored and state.global_step > 0:
             self.selection = self._data = None
             raise ValueError(
-                f"training resumes at step {state.global_step}, but its selection is not there: put the {FILE_NAME} of the "
-                f"interrupted run into {args.output_dir}, or start anew without resume_from_checkpoint"
+                f"training resumes at step {state.global_step}, but its selection is not there: put the {FILE_NAME} of "
+                f"the interrupted run into {args.output_dir}, or start anew without resume_from_checkpoint"
             )
         count = selection.key["data"]["samples"]
         means = {name: float(column.nanmean()) for name, column in selection.scores.items()}
         logger.info(f"Training on {len(selection.indices)} of {count} samples; mean scores: {means}")
         if self._scored and args.should_save:
             selection.save(path)
-            if self.report:
+            if self.report and not args.push_to_hub:
                 tokenizer = trainer.processing_class
                 wanted = preference(selection.scores, **self.ranking)
                 write_report(selection, wanted, self._data, path.parent, method=self.method, tokenizer=tokenizer)
+        self._scored = False  # from here on it is what a resumed run has to use
         trainer.accelerator.wait_for_everyone()
 
     def prune(self, dataset: Any) -> Any:
@@ -184,36 +188,42 @@ class DonodCallback(TrainerCallback):
 
     def choose(self, dataset: Any) -> tuple[Selection, bool]:
         """The selection, read by the main process if there is one, else made by all; and whether it was made."""
-        assert self._trainer is not None
         trainer = self._trainer
         length_of(dataset)
         if getattr(trainer.args, "packing", False):
             raise ValueError(
-                "packing=True puts several samples into a row, which cannot be scored one by one: prune the data before, "
-                "with `peftx prune` or peftx.pruning.score_dataset, or train with packing=False"
+                "packing=True puts several samples into a row, which cannot be scored one by one: prune the data "
+                "before, with `peftx prune` or peftx.pruning.score_dataset, or train with packing=False"
             )
         model = trainer.model
         task = self.task or task_of(model)
         when = self.when or ("warmup" if task in ("SEQ_CLS", "TOKEN_CLS") else "start")
-        steps = (self.warmup_steps or warmup_length(len(dataset), trainer.args.train_batch_size)) if when == "warmup" else 0
+        steps = (
+            (self.warmup_steps or warmup_length(len(dataset), trainer.args.train_batch_size)) if when == "warmup" else 0
+        )
         base = base_of(model)
         key = {
             "data": fingerprint(dataset),
             "model": f"{type(base).__name__} {getattr(base.config, '_name_or_path', '')}".strip(),
             "settings": {
                 **{name: getattr(self, name) for name in ("keep", *self.ranking, "eta", "reduction", "seed")},
-                **{"when": when, "warmup_steps": steps, "task": task, "head": self.head},
+                "when": when,
+                "warmup_steps": self.warmup_steps,
+                "task": task,
+                "head": self.head,
             },
         }
         if (found := self.read(key)) is not None:
             return found, False
         scores = self.score(dataset, task, steps)
-        indices = select(scores, self.keep, **self.ranking)
+        with warnings.catch_warnings():
+            if not trainer.accelerator.is_main_process:
+                warnings.simplefilter("ignore")  # one process says it
+            indices = select(scores, self.keep, **self.ranking)
         return Selection(indices, scores, key), True
 
     def read(self, key: dict[str, Any]) -> Selection | None:
         """The stored selection as the main process sees it, on every process."""
-        assert self._trainer is not None
         path = Path(self._trainer.args.output_dir, FILE_NAME)
         found: list[Any] = [None]
         if self._trainer.accelerator.is_main_process and path.exists() and not self.overwrite:
@@ -230,20 +240,20 @@ class DonodCallback(TrainerCallback):
 
     def score(self, dataset: Any, task: str, steps: int) -> dict[str, Tensor]:
         """All scores, on every process; each of them scores every `num_processes`-th sample."""
-        assert self._trainer is not None
         trainer = self._trainer
         accelerator, model = trainer.accelerator, trainer.model
         data, collator = columns_of(trainer, dataset)
         metrics = list(dict.fromkeys([*METHODS[self.method], *shown_with(self.method)]))
-        batch_size = self.batch_size or trainer._train_batch_size
+        flat = getattr(trainer.args, "padding_free", False)  # TRL's: a batch becomes one row
+        batch_size = self.batch_size or (1 if flat else trainer._train_batch_size)
         progress = accelerator.is_main_process and not trainer.args.disable_tqdm
-        common = {"seed": self.seed, "progress": progress}
+        common: dict[str, Any] = {"seed": self.seed, "progress": progress}
         share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
         table = torch.zeros(len(metrics) + 1, len(dataset), dtype=torch.float64)
         failure: Exception | None = None
         try:
             with undisturbed(model):
-                synchronise(model, accelerator)
+                warm: AbstractContextManager = nullcontext()
                 if steps:
                     warm = warmed_up(
                         model,
@@ -254,8 +264,6 @@ class DonodCallback(TrainerCallback):
                         batch_size=trainer._train_batch_size,
                         **common,
                     )
-                else:
-                    warm = nullcontext()
                 with warm:
                     synchronise(model, accelerator)
                     with accelerator.autocast():
@@ -294,13 +302,8 @@ def prune(trainer: Trainer, keep: float = 0.3, method: str = "donod", **settings
     return DonodCallback(keep, method, **settings).attach(trainer)
 
 
-def shown_with(method: str) -> tuple[str, ...]:
-    """Scores that cost nothing more, for the report."""
-    return ("don", "nod", "loss") if OF_HEAD & set(METHODS[method]) else ("loss",)
-
-
 def columns_of(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
-    """The data and the collator as the trainer's own loaders have them: without columns that the model does not take."""
+    """The data and the collator as the trainer's own loaders have them: only with columns that the model takes."""
     if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
         return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -23,6 +22,9 @@ TASKS: dict[str, str] = {
 }
 
 
+UNITS = 256  # unit vectors that a layer is asked at a time
+
+
 def base_of(model: nn.Module) -> nn.Module:
     """The transformers model, with whatever PEFT put inside it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -33,17 +35,24 @@ def task_of(model: nn.Module) -> str:
     if isinstance(model, PeftModel) and model.active_peft_config.task_type in TASKS:
         return str(getattr(model.active_peft_config.task_type, "value", model.active_peft_config.task_type))
     name = type(base_of(model)).__name__
+    if (task := task_of_class(name)) is None:
+        raise ValueError(f"cannot tell the task of a {name}: pass task= one of {', '.join(TASKS)}")
+    return task
+
+
+def task_of_class(name: str) -> str | None:
+    """The task of a transformers model class."""
     # Encoder-decoders first: some of their classes stand among the causal ones too.
     for task in ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"):
-        names = getattr(modeling_auto, TASKS[task]).values()
-        if any(name == entry or name in entry for entry in names if isinstance(entry, str | tuple) and entry):
+        entries = getattr(modeling_auto, TASKS[task]).values()
+        if any(name == entry if isinstance(entry, str) else name in entry for entry in entries):
             return task
-    raise ValueError(f"cannot tell the task of a {name}: pass task= one of {', '.join(TASKS)}")
+    return None
 
 
 def find_head(model: nn.Module, task: str, name: str | None = None) -> nn.Module:
-    """The linear layer that makes the logits: the one `name`d, the output embeddings, or the last linear layer behind the
-    encoder that has `num_labels` outputs. A copy that PEFT trains (`modules_to_save`) is found if it is active.
+    """The linear layer that makes the logits: the one `name`d, the output embeddings, or the last linear layer behind
+    the encoder that has `num_labels` outputs. A copy that PEFT trains (`modules_to_save`) is found if it is active.
 
     Raises:
         ValueError: there is none, or it is not linear.
@@ -62,11 +71,12 @@ def find_head(model: nn.Module, task: str, name: str | None = None) -> nn.Module
         found, where = classifier(base), "the classifier"
     if isinstance(found, ModulesToSaveWrapper):
         found = active_copy(found)
-    if isinstance(found, BaseTunerLayer) and isinstance(found.get_base_layer(), nn.Linear):
-        return found
-    if found is None:
-        raise ValueError(f"found no output layer in {type(base).__name__}: name the linear layer that makes the logits, head=")
-    if not isinstance(found, nn.Linear) or isinstance(found, AuxiliaryTrainingWrapper):
+    inside = found.get_base_layer() if isinstance(found, BaseTunerLayer) else found
+    if inside is None:
+        raise ValueError(
+            f"found no output layer in {type(base).__name__}: name the linear layer that makes the logits, head="
+        )
+    if not isinstance(inside, nn.Linear):
         raise ValueError(
             f"the output layer of {type(base).__name__} ({where}) is a {type(found).__name__}; the scores need an "
             "nn.Linear: name the linear layer that makes the logits, head="
@@ -80,7 +90,9 @@ def classifier(base: nn.Module) -> nn.Module | None:
     encoder = getattr(base, "base_model_prefix", "")
     found: nn.Module | None = None
     for name, module in base.named_modules():
-        if name.split(".")[0] == encoder or re.search(r"(^|\.)(original_module|modules_to_save|base_layer)(\.|$)", name):
+        if name.split(".")[0] == encoder or re.search(
+            r"(^|\.)(original_module|modules_to_save|base_layer)(\.|$)", name
+        ):
             continue
         if isinstance(module, ModulesToSaveWrapper):
             inside = [part for part in active_copy(module).modules() if outputs(part) == labels]
@@ -101,27 +113,31 @@ def active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
     return wrapper.original_module if wrapper.disable_adapters or not names else wrapper.modules_to_save[names[0]]
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight (V, D) that acts: dequantised, and with the active adapters' deltas."""
-    if not isinstance(module, BaseTunerLayer):
-        return dequantize_module_weight(module).detach()
-    weight = dequantize_module_weight(module.get_base_layer()).detach()
-    if module.merged or module.disable_adapters:
-        return weight
-    known = module._all_available_adapter_names()
-    deltas = [name for name in module.active_adapters if name in known]
-    if deltas and not hasattr(module, "get_delta_weight"):
-        raise ValueError(
-            f"the output layer carries a {type(module).__name__} that has no weight delta: score without an adapter on it"
-        )
-    for name in deltas:
-        weight = weight + module.get_delta_weight(name).to(weight)
-    return weight
+def affine(module: nn.Module, h: Tensor) -> tuple[float, Tensor | None, Tensor]:
+    """|W|_F^2 in float64, b (V,) and W h + b (n, V) of a layer that computes just that, for inputs `h` (n, D).
+
+    A plain linear layer is read. One that is quantised, or carries an adapter, is asked: b is its answer to 0, and W
+    its answers to the unit vectors less b, some at a time, so that W as a whole is nowhere.
+    """
+    if type(module) is nn.Linear:
+        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        with torch.autocast(h.device.type, enabled=False):
+            product = nn.functional.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+        return square_norm(weight), bias, product
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    bias = module(h.new_zeros(1, h.shape[1]))[0]
+    exact = torch.promote_types(bias.dtype, torch.float32)
+    square, product = 0.0, bias.to(exact).expand(len(h), -1)
+    for part in torch.eye(layer.in_features, dtype=h.dtype, device=h.device).split(UNITS):
+        columns = (module(part) - bias).to(exact)  # of W, as rows
+        square += square_norm(columns)
+        product = product + (h @ part.T).to(columns) @ columns
+    return square, bias, product
 
 
-def bias_of(module: nn.Module) -> Tensor | None:
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return None if layer.bias is None else layer.bias.detach()
+def quantized(module: nn.Module) -> bool:
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return type(layer.weight) is not nn.Parameter
 
 
 def square_norm(weight: Tensor) -> float:
@@ -139,12 +155,14 @@ class Head:
     module: nn.Module
     square: float  # |W|_F^2
     bias: Tensor | None
-    scale: float = 1.0
+    scale: float = 1.0  # not measured where the logits are z
     cap: float | None = None
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Derivative of the logits by z."""
-        return self.scale if self.cap is None else 1 - (logits / self.cap).square()
+        if self.cap is None:
+            return self.scale
+        return 1 - (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.cap).square()
 
 
 @contextmanager
@@ -174,22 +192,21 @@ def check_head(model: nn.Module, module: nn.Module, h: Tensor, z: Tensor, logits
     finite = (z.isfinite().all(-1) & logits.isfinite().all(-1)).nonzero()[:8, 0]
     if not len(finite):
         return None
-    weight, bias = weight_of(module), bias_of(module)
-    # What half-precision products may differ by; a wrong formula is off by much more.
-    tolerance = 1e-3 if min(torch.finfo(part.dtype).bits for part in (h, z, weight, logits)) >= 32 else 5e-2
-    h, z, logits = h[finite].to(weight.dtype), z[finite].float(), logits[finite].float()
+    h, z, logits = h[finite], z[finite], logits[finite]
+    square, bias, product = affine(module, h)
+    # What half-precision and quantised products may differ by; a wrong formula is off by much more.
+    single = min(torch.finfo(part.dtype).bits for part in (h, z, product, logits)) >= 32
+    tolerance = 1e-3 if single and not quantized(module) else 5e-2
+    z, logits = z.float(), logits.float()
 
     def same(found: Tensor, wanted: Tensor) -> bool:
         return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-6))
 
-    with torch.autocast(h.device.type, enabled=False):
-        product = nn.functional.linear(h, weight, None if bias is None else bias.to(weight.dtype))
     if not same(product.float(), z):
         raise ValueError(
             f"the output layer ({type(module).__name__}) does not compute W h + b, so its gradient has another form: "
             "score without an adapter on it, or name another layer, head="
         )
-    square = square_norm(weight)
     if torch.equal(logits, z):
         return Head(module, square, bias)
     scale = float((logits * z).sum() / z.square().sum().clamp(min=1e-30))
@@ -199,9 +216,9 @@ def check_head(model: nn.Module, module: nn.Module, h: Tensor, z: Tensor, logits
     if cap is not None and same(logits, cap * torch.tanh(z / cap)):
         return Head(module, square, bias, cap=cap)
     raise ValueError(
-        f"{type(base_of(model)).__name__} changes the output of its head in a way that is neither a factor nor a soft cap "
-        "(final_logit_softcapping), so DON, NOD and GraNd of the head have another form. loss, el2n, ifd, grand_full and "
-        "random need no head."
+        f"{type(base_of(model)).__name__} changes the output of its head in a way that is neither a factor nor a soft "
+        "cap (final_logit_softcapping), so DON, NOD and GraNd of the head have another form. loss, el2n, ifd, "
+        "grand_full and random need no head."
     )
 
 

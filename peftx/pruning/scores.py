@@ -25,6 +25,7 @@ METRICS = ("don", "nod", "loss", "el2n", "grand", "grand_full", "ifd", "random")
 OF_HEAD = {"don", "nod", "grand"}
 IGNORE = -100
 ETA = 1e-3
+POSITIONS = 64
 BLOCK = 2**20  # entries of a gradient that is built some rows at a time
 
 Way = Literal["gram", "blocked"]
@@ -41,8 +42,8 @@ def gradient_square(d: Tensor, h: Tensor, way: Way | None = None) -> Tensor:
     Args:
         d: (..., T, V), gradient of the loss by the output of the head.
         h: (..., T, D), input of the head, same dtype.
-        way: `"gram"`, the entrywise product of two T x T Gram matrices, 2 T^2 (V + D) operations; `"blocked"`, G some rows
-            at a time, 2 T V D operations. Default: `gradient_way`.
+        way: `"gram"`, the entrywise product of two T x T Gram matrices, 2 T^2 (V + D) operations; `"blocked"`, G some
+            rows at a time, 2 T V D operations. Default: `gradient_way`.
 
     Returns:
         (...) in float64.
@@ -55,7 +56,7 @@ def gradient_square(d: Tensor, h: Tensor, way: Way | None = None) -> Tensor:
 
 
 def residual(logits: Tensor, labels: Tensor) -> Tensor:
-    """softmax(logits) - onehot(labels), (..., V), in float32 at least; exact to the last digits for confident samples."""
+    """softmax(logits) - onehot(labels), (..., V), in float32 at least; precise for confident samples too."""
     p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     at = labels.unsqueeze(-1)
     p.scatter_(-1, at, 0.0)
@@ -87,13 +88,13 @@ def head_statistics(
     Returns:
         Two tensors (B,) in float64; softmax and products are in float32 at least, sums in float64.
     """
-    exact = torch.promote_types(z.dtype, torch.float32)
-    d = residual(z if logits is None else logits, labels) * slope
-    if reduction == "mean":
-        d = d / labels.shape[-1]
-    z, h = z.to(exact), h.to(exact)
-    inner = (d * (z if bias is None else z - bias.to(z))).sum((-2, -1), dtype=torch.float64)
-    return inner, gradient_square(d, h, way)
+    d = residual(z if logits is None else logits, labels)
+    d *= slope / labels.shape[-1] if reduction == "mean" else slope
+    inner = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+    for some, of_some in zip(d.split(POSITIONS, -2), z.split(POSITIONS, -2), strict=True):  # no second (T, V) tensor
+        without_bias = of_some.to(d) if bias is None else of_some.to(d) - bias.to(d)
+        inner += (some * without_bias).sum((-2, -1), dtype=torch.float64)
+    return inner, gradient_square(d, h.to(d), way)
 
 
 def don_nod(inner: Tensor, square: Tensor, weight_square: float, eta: float = ETA) -> tuple[Tensor, Tensor]:
@@ -134,9 +135,9 @@ def score_dataset(
             `"don"`: |W| - |W'|, positive where the head's norm falls;
             `"nod"`: |W' - W|, how far the head moves;
             `"loss"`: mean cross-entropy over the supervised tokens, in nats;
-            `"el2n"`: |softmax - onehot|, its mean over the supervised tokens (arXiv:2107.07075 has one label a sample);
+            `"el2n"`: |softmax - onehot|, mean over the supervised tokens (arXiv:2107.07075 has one label a sample);
             `"grand"`: |gradient| of the head, so `nod / eta`;
-            `"grand_full"`: |gradient| of all parameters that train, an adapter for instance: one backward pass a sample;
+            `"grand_full"`: |gradient| of all parameters that train, of an adapter say: one backward pass a sample;
             `"ifd"`: loss of the answer after its prompt over its loss alone (arXiv:2308.12032); causal LMs with masked
             prompts only, needs a second forward pass over the answers. The answer's first token counts if the sample
             begins with the BOS token, which then stands in for the prompt; else it has nothing to be predicted from;
@@ -151,7 +152,7 @@ def score_dataset(
         progress: show a bar.
 
     Returns:
-        Metric to (n,) in float64, on the CPU, in the order of `indices`; also `tokens`, the number of supervised tokens.
+        Metric to (n,) in float64, on the CPU, in the order of `indices`; also `tokens`, the number of supervised ones.
 
     Raises:
         ValueError: no samples, no length, unknown metric or task, no labels or labels out of range, a batch whose rows
@@ -179,7 +180,10 @@ def score_dataset(
         collate_fn=collator or default_data_collator,
         generator=torch.Generator(),
     )
-    with undisturbed(model), logging.tqdm(total=len(chosen), desc="scoring", unit="sample", disable=not progress) as bar:
+    with (
+        undisturbed(model),
+        logging.tqdm(total=len(chosen), desc="scoring", unit="sample", disable=not progress) as bar,
+    ):
         for start, batch in zip(range(0, len(chosen), batch_size), loader, strict=True):
             here = slice(start, min(start + batch_size, len(chosen)))
             batch = {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
@@ -222,7 +226,10 @@ class Scorer:
             check_labels(labels[supervised], logits.shape[-1])
             if self.module is not None and self.head is None:
                 assert h is not None and z is not None
-                parts = (part[supervised] for part in (h, z, logits))
+                # One position of each sample, not a copy of all logits.
+                rows = supervised.any(1).nonzero()[:, 0]
+                at = (rows, supervised.int().argmax(1)[rows])
+                parts = (part[at] for part in (h, z, logits))
                 self.head = check_head(self.model, self.module, *parts)
             with torch.autocast(logits.device.type, enabled=False):
                 scores |= self.losses(h, z, logits, labels, supervised)
@@ -264,7 +271,7 @@ class Scorer:
             raise ValueError(f"the model called its head {len(calls)} times in a forward pass instead of once")
         h, z = calls[0]
         if self.task == "SEQ_CLS" and z.ndim == 3:  # decoders classify every position, and pick one
-            at = (torch.arange(len(z), device=z.device), picked(z, logits))
+            at = (torch.arange(len(z), device=z.device), picked(z, logits, batch.get("attention_mask")))
             h, z = h[at], z[at]
         return self.align(h, batch), self.align(z, batch), self.align(logits, batch)
 
@@ -355,8 +362,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def groups(supervised: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The supervised positions of a (B, T) mask as indices (rows (b, 1), positions (b, t)): all rows at once where T is 1,
-    else one by one, so that no more than one sample's logits are held in float32."""
+    """The supervised positions of a (B, T) mask as indices (rows (b, 1), positions (b, t)): all rows at once where T
+    is 1, else one by one, so that no more than one sample's logits are held in float32."""
     if supervised.shape[1] == 1:
         rows = supervised[:, 0].nonzero()
         yield rows, torch.zeros_like(rows)
@@ -367,9 +374,12 @@ def groups(supervised: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield torch.full((1, 1), row, device=mask.device), positions
 
 
-def picked(z: Tensor, logits: Tensor) -> Tensor:
-    """The position (B,) of z (B, T, V) that a decoder's classifier made its logits (B, V) of: the last that equals."""
-    equal = (z == logits[:, None]).all(-1)
+def picked(z: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The position (B,) of z (B, T, V) that a decoder's classifier took its logits (B, V) from: the last equal one, and
+    not of padding."""
+    equal = z.isclose(logits[:, None], rtol=0, atol=0, equal_nan=True).all(-1)
+    if mask is not None:
+        equal &= mask.bool()
     if not equal.any(1).all():
         raise ValueError("cannot tell which position the classifier's logits come from: they equal none of the head's")
     return equal.shape[1] - 1 - equal.flip(1).to(torch.int8).argmax(1)
@@ -422,12 +432,19 @@ def check_model(model: nn.Module, task: str, metrics: Sequence[str]) -> None:
         raise ValueError("grand_full is the gradient of the parameters that train, and none does")
 
 
+def forked_rng(model: nn.Module) -> Any:
+    """`torch.random.fork_rng` for the CPU and the devices that the model is on."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type in ("cuda", "xpu")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    return torch.random.fork_rng(devices=sorted(devices, key=str), device_type=kind)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; afterwards every module's mode and all random number generators are as before."""
     training = {module: module.training for module in model.modules()}
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with forked_rng(model):
         model.eval()
         try:
             yield

@@ -180,5 +180,8 @@ def check_settings(method: str, don_goal: str, goal: str | None, weights: Sequen
         if value not in ("min", "max") and not (name == "goal" and value is None):
             raise ValueError(f"{name} must be 'min' or 'max', got {value!r}")
     if goal is not None and method in ("donod", "don", "random"):
-        raise ValueError(f"goal is for the other single scores; {method} takes don_goal" * (method != "random") or "random has no goal")
+        raise ValueError(
+            f"goal is for the other single scores; {method} takes don_goal" * (method != "random")
+            or "random has no goal"
+        )
     check_weights(weights, 2)

@@ -20,8 +20,8 @@ PROBED = 1024  # samples that go into a fingerprint
 class Selection:
     """Kept samples (ascending), the scores of all n (float64), and what they belong to.
 
-    `key` says of what: `data` (`samples`, `fingerprint`), `model`, and the settings of the callback. A selection is used
-    again only where every entry is equal.
+    `key` says of what: `data` (`samples`, `fingerprint`), `model`, and the settings of the callback. A selection is
+    used again only where every entry is equal.
     """
 
     indices: list[int]
@@ -60,7 +60,7 @@ class Selection:
             }
             if wrong := [name for name, column in scores.items() if len(column) != count]:
                 raise ValueError(f"{', '.join(wrong)}: not one score for each of the {count} samples")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is not a selection of peftx ({reason}): delete it to score again") from error
         return cls(indices, scores, key)
@@ -74,8 +74,8 @@ class Selection:
         if different := [name for name in names if self.key.get(name) != key.get(name)]:
             details = ", ".join(f"{name} {self.key.get(name)!r}, now {key.get(name)!r}" for name in different)
             raise ValueError(
-                f"{path} was made for other {' and '.join(different)} ({details}). Train with what it was made for, use "
-                "another output_dir, or delete the file (or DonodCallback(overwrite=True)) to score again."
+                f"{path} was made for other {' and '.join(different)} ({details}). Train with what it was made for, "
+                "use another output_dir, or delete the file (or DonodCallback(overwrite=True)) to score again."
             )
 
 
@@ -91,7 +91,7 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 
 
 def plain(thing: Any) -> Any:
-    """What JSON does not know: tensors and arrays as lists, mappings as dicts, anything else by the name of its type."""
+    """What JSON does not know: tensors and arrays as lists, mappings as dicts, the rest by the name of its type."""
     if hasattr(thing, "tolist"):
         return thing.tolist()
     return dict(thing) if isinstance(thing, Mapping) else type(thing).__name__

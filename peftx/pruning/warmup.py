@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
+from .scores import forked_rng
+
 SHARE, LEAST = 0.1, 50
 
 
@@ -44,7 +46,7 @@ def warmed_up(
     kept = [(tensor, tensor.detach().clone()) for tensor in (*parameters, *model.buffers())]
     gradients = [parameter.grad for parameter in parameters]
     modes = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng():
+    with forked_rng(model):
         try:
             torch.manual_seed(seed)
             model.train()
@@ -80,7 +82,9 @@ def fit(
     loader = DataLoader(dataset, batch_size, shuffle=True, collate_fn=collator, generator=generator)
     with torch.enable_grad(), logging.tqdm(total=steps, desc="warm-up", unit="step", disable=not progress) as bar:
         for _, batch in zip(range(steps), cycle_over(loader), strict=False):
-            loss = model(**{key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}).loss
+            loss = model(
+                **{key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
+            ).loss
             if loss is None:
                 raise ValueError("the model gives no loss to warm up with: when='start', or labels in the batch")
             optimizer.zero_grad()
