@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import peftx
@@ -49,6 +50,16 @@ class Case:
         """A config that fits tiny layers."""
         return self.info.config(**{**self.info.tiny, **self.kwargs, **kwargs})
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether the method is LoRA with another training rule, and so stands on PEFT's own layers."""
+        return issubclass(self.info.config, peft.LoraConfig)
+
+    @property
+    def init_field(self) -> str:
+        """The config field that says how an adapter starts."""
+        return "init_lora_weights" if self.is_lora else "init_weights"
+
 
 CASES = [Case(name, info, dict(kwargs)) for info in peftx.methods() for name, kwargs in info.variants.items()]
 
@@ -56,6 +67,15 @@ CASES = [Case(name, info, dict(kwargs)) for info in peftx.methods() for name, kw
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that hold adapters, of either family, by their names in the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
 
 
 def starts_as(case: Case, found: torch.Tensor, wanted: torch.Tensor) -> bool:

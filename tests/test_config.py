@@ -25,11 +25,16 @@ def test_json_round_trip(case, tmp_path):
         ("layers_to_transform", "0"),
         ("modules_to_save", "head"),
         ("bias", None),
-        ("init_weights", "no"),
-        ("init_weights", None),
+        ("init", "no"),
+        ("init", 2.5),
+        ("init", None),
     ],
 )
 def test_wrong_types_are_named(case, field, value):
+    if field == "init":
+        field = case.init_field
+        if case.is_lora and value == "no":
+            pytest.skip("LoRA's other starts have names; PEFT refuses an unknown one when a layer is made")
     with pytest.raises(
         TypeError, match=f"{case.info.config.__name__}: `{field}` must be of type .*, got {re.escape(repr(value))}"
     ):

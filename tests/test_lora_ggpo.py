@@ -497,6 +497,38 @@ def test_two_adapters_have_their_own_noise():
     model(data())
 
 
+def test_unloading_and_deleting_leave_no_hook_behind():
+    for leave in ("unload", "merge_and_unload"):
+        base = getattr(wrap(), leave)()
+        assert not base._forward_pre_hooks
+    model = wrap()
+    model.add_adapter("other", peftx.LoRAGGPOConfig(r=2, target_modules=["0"], auto_update=False))
+    inner = model.base_model.model
+    assert len(inner._forward_pre_hooks) == 2
+    model.delete_adapter("other")
+    assert len(inner._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("mode", ["ggpo", "mgpo"])
+def test_compiled_training_is_perturbed_alike(mode):
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        model = wrap(mode=mode, mgpo_rho=100.0)
+        run_ = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9)
+        model.base_model.attach_optimizer(optimizer)
+        for _ in range(3):
+            y = run_(data())
+            y.square().sum().backward()
+            model.base_model.update_ggpo_stats()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(y.detach())
+        assert not torch.allclose(run_(data()), model.eval()(data()))
+    torch.testing.assert_close(*found)
+
+
 def test_base_biases_can_be_trained():
     model = wrap(bias="all")
     step(model)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MLP, Case, adapted, randomize
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from conftest import MLP, Case, adapted, randomize, tuner_layers
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, resolve_quantization_backend
 from torch import nn
 from torch.nn import functional as F
@@ -86,8 +88,15 @@ def attach(base: Net, case: Case, *names: str) -> PeftModel:
     return adapted(copy.deepcopy(base), case, *names, target_modules=TARGETS)
 
 
-def layers_of(model: nn.Module) -> list[peftx.AdapterLayer]:
-    return [module for module in model.modules() if isinstance(module, peftx.AdapterLayer)]
+def layers_of(model: nn.Module) -> list[BaseTunerLayer]:
+    return list(tuner_layers(model).values())
+
+
+def merged(layer: BaseTunerLayer, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
+    """`weight` (out_features, in_features) with an adapter merged in."""
+    if isinstance(layer, peftx.AdapterLayer):
+        return layer.apply_delta(adapter_name, weight)
+    return layer.lora_variant[adapter_name].merge_safe(layer, adapter_name, weight)
 
 
 def quantized_of(model: nn.Module) -> list[nn.Module]:
@@ -241,7 +250,7 @@ def test_several_adapters_add_up(mergeable: Case, base: Net, inputs: list[torch.
     assert close(layer(x), plain + x.double() @ second.double().T)
 
     model.base_model.set_adapter(["first", "second"])
-    both = layer.apply_delta("second", layer.apply_delta("first", weight)) - weight  # in order: they may compose
+    both = merged(layer, "second", merged(layer, "first", weight)) - weight  # in order: they may compose
     assert close(layer(x), plain + x.double() @ both.double().T)
     assert (both - first).norm() > 0.5 * second.norm()
 
@@ -323,7 +332,13 @@ def forward_only(monkeypatch: pytest.MonkeyPatch, mlp: MLP) -> MLP:
     def resolve(layer: nn.Module, **kwargs):
         return ForwardOnlyQuantizationBackend("gptq") if isinstance(layer, ForwardOnlyLinear) else None
 
+    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs):
+        if isinstance(target, ForwardOnlyLinear):
+            return GPTQLoraLinear(target, adapter_name, config=config, **kwargs)
+
     monkeypatch.setattr("peftx.tuners.layer.resolve_quantization_backend", resolve)
+    monkeypatch.setattr("peftx.tuners.lora.resolve_quantization_backend", resolve)
+    monkeypatch.setattr("peft.tuners.lora.model.dispatch_gptq", dispatch)
     mlp.lin1 = ForwardOnlyLinear(mlp.lin1)
     return mlp
 

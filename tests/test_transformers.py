@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import CASES, EXAMPLES, Case, adapted, forward, logits, randomize, tiny_model
+from conftest import CASES, EXAMPLES, Case, adapted, forward, logits, randomize, tiny_model, tuner_layers
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-
-import peftx
 
 KINDS = ["llama", "bert", "gpt2", "t5"]
 DIFFERENT = 1e-4  # an adapter that does something changes the output by more than this, relatively
@@ -37,14 +35,6 @@ def native(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(params=[case for case in CASES if case.info.model.uses_shared_state], ids=lambda case: case.name)
 def shared(request: pytest.FixtureRequest) -> Case:
     return request.param
-
-
-def layers_of(model: nn.Module) -> dict[str, peftx.AdapterLayer]:
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peftx.AdapterLayer)
-    }
 
 
 def larger(case: Case) -> dict[str, int]:
@@ -89,7 +79,7 @@ def test_default_targets(case: Case, kind: str, tokens: torch.Tensor) -> None:
     model = get_peft_model(tiny_model(kind), case.config())
     targets = case.info.model.target_module_mapping[model.config.model_type]
     lora = get_peft_model(tiny_model(kind), LoraConfig(target_modules=targets))
-    assert set(layers_of(model)) == set(lora.targeted_module_names)
+    assert set(tuner_layers(model)) == set(lora.targeted_module_names)
     assert starts_as(case, logits(model.eval(), tokens), wanted)
     randomize(model, case)
     assert not near(logits(model, tokens), wanted, DIFFERENT)
@@ -99,8 +89,8 @@ def test_all_linear(case: Case, kind: str, tokens: torch.Tensor) -> None:
     options = {"target_modules": "all-linear", "task_type": TASKS[kind]}
     model = get_peft_model(tiny_model(kind), case.config(**options))
     lora = get_peft_model(tiny_model(kind), LoraConfig(**options))
-    assert set(layers_of(model)) == set(lora.targeted_module_names)
-    assert len(layers_of(model)) == {"llama": 14, "bert": 13, "gpt2": 8, "t5": 32}[kind]
+    assert set(tuner_layers(model)) == set(lora.targeted_module_names)
+    assert len(tuner_layers(model)) == {"llama": 14, "bert": 13, "gpt2": 8, "t5": 32}[kind]
     assert starts_as(case, logits(model.eval(), tokens), logits(tiny_model(kind), tokens))
 
 
@@ -116,7 +106,7 @@ def test_all_linear(case: Case, kind: str, tokens: torch.Tensor) -> None:
     ids=["layers_to_transform", "layers_pattern", "exclude_regex", "exclude_names", "regex"],
 )
 def test_chosen_modules(case: Case, options: dict, wanted: str) -> None:
-    names = layers_of(get_peft_model(tiny_model("llama"), case.config(**options)))  # model.layers.0.self_attn.q_proj
+    names = tuner_layers(get_peft_model(tiny_model("llama"), case.config(**options)))  # model.layers.0.self_attn.q_proj
     paths = [name.removesuffix("_proj").split(".") for name in names]
     assert sorted(f"{path[2]}.{path[-1]}" for path in paths) == wanted.split()
 
@@ -126,12 +116,12 @@ def test_biases_and_modules_to_save_are_trained_and_restored(
     case: Case, tokens: torch.Tensor, tmp_path: Path, bias: str
 ) -> None:
     base = tiny_model("bert")
-    config = case.config(task_type=TaskType.SEQ_CLS, bias=f"{case.info.name}_only" if bias == "only" else bias)
+    config = case.config(task_type=TaskType.SEQ_CLS, bias=f"{case.info.prefix}only" if bias == "only" else bias)
     model = get_peft_model(copy.deepcopy(base), config).eval()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     biases = {name for name in trained if name.endswith(".bias") and "classifier" not in name}
     every_bias = [name for name, _ in base.named_parameters() if name.endswith(".bias") and "classifier" not in name]
-    in_layers = len(layers_of(model))
+    in_layers = len(tuner_layers(model))
     assert len(biases) == {"none": 0, "all": len(every_bias), "only": in_layers}[bias]
     assert sum("base_layer" in name for name in biases) == (0 if bias == "none" else in_layers)
     assert any("classifier.modules_to_save" in name for name in trained)
@@ -152,9 +142,15 @@ PATTERNS = [case for case in CASES if hasattr(case.config(), "rank_pattern")]
 @pytest.mark.parametrize("pattern_case", PATTERNS, ids=[case.name for case in PATTERNS])
 def test_rank_pattern(pattern_case: Case, tokens: torch.Tensor, tmp_path: Path) -> None:
     case, names = pattern_case, ["q_proj", "v_proj"]
-    small, large = (trained_shapes(adapted(tiny_model("llama"), case, target_modules=names, r=r)) for r in (2, 4))
+    has_r = hasattr(case.config(), "r")
+    small, large = (
+        trained_shapes(adapted(tiny_model("llama"), case, target_modules=names, **options))
+        for options in [{"r": r} if has_r else {"rank_pattern": {".*": r}} for r in (2, 4)]
+    )
     pattern = {"layers.0.self_attn.q_proj": 4, r".*\.1\..*v_proj": 4}
-    model = adapted(tiny_model("llama"), case, target_modules=names, r=2, rank_pattern=pattern)
+    rest = {} if has_r else {"layers.1.self_attn.q_proj": 2, r".*\.0\..*v_proj": 2}
+    options = {"rank_pattern": {**pattern, **rest}, **({"r": 2} if has_r else {})}
+    model = adapted(tiny_model("llama"), case, target_modules=names, **options)
     for name, shape in trained_shapes(model).items():
         assert shape == (large if "layers.0.self_attn.q_proj" in name or "1.self_attn.v_proj" in name else small)[name]
     assert small != large
@@ -167,18 +163,26 @@ ALPHAS = [case for case in CASES if hasattr(case.config(), "alpha_pattern")]
 
 
 @pytest.mark.parametrize("pattern_case", ALPHAS, ids=[case.name for case in ALPHAS])
-def test_alpha_pattern(pattern_case: Case, tmp_path: Path) -> None:
+def test_alpha_pattern(pattern_case: Case) -> None:
     case, names = pattern_case, ["q_proj", "v_proj"]
+    alpha = "lora_alpha" if hasattr(case.config(), "lora_alpha") else "alpha"
+    if case.is_lora and case.info.config.lora_alpha is None:  # the method has no scaling: alpha equals r
+        with pytest.raises(ValueError, match="alpha_pattern"):
+            case.config(alpha_pattern={"v_proj": 6})
+        return
 
-    def layers(**options):
-        return layers_of(get_peft_model(tiny_model("llama"), case.config(target_modules=names, **options)))
+    def deltas(**options) -> dict[str, torch.Tensor]:
+        model = adapted(tiny_model("llama"), case, target_modules=names, **options)
+        return {name: layer.get_delta_weight("default") for name, layer in tuner_layers(model).items()}
 
-    plain, high, mixed = layers(alpha=2), layers(alpha=6), layers(alpha=2, alpha_pattern={"v_proj": 6})
-    for name, layer in mixed.items():
+    plain, high, mixed = (
+        deltas(**{alpha: 2}),
+        deltas(**{alpha: 6}),
+        deltas(**{alpha: 2, "alpha_pattern": {"v_proj": 6}}),
+    )
+    for name, delta in mixed.items():
         wanted, other = (high, plain) if name.endswith("v_proj") else (plain, high)
-        state = layer.state_dict()
-        assert all(torch.equal(tensor, state[key]) for key, tensor in wanted[name].state_dict().items())
-        assert not all(torch.equal(tensor, state[key]) for key, tensor in other[name].state_dict().items())
+        assert torch.equal(delta, wanted[name]) and not torch.equal(delta, other[name])
 
 
 def test_mamba_projections_that_the_kernel_reads_are_refused(case: Case) -> None:
@@ -188,7 +192,7 @@ def test_mamba_projections_that_the_kernel_reads_are_refused(case: Case) -> None
     with pytest.raises(ValueError, match=f"{case.info.peft_type.value}.*out_proj"):
         get_peft_model(model, case.config(target_modules=["in_proj", "out_proj"]))
     assert [name for name, _ in model.named_modules()] == names
-    assert len(layers_of(get_peft_model(model, case.config(target_modules=["in_proj"])))) == 1
+    assert len(tuner_layers(get_peft_model(model, case.config(target_modules=["in_proj"])))) == 1
 
 
 def test_print_trainable_parameters(case: Case, capsys: pytest.CaptureFixture) -> None:
@@ -262,7 +266,7 @@ def test_a_bare_model_refuses_an_adapter_with_shared_state(shared: Case, tokens:
     wanted = logits(model, tokens)
     with pytest.raises(ValueError, match="get_peft_model"):
         model.add_adapter(shared.config())
-    assert not layers_of(model) and torch.equal(logits(model, tokens), wanted)
+    assert not tuner_layers(model) and torch.equal(logits(model, tokens), wanted)
 
 
 def test_auto_classes_load_the_base_and_the_adapter(case: Case, tokens: torch.Tensor, tmp_path: Path) -> None:
@@ -275,7 +279,7 @@ def test_auto_classes_load_the_base_and_the_adapter(case: Case, tokens: torch.Te
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), tokens), wanted)
     if not case.info.model.uses_shared_state:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-        assert layers_of(loaded) and torch.equal(logits(loaded, tokens), wanted)
+        assert tuner_layers(loaded) and torch.equal(logits(loaded, tokens), wanted)
 
 
 # PEFT's
@@ -332,6 +336,34 @@ def test_merge_and_unload(mergeable: Case, kind: str, tokens: torch.Tensor) -> N
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
     assert merged.state_dict().keys() == base.state_dict().keys()
     assert near(logits(merged, tokens), wanted) and not near(logits(base, tokens), wanted, DIFFERENT)
+
+
+LORAS = [case for case in CASES if case.is_lora]
+
+
+@pytest.mark.parametrize("lora_case", LORAS, ids=[case.name for case in LORAS])
+@pytest.mark.parametrize("combination", ["linear", "cat", "svd"])
+def test_weighted_adapters(lora_case: Case, combination: str, tokens: torch.Tensor) -> None:
+    model = adapted(tiny_model("llama"), lora_case, "first", "second", target_modules=["v_proj"])  # 8 x 16
+    options = {"svd_rank": 8} if combination == "svd" else {}
+    model.add_weighted_adapter(["first", "second"], [0.7, 0.5], "sum", combination, **options)
+    for layer in tuner_layers(model).values():
+        first, second, total = (layer.get_delta_weight(name) for name in ("first", "second", "sum"))
+        if combination == "cat":  # PEFT joins the factors, which are not all there is to a DoRA
+            A, B, s = layer.lora_A, layer.lora_B, layer.scaling
+            first, second = (s[name] * B[name].weight @ A[name].weight for name in ("first", "second"))
+        if combination == "linear":  # PEFT adds the factors
+            s = layer.scaling["first"]
+            A, B = (
+                (0.7 * s) ** 0.5 * factor["first"].weight + (0.5 * s) ** 0.5 * factor["second"].weight
+                for factor in (layer.lora_A, layer.lora_B)
+            )
+            assert near(total, B @ A)
+        else:
+            assert near(total, 0.7 * first + 0.5 * second)
+    model.set_adapter("sum")
+    assert logits(model, tokens).isfinite().all()
+    model.delete_adapter("sum")
 
 
 def test_unload(case: Case, kind: str, tokens: torch.Tensor) -> None:
@@ -454,7 +486,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     model.enable_input_require_grads()
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     calls = []
-    next(iter(layers_of(model).values())).register_forward_hook(lambda *_: calls.append(1))
+    next(iter(tuner_layers(model).values())).register_forward_hook(lambda *_: calls.append(1))
     found = gradients(model, tokens)
     assert len(calls) == 2  # the layer ran again in the backward pass
     assert all(near(found[name], gradient) for name, gradient in wanted.items())

@@ -10,48 +10,71 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..tuners.layer import AdapterLayer
+from ..tuners.layer import at_least_fp32
 
 
-def export_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str | None = None) -> None:
-    """Writes an adapter as a plain LoRA adapter of equal outputs: stock PEFT, vLLM or llama.cpp load it, without peftx.
+def export_lora(
+    model: PeftModel, path: str | os.PathLike, adapter_name: str | None = None, rank: int | None = None
+) -> dict[str, float]:
+    """Writes an adapter as a plain LoRA adapter, which stock PEFT, vLLM or llama.cpp load, without peftx.
 
-    Methods that are LoRA with another training rule are written as they are. Others are written by the exact factors
-    of their delta; modules whose ranks differ get a `rank_pattern`. Modules trained in full (`modules_to_save`, biases)
-    go along. The training cannot be continued from the file as the method it was.
+    Without `rank` the outputs stay equal. Methods that are LoRA with another training rule are written as they are,
+    GradNormLoRP as PEFT's DoRA (`use_dora=True`). Others are written by the exact factors of their delta; modules whose
+    ranks differ get a `rank_pattern`.
+
+    With `rank` every delta, whatever the method, is replaced by its best approximation of that rank, from a singular
+    value decomposition of the dense delta: O(out in min(out, in)) for each module, so minutes for a large model. This
+    is for what has no exact form (Bone's bat) or is no plain LoRA (GradNormLoRP).
+
+    Modules trained in full (`modules_to_save`, biases) go along. The training cannot be continued from the file as the
+    method it was.
 
     Args:
         model: the `PeftModel`; it is not changed.
         path: folder for `adapter_config.json` and `adapter_model.safetensors`; made if missing.
         adapter_name: default: the active adapter.
+        rank: at least 1; limited to the shorter side of each module. Default None, exact.
+
+    Returns:
+        By the name of each adapted module, the error ||delta - B A|| / ||delta|| in the Frobenius norm; 0 if exact.
 
     Raises:
         TypeError: `model` is no `PeftModel`.
-        ValueError: there is no such adapter, or more than one is active and none was named.
+        ValueError: there is no such adapter, more than one is active and none was named, or `rank` is below 1.
         NotImplementedError: the adapter is no weight delta (Compacter), or has no exact LoRA form (Bone's bat,
-            some convolutions). Nothing is written then.
+            some convolutions; the latter none of a given rank either). Nothing is written then.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"export_lora needs a PeftModel, as `get_peft_model` returns it, got {type(model).__name__}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
     adapter_name = _chosen(model, adapter_name)
     config = model.peft_config[adapter_name]
-    tuner: Any = model.base_model
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    if isinstance(config, LoraConfig):
+    layers = {
+        name: layer
+        for name, layer in model.base_model.model.named_modules()
+        if isinstance(layer, model.base_model.tuner_layer_cls) and adapter_name in layer._all_available_adapter_names()
+    }
+    errors = dict.fromkeys(layers, 0.0)
+    if rank is None and isinstance(config, LoraConfig):
         exported = _as_lora(config)
     else:
-        layers = {
-            name: layer
-            for name, layer in tuner.model.named_modules()
-            if isinstance(layer, AdapterLayer) and adapter_name in layer.adapter_config
-        }
-        factors = {name: layer.lora_factors(adapter_name) for name, layer in layers.items()}
-        state = {key: tensor for key, tensor in state.items() if not _belongs_to(key, tuner.prefix)}
+        if rank is None:
+            factors = {name: layer.lora_factors(adapter_name) for name, layer in layers.items()}
+        else:
+            factors = {}
+            for name, layer in tqdm(layers.items(), "approximating", leave=False, disable=None):
+                *factors[name], errors[name] = _truncated(layer, adapter_name, rank)
+        state = {key: tensor for key, tensor in state.items() if not _belongs_to(key, model.base_model.prefix)}
         for name, layer in layers.items():
             state |= _tensors(f"base_model.model.{name}", layer.get_base_layer(), *factors[name])
         exported = _describe(config, {name: len(A) for name, (A, _) in factors.items()}, list(layers.values()))
@@ -61,6 +84,21 @@ def export_lora(model: PeftModel, path: str | os.PathLike, adapter_name: str | N
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     exported.inference_mode = True
     exported.save_pretrained(str(folder))
+    return errors
+
+
+@torch.no_grad()
+def _truncated(layer: Any, adapter_name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A (rank, in_features, ...) and B (out_features, rank) nearest to the dense delta, and their relative error."""
+    base_layer = layer.get_base_layer()
+    delta = at_least_fp32(layer.get_delta_weight(adapter_name))
+    if isinstance(base_layer, _ConvNd) and base_layer.groups > 1:
+        raise NotImplementedError("A convolution in groups has no plain LoRA form of a given rank.")
+    if isinstance(base_layer, (Conv1D, nn.Embedding)):
+        delta = delta.T
+    U, S, Vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
+    root, lost = S[:rank].sqrt(), S[rank:].norm() / S.norm() if S.any() else S.new_zeros(())
+    return (root[:, None] * Vh[:rank]).unflatten(1, delta.shape[1:]), U[:, :rank] * root, float(lost)
 
 
 def _chosen(model: PeftModel, adapter_name: str | None) -> str:
@@ -91,11 +129,12 @@ def _tensors(key: str, base_layer: nn.Module, A: torch.Tensor, B: torch.Tensor) 
     return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B.reshape(*B.shape, *[1] * (A.ndim - 2))}
 
 
-def _describe(config: Any, ranks: dict[str, int], layers: list[AdapterLayer]) -> LoraConfig:
+def _describe(config: Any, ranks: dict[str, int], layers: list[BaseTunerLayer]) -> LoraConfig:
     """A LoRA config with scaling 1 for modules of these ranks."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
-    shared = ("task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules", "modules_to_save")
+    shared = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
+    shared += ("target_modules", "exclude_modules")
     return LoraConfig(
         r=r,
         lora_alpha=r,

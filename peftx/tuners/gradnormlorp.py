@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
@@ -27,9 +27,9 @@ from .lora import Variant, VariantConfig, VariantModel, is_plain, low_rank, weig
 class GradNormLoRPConfig(VariantConfig):
     """GradNormLoRP (arXiv:2412.19616): weight-normalised LoRA, whose gradients are projected to a lower rank.
 
-    The weight is W' = m (W + s B A) / ||W + s B A||, with a trained magnitude m and the norm of each row; s = alpha / r.
-    It starts as W. This is DoRA's parameterisation (arXiv:2402.09353), the adapter is saved as PEFT saves DoRA, and
-    `peftx.export_lora` writes it as a stock DoRA adapter of equal outputs.
+    Each row of the weight is m (W + s B A) / ||W + s B A||, with a trained magnitude m; s = alpha / r. It starts as W.
+    This is DoRA's parameterisation (arXiv:2402.09353), the adapter is saved as PEFT saves DoRA, and `peftx.export_lora`
+    writes it as a stock DoRA adapter of equal outputs.
 
     The other half of the method is its optimizer, `peftx.optim.LowRankAdamW`: the gradients of A and B, not those of m,
     are projected, and the moments have 8 bits. `optimizer_options` hands it this config's settings:
@@ -67,7 +67,10 @@ class GradNormLoRPConfig(VariantConfig):
 
     inherent = ("use_dora",)
 
-    use_dora: bool = field(default=True, metadata={"help": "Always true: the method is DoRA's parameterisation."})
+    use_dora: bool = field(
+        default=True,
+        metadata={"help": "Always true: the method is DoRA's parameterisation.", "is_lora_variant": True},
+    )
     norm_grad: Literal["detached", "full"] = field(
         default="detached", metadata={"help": "Whether the norm is a constant in the backward, or differentiated."}
     )
@@ -161,7 +164,8 @@ class GradNormLoRP(Variant):
 
     def row_norms(self, module: Any, adapter_name: str) -> torch.Tensor:
         """||W + s B A|| of each row (out_features,), at least fp32; with gradients if they are wanted."""
-        A, B = (at_least_fp32(w[adapter_name].weight) for w in (module.lora_A, module.lora_B))
+        # Copies: matrix products round as their operands are aligned in memory, and those from a file lie anywhere.
+        A, B = (at_least_fp32(w[adapter_name].weight).clone() for w in (module.lora_A, module.lora_B))
         full = self.config.norm_grad == "full" and torch.is_grad_enabled()
         with torch.set_grad_enabled(full), torch.autocast(A.device.type, enabled=False):
             base, cross = self._products(module, A)
@@ -181,7 +185,7 @@ class GradNormLoRP(Variant):
         if torch.is_grad_enabled() or module.training or torch.compiler.is_compiling():
             return base, _Cross.apply(A, weight(), weight if module.quantization_backend else None)
         if self._cross is None or not torch.equal(self._cross[0], A):
-            self._cross = A.clone(), F.linear(A, weight().to(A.dtype)).T
+            self._cross = A, F.linear(A, weight().to(A.dtype)).T
         return base, self._cross[1]
 
     def base_norms2(self, module: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -199,7 +203,7 @@ class GradNormLoRP(Variant):
 
     def row_factor(self, module: Any, adapter_name: str) -> torch.Tensor:
         """c (out_features,), at least fp32; 1 for a row of zeros."""
-        magnitude, norms = module.lora_magnitude_vector[adapter_name].weight, self.row_norms(module, adapter_name)
+        magnitude, norms = module.lora_magnitude_vector[adapter_name], self.row_norms(module, adapter_name)
         zero = norms == 0
         # The norm is rounded as the magnitude once was, so that c is 1 at the start in any dtype.
         norms = norms.to(magnitude.dtype).masked_fill(zero, 1)
@@ -263,6 +267,24 @@ def scale_rows(result: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None)
     return scaled.to(result.dtype)
 
 
+class _DoraFiles(LoraModel):
+    """Reads a magnitude, `lora_magnitude_vector` in files of PEFT's DoRA, into a parameter of just this name.
+
+    PEFT keeps it as the weight of a module of this name, which transformers' `load_adapter` does not find.
+    """
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        vectors = {key: tensor for key, tensor in state_dict.items() if key.endswith("lora_magnitude_vector")}
+        others = {key: tensor for key, tensor in state_dict.items() if key not in vectors}
+        return {
+            **super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others),
+            **super(LoraModel, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors),
+        }
+
+
 @register(
     "gradnormlorp",
     config=GradNormLoRPConfig,
@@ -274,7 +296,7 @@ def scale_rows(result: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None)
     tiny={"r": 2},
     variants={"gradnormlorp": {}, "gradnormlorp-full": {"norm_grad": "full"}},
 )
-class GradNormLoRPModel(VariantModel):
+class GradNormLoRPModel(VariantModel, _DoraFiles):
     """LoRA whose layers have normalised rows and magnitudes; see `GradNormLoRPConfig`."""
 
     supported = "linear layers (also transformers' Conv1D and bitsandbytes' 8-bit and 4-bit ones)"
@@ -310,16 +332,16 @@ class GradNormLoRPModel(VariantModel):
         with torch.no_grad(), gather_params_ctx(layer.get_base_layer().parameters()):
             rule.base_norms2(layer, at_least_fp32(A).dtype)
             magnitude = empty if A.is_meta else rule.row_norms(layer, adapter_name)
-        vector = DoraLinearLayer(getattr(layer, "fan_in_fan_out", False))
-        vector.weight = nn.Parameter(magnitude, requires_grad=A.requires_grad)
-        layer.lora_magnitude_vector[adapter_name] = vector
+        if not isinstance(layer.lora_magnitude_vector, nn.ParameterDict):
+            layer.lora_magnitude_vector = nn.ParameterDict()
+        layer.lora_magnitude_vector[adapter_name] = nn.Parameter(magnitude, requires_grad=A.requires_grad)
         return rule
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for _, layer in self._layers():
             if not autocast_adapter_dtype and adapter_name in layer.lora_magnitude_vector:
-                magnitude = layer.lora_magnitude_vector[adapter_name].weight
+                magnitude = layer.lora_magnitude_vector[adapter_name]
                 magnitude.data = magnitude.data.to(layer.lora_A[adapter_name].weight.dtype)
 
     def add_weighted_adapter(
@@ -333,4 +355,4 @@ class GradNormLoRPModel(VariantModel):
         for _, layer in self._layers():
             if adapter_name in layer.lora_magnitude_vector:
                 norms = layer.lora_variant[adapter_name].row_norms(layer, adapter_name).detach()
-                layer.lora_magnitude_vector[adapter_name].weight.data.copy_(norms)
+                layer.lora_magnitude_vector[adapter_name].data.copy_(norms)

@@ -46,7 +46,8 @@ class LoRAGGPOConfig(VariantConfig):
     Perturbations act in training mode only; evaluation, merging and the saved file, a plain LoRA, know nothing of
     them. Pass `peftx.GGPOCallback()` to `Trainer`. In a loop of your own, call `model.base_model.update_ggpo_stats()`
     between `backward()` (and clipping) and `optimizer.step()`, and for `"mgpo"` once, before the loop,
-    `model.base_model.attach_optimizer(optimizer)`.
+    `model.base_model.attach_optimizer(optimizer)`. Under `torch.compile` perturbed layers break the graph, and the
+    micro-batches of a window share their noise unless hooks drive it.
 
     The paper's bodies could not be read. The law of tau follows the abstract and a note that gives the head of the
     covariance; the exponent of `ggpo_beta` is unverified, and `combine="additive"` is the form of a public trainer
@@ -218,6 +219,7 @@ class Schedule:
         self.step = self.micro = self.idle = 0
         self.driven = self.heard = False
         self.optimizer: Any = None
+        self.handle: Any = None
         self.rules: list[tuple[GGPO, Any, str]] = []
         self._seen: list[Any] = []
         self._told: set[str] = set()
@@ -266,11 +268,14 @@ class Schedule:
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
 
-    @torch.compiler.disable
     def before_forward(self, model: nn.Module, *args: Any) -> None:
         """Forward pre-hook of the whole model, which no recomputation calls: notices a backward and a step."""
-        if not model.training:
-            return
+        needed = not torch.compiler.is_compiling() or (self.config.auto_update and not self.driven)
+        if model.training and needed:
+            self._observe()
+
+    @torch.compiler.disable
+    def _observe(self) -> None:
         grads = [layer.lora_B[name].weight.grad for _, layer, name in self.live()]
         seen = [None if grad is None else (id(grad), grad._version) for grad in grads]
         known, self._seen = self._seen, seen
@@ -529,12 +534,12 @@ class GGPOLinear(Linear):
 
 def schedules(model: nn.Module) -> list[Schedule]:
     """The schedules of the LoRA-GGPO adapters that are being trained in a model, wrapped by PEFT or not."""
-    found = {}
-    for layer in model.modules():
-        for rule in getattr(layer, "lora_variant", {}).values():
-            if isinstance(rule, GGPO) and any(True for _ in rule.schedule.live()):
-                found[id(rule.schedule)] = rule.schedule
-    return list(found.values())
+    return [schedule for schedule in _schedules(model) if next(schedule.live(), None)]
+
+
+def _schedules(model: nn.Module) -> list[Schedule]:
+    rules = (rule for layer in model.modules() for rule in getattr(layer, "lora_variant", {}).values())
+    return list(dict.fromkeys(rule.schedule for rule in rules if isinstance(rule, GGPO)))
 
 
 class GGPOCallback(TrainerCallback):
@@ -591,7 +596,7 @@ class GGPOCallback(TrainerCallback):
     lora_export="exact",
     callback=GGPOCallback,
     learning_rate=2e-3,
-    tiny={"r": 2},
+    tiny={"r": 2, "lora_alpha": 2},
     variants={"lora-ggpo": {"auto_update": False}, "lora-mgpo": {"mode": "mgpo", "auto_update": False}},
 )
 class LoRAGGPOModel(VariantModel):
@@ -603,7 +608,20 @@ class LoRAGGPOModel(VariantModel):
         config: Any = self.peft_config[adapter_name]
         self._schedule = Schedule(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        model.register_forward_pre_hook(self._schedule.before_forward)
+        self._schedule.handle = model.register_forward_pre_hook(self._schedule.before_forward)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        before = _schedules(self.model)
+        super().delete_adapter(adapter_name)
+        for schedule in set(before) - set(_schedules(self.model)):
+            schedule.handle.remove()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        found = _schedules(self.model)
+        base = super()._unload_and_optionally_merge(*args, **kwargs)
+        for schedule in found:
+            schedule.handle.remove()
+        return base
 
     def _make_rule(self, config: LoRAGGPOConfig, layer: Any, adapter_name: str, key: str) -> GGPO:
         rule = GGPO(config, key, self._schedule)

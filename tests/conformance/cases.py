@@ -24,8 +24,8 @@ SKIP: dict[tuple[str, str], str] = {
     "gradients are a ten-thousandth of the rule's at the published start, by less than its tolerance",
     ("compacter", "test_mixed_adapter_batches[tiny-random-OPTForCausalLM]"): FLAT,
     ("compacter", "test_generate_with_mixed_adapter_batches[tiny-random-OPTForCausalLM]"): FLAT,
-    ("triadaptlora", "test_only_params_are_updated"): "the test's three steps of SGD move tensors whose gradients are of "
-    "second order in the start's deviation of 0.02 by less than its tolerance",
+    ("triadaptlora", "test_only_params_are_updated"): "the test's three steps of SGD move tensors whose gradients are "
+    "of second order in the start's deviation of 0.02 by less than its tolerance",
     ("triadaptlora-zero-core", "test_disable_adapters[Linear]"): "the test's three steps of SGD change the output by "
     "less than its tolerance, since the core starts at zero between factors of 0.02",
     ("flora", "test_only_params_are_updated[Embedding]"): "the test's three steps of SGD behind a saturated softmax "
