@@ -80,6 +80,7 @@ def main() -> None:
     option("--texts", type=int, help="training texts; default: all")
     option("--epochs", type=float, default=2.0)
     option("--learning-rate", type=float, help="of the adapters; default: each method's own")
+    option("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the configs, e.g. mgpo_rho=0.005")
     option("--out", type=Path, default=RESULTS, help="results file, which is added to; a .md is written beside it")
     args = parser.parse_args()
     runs = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -89,6 +90,11 @@ def main() -> None:
     entries = [entry for entry in contenders(tuple(n for n in names if n != "lora")) if entry.name in names]
     if args.learning_rate:
         entries = [replace(entry, learning_rate=args.learning_rate) for entry in entries]
+    for name, value in (pair.split("=") for pair in args.set):
+        entries = [
+            replace(entry, name=f"{entry.name} {name}={value}", settings={**entry.settings, name: json.loads(value)})
+            for entry in entries
+        ]
     with encoder.quiet():
         tokenizer = encoder.tokenizer(options.model)
         data = sst2(args.sst2, tokenizer, args.texts) if args.sst2 else demo_data.load(tokenizer, args.texts)
