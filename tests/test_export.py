@@ -6,13 +6,14 @@ import sys
 import peft
 import pytest
 import torch
-from conftest import CASES, adapted, logits, randomize, tiny_model
+from conftest import CASES, adapted, logits, randomize, tiny_model, tuner_layers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftx
 
-EXACT = [case for case in CASES if case.info.lora_export == "exact" and case.name != "bone-bat"]
+EXACT = [case for case in CASES if case.info.lora_export in ("exact", "dora") and case.name != "bone-bat"]
+DELTAS = [case for case in CASES if case.info.mergeable]
 KINDS = ["llama", "gpt2", "bert"]
 LOAD = """
 import sys
@@ -70,7 +71,8 @@ def exported(tmp_path_factory):
         for case in EXACT:
             model = trained(case, kind)
             wanted[f"{case.name}@{kind}"] = logits(model, tokens)
-            peftx.export_lora(model, root / f"{case.name}@{kind}")
+            errors = peftx.export_lora(model, root / f"{case.name}@{kind}")
+            assert errors == dict.fromkeys(tuner_layers(model), 0.0)
             assert torch.equal(logits(model, tokens), wanted[f"{case.name}@{kind}"])  # the model is left alone
     done = subprocess.run([sys.executable, "-c", LOAD, root], capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stderr
@@ -86,6 +88,57 @@ def test_stock_peft_gives_the_same_logits_without_peftx(exported, variant, kind)
     torch.testing.assert_close(found[name + " merged"], wanted[name], rtol=1e-5, atol=1e-5)
 
 
+def test_only_dora_needs_more_than_plain_lora(tmp_path):
+    for case in EXACT:
+        peftx.export_lora(adapted(tiny_model("llama"), case, target_modules=["q_proj"]), tmp_path / case.name)
+        config = peft.PeftConfig.from_pretrained(tmp_path / case.name)
+        assert type(config) is peft.LoraConfig and config.use_dora == (case.info.lora_export == "dora")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", DELTAS, ids=[case.name for case in DELTAS])
+def test_a_rank_gives_the_best_plain_lora_and_its_errors(variant, kind, tmp_path, tokens):
+    settings = {"target_modules": "all-linear", **({"task_type": "SEQ_CLS", "bias": "all"} if kind == "bert" else {})}
+    model = adapted(tiny_model(kind), variant, **settings)
+    wanted, layers = logits(model, tokens), tuner_layers(model)
+    errors = peftx.export_lora(model, tmp_path, rank=3)
+    assert errors.keys() == layers.keys() and torch.equal(logits(model, tokens), wanted)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (type(config), config.use_dora, config.r, config.lora_alpha) == (peft.LoraConfig, False, 3, 3)
+    stock = peft.PeftModel.from_pretrained(tiny_model(kind), tmp_path).eval()
+    for name, theirs in tuner_layers(stock).items():
+        delta = layers[name].get_delta_weight("default").detach()
+        S = torch.linalg.svdvals(delta)
+        lost = (delta - theirs.get_delta_weight("default")).norm() / delta.norm()
+        torch.testing.assert_close(lost, S[3:].norm() / S.norm(), rtol=1e-3, atol=1e-5)
+        assert abs(errors[name] - lost) < 1e-5
+    exact = tmp_path / "exact"
+    assert max(peftx.export_lora(model, exact, rank=64).values()) < 1e-6
+    stock = peft.PeftModel.from_pretrained(tiny_model(kind), exact).eval()
+    torch.testing.assert_close(logits(stock, tokens), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_other_layers_and_no_delta_at_all_have_a_plain_lora_too(tmp_path):
+    torch.manual_seed(0)
+    for base, x in (
+        (nn.Embedding(9, 6), torch.tensor([[1, 8]])),
+        (nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)),
+        (nn.Conv1d(4, 6, 3), torch.randn(2, 4, 5)),
+    ):
+        case = next(case for case in CASES if case.name == "allora")
+        model = adapted(nn.Sequential(base), case, target_modules=["0"])
+        plain = nn.Sequential(model.base_model.model[0].get_base_layer())
+        wanted = model(x)
+        peftx.export_lora(model, tmp_path, rank=4)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(plain, tmp_path)(x), wanted)
+    grouped = adapted(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), case, target_modules=["0"])
+    with pytest.raises(NotImplementedError, match="in groups"):
+        peftx.export_lora(grouped, tmp_path / "out", rank=4)
+    assert not (tmp_path / "out").exists()
+    fresh = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peftx.BoneConfig(r=2, target_modules=["0"]))
+    assert peftx.export_lora(fresh, tmp_path, rank=1) == {"0": 0.0}
+
+
 def test_the_named_adapter_is_written(tmp_path, tokens):
     case = EXACT[0]
     model = adapted(tiny_model("llama"), case, "first", "second", target_modules=["q_proj"])
@@ -99,8 +152,9 @@ def test_the_named_adapter_is_written(tmp_path, tokens):
 
 def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path, unmergeable, tokens):
     model = adapted(tiny_model("llama"), unmergeable, target_modules=["q_proj"])
-    with pytest.raises(NotImplementedError, match="cannot be merged or converted to LoRA"):
-        peftx.export_lora(model, tmp_path / "out")
+    for rank in (None, 2):
+        with pytest.raises(NotImplementedError, match="cannot be merged or converted to LoRA"):
+            peftx.export_lora(model, tmp_path / "out", rank=rank)
     bat = peft.get_peft_model(tiny_model("llama"), peftx.BoneConfig(r=4, init_weights="bat", target_modules=["q_proj"]))
     with pytest.raises(NotImplementedError, match="no exact LoRA form"):
         peftx.export_lora(bat, tmp_path / "out")
@@ -113,6 +167,10 @@ def test_bad_arguments(tmp_path):
     model = adapted(tiny_model("llama"), EXACT[0], "first", "second", target_modules=["q_proj"])
     with pytest.raises(ValueError, match="There is no adapter 'other', only first, second"):
         peftx.export_lora(model, tmp_path, adapter_name="other")
+    for rank in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="`rank` must be a whole number, at least 1"):
+            peftx.export_lora(model, tmp_path, rank=rank)
+    assert not list(tmp_path.iterdir())
     model.base_model.set_adapter(["first", "second"])
     with pytest.raises(ValueError, match="2 adapters are active"):
         peftx.export_lora(model, tmp_path)

@@ -409,9 +409,10 @@ def test_only_a_and_b_are_projected_and_states_have_the_low_shapes():
 def test_updates_lie_in_the_span_of_an_orthonormal_basis_that_changes_when_due():
     model, layer, optimizer = optimized(r=4, proj_rank=1, update_proj_gap=4, optim_bits=32)
     factors = tensors(layer)[:2]
-    bases = []
+    bases, start = [], []
     for step in range(9):
-        start = [p.detach().clone() for p in factors] if step % 4 == 0 else start
+        if step % 4 == 0:
+            start = [p.detach().clone() for p in factors]
         train(model, optimizer, 1, seed=step)
         bases.append([optimizer.state[p]["basis"].clone() for p in factors])
         for p, before, basis, flip in zip(factors, start, bases[-1], (False, True), strict=True):
@@ -526,3 +527,17 @@ def test_one_line_trains_it_in_the_trainer_with_what_its_config_says(tmp_path, c
     assert projected and all((g["rank"], g["update_proj_gap"], g["scale"]) == (1, 7, 2.0) for g in projected)
     assert all(state["exp_avg"].dtype == torch.uint8 for state in optimizer.state.values() if state["step"])
     assert not caplog.records
+
+
+def test_it_shares_a_layer_with_plain_lora():
+    model = tiny_model("llama")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="lora")
+    layer = model.model.layers[0].self_attn.q_proj
+    delta = layer.get_delta_weight("lora")
+    model.add_adapter(peftx.GradNormLoRPConfig(r=2, target_modules=["q_proj"]), adapter_name="ours")
+    tensors(layer, "ours")[1].data += 0.1
+    assert torch.equal(layer.get_delta_weight("lora"), delta)
+    x, W = torch.randn(3, 16), base_weight(layer)
+    torch.testing.assert_close(layer(x), F.linear(x, dense(W, *tensors(layer, "ours"), layer.scaling["ours"])))
+    model.set_adapter("lora")
+    torch.testing.assert_close(layer(x), F.linear(x, W + delta))

@@ -59,10 +59,11 @@ def export_lora(
     adapter_name = _chosen(model, adapter_name)
     config = model.peft_config[adapter_name]
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tuner: Any = model.base_model
     layers = {
         name: layer
-        for name, layer in model.base_model.model.named_modules()
-        if isinstance(layer, model.base_model.tuner_layer_cls) and adapter_name in layer._all_available_adapter_names()
+        for name, layer in tuner.model.named_modules()
+        if isinstance(layer, tuner.tuner_layer_cls) and adapter_name in layer._all_available_adapter_names()
     }
     errors = dict.fromkeys(layers, 0.0)
     if rank is None and isinstance(config, LoraConfig):
@@ -74,7 +75,7 @@ def export_lora(
             factors = {}
             for name, layer in tqdm(layers.items(), "approximating", leave=False, disable=None):
                 *factors[name], errors[name] = _truncated(layer, adapter_name, rank)
-        state = {key: tensor for key, tensor in state.items() if not _belongs_to(key, model.base_model.prefix)}
+        state = {key: tensor for key, tensor in state.items() if not _belongs_to(key, tuner.prefix)}
         for name, layer in layers.items():
             state |= _tensors(f"base_model.model.{name}", layer.get_base_layer(), *factors[name])
         exported = _describe(config, {name: len(A) for name, (A, _) in factors.items()}, list(layers.values()))
@@ -91,9 +92,9 @@ def export_lora(
 def _truncated(layer: Any, adapter_name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
     """A (rank, in_features, ...) and B (out_features, rank) nearest to the dense delta, and their relative error."""
     base_layer = layer.get_base_layer()
-    delta = at_least_fp32(layer.get_delta_weight(adapter_name))
     if isinstance(base_layer, _ConvNd) and base_layer.groups > 1:
-        raise NotImplementedError("A convolution in groups has no plain LoRA form of a given rank.")
+        raise NotImplementedError("The delta of a convolution in groups cannot be exported with a given rank.")
+    delta = at_least_fp32(layer.get_delta_weight(adapter_name))
     if isinstance(base_layer, (Conv1D, nn.Embedding)):
         delta = delta.T
     U, S, Vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
@@ -133,8 +134,8 @@ def _describe(config: Any, ranks: dict[str, int], layers: list[BaseTunerLayer]) 
     """A LoRA config with scaling 1 for modules of these ranks."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
-    shared = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
-    shared += ("target_modules", "exclude_modules")
+    shared = ["task_type", "base_model_name_or_path", "revision", "modules_to_save"]
+    shared += ["target_modules", "exclude_modules"]
     return LoraConfig(
         r=r,
         lora_alpha=r,

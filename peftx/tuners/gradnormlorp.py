@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -43,11 +43,12 @@ class GradNormLoRPConfig(VariantConfig):
     The norms cost one product of W with A in each training forward (and W is dequantised for it, if it is quantised),
     two passes over the layer's output, and the base layer's output is kept for m's gradient; B A is never built. In
     evaluation that product is kept while A stays as it is. With `lora_dropout` the change of the row's scale sees the
-    dropped input too, as in PEFT's DoRA, which costs another product with W in training.
+    dropped input too, as in PEFT's DoRA, which calls the base layer twice in training. Several active adapters act one
+    after the other, each with the norms of its own W + s B A, as in PEFT's DoRA.
 
     The body of the paper could not be read: the formulas follow its public summaries and its authors' code, which is
-    stock DoRA under GaLore's AdamW. Its abstract has a two-sided projection, the code a one-sided one, as here. A row
-    of zeros has no direction: it stays one until B moves it.
+    stock DoRA under GaLore's AdamW. The summaries write a two-sided projection, the code has a one-sided one, as here.
+    A row of zeros has no direction: it stays as it is until B moves it.
 
     Args:
         use_dora: always true; PEFT reads from it how the magnitudes are saved.
@@ -92,7 +93,7 @@ class GradNormLoRPConfig(VariantConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not 0 <= self.proj_scale < float("inf"):
             raise ValueError(f"`proj_scale` must be finite and at least 0, got {self.proj_scale}.")
-        if self.proj_rank is not None and self.proj_rank >= max(self.r, *self.rank_pattern.values(), 1):
+        if self.proj_rank is not None and self.proj_rank >= max(self.r, *(self.rank_pattern or {}).values(), 1):
             warnings.warn(
                 f"proj_rank={self.proj_rank} is not below r={self.r}: the gradients of A and B are rotated, not "
                 "projected, which saves no memory.",
@@ -100,7 +101,10 @@ class GradNormLoRPConfig(VariantConfig):
             )
 
     def optimizer_options(self) -> dict[str, Any]:
-        """What `peftx.optim.trainer_kwargs` and `create_optimizer` need to train an adapter as this config says."""
+        """What `peftx.optim.trainer_kwargs` and `create_optimizer` need to train an adapter as this config says.
+
+        These are arguments of `LowRankAdamW`, with `min_8bit_size=0`: LoRA's tensors are small.
+        """
         return {
             "rank": 0.5 if self.proj_rank is None else self.proj_rank,
             "update_proj_gap": self.update_proj_gap,
@@ -117,11 +121,25 @@ class DecomposedLayer:
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """W' - W, at least in fp32, in the layout of the base weight."""
-        return self.lora_variant[adapter].delta_weight(self, adapter)
+        rule = self.lora_variant.get(adapter)
+        if isinstance(rule, GradNormLoRP):
+            return rule.delta_weight(self, adapter)
+        return super().get_delta_weight(adapter)  # type: ignore[misc]
 
 
 class DecomposedLinear(DecomposedLayer, Linear):
     """PEFT's LoRA layer over nn.Linear or transformers' Conv1D."""
+
+
+def decomposed(layer: Any) -> Any:
+    """`layer`, turned into a `DecomposedLayer` if it is one of PEFT's LoRA layers that can be one."""
+    if type(layer) is Linear:
+        layer.__class__ = DecomposedLinear
+    elif isinstance(layer, LoraLayer) and type(layer).__module__.endswith("bnb"):
+        from .lora_bnb import DECOMPOSED
+
+        layer.__class__ = DECOMPOSED.get(type(layer), type(layer))
+    return layer
 
 
 class _Cross(torch.autograd.Function):
@@ -190,15 +208,19 @@ class GradNormLoRP(Variant):
 
     def base_norms2(self, module: Any, dtype: torch.dtype) -> torch.Tensor:
         """||W||^2 of each row (out_features,), in `dtype` or a wider one; kept while W stays as it is."""
+
+        def norms2() -> torch.Tensor:
+            weight = in_rows(module, unmerged_weight(module)).detach()
+            return weight.to(torch.promote_types(weight.dtype, dtype)).square().sum(dim=1)
+
+        if torch.compiler.is_compiling():
+            return norms2()
         stored = module.get_base_layer().weight
         state: tuple[Any, ...] = (stored.dtype, stored.device, dtype)
-        if module.quantization_backend is None and not torch.compiler.is_compiling():
-            # Not for a quantised weight: an evaluation may round it, by laying it out anew.
+        if module.quantization_backend is None:  # an evaluation may lay a quantised weight out anew, and round it
             state += (stored.data_ptr(), stored._version)
-        if self._base is None or self._base[0] != state or torch.compiler.is_compiling():
-            weight = in_rows(module, unmerged_weight(module)).detach()
-            self._base = state, weight.to(torch.promote_types(weight.dtype, dtype)).square().sum(dim=1)
-            self._cross = None
+        if self._base is None or self._base[0] != state:
+            self._base, self._cross = (state, norms2()), None
         return self._base[1]
 
     def row_factor(self, module: Any, adapter_name: str) -> torch.Tensor:
@@ -211,18 +233,18 @@ class GradNormLoRP(Variant):
 
     # Forward
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, c = module.lora_dropout[active_adapter], self.row_factor(module, active_adapter)
-        factor = module.scaling[active_adapter] * c
+        factor, bias = module.scaling[active_adapter] * c, module.get_base_layer().bias
         if isinstance(dropout, nn.Dropout) and module.training:
             x = dropout(x)
-            weight = in_rows(module, unmerged_weight(module))
-            result = (result + (c - 1) * F.linear(x, weight.to(x.dtype))).to(result.dtype)
+            dropped = module.base_layer(x.to(result.dtype))
+            result = result + (scale_rows(dropped, c, bias) - dropped)
         else:
-            result = scale_rows(result, c, module.get_base_layer().bias)
+            result = scale_rows(result, c, bias)
         if is_plain(lora_A, lora_B):
             return low_rank(result, x, lora_A.weight, factor[:, None] * lora_B.weight, 1.0)
         return result + lora_B(lora_A(x)) * factor
@@ -245,7 +267,7 @@ class GradNormLoRP(Variant):
         return in_rows(module, module.scaling[adapter_name] * B @ A)
 
     @torch.no_grad()
-    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         c = self.row_factor(module, active_adapter)
         weight = at_least_fp32(orig_weight)
         # Kept for `unmerge`: other norms come from the merged weight, and a row that c makes zero has no way back.
@@ -253,7 +275,7 @@ class GradNormLoRP(Variant):
         return (weight + self._change(module, weight, c, active_adapter)).to(orig_weight.dtype)
 
     @torch.no_grad()
-    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         assert self._merged is not None
         c, lost = self._merged
         weight = at_least_fp32(orig_weight) / in_rows(module, c[:, None]) - self._low_rank(module, active_adapter)
@@ -301,21 +323,16 @@ class GradNormLoRPModel(VariantModel, _DoraFiles):
 
     supported = "linear layers (also transformers' Conv1D and bitsandbytes' 8-bit and 4-bit ones)"
 
-    def _create_and_replace(self, lora_config: Any, *args: Any, **kwargs: Any) -> None:
+    def _create_and_replace(  # type: ignore[override]
+        self, lora_config: Any, adapter_name: str, target: Any, *args: Any, **kwargs: Any
+    ) -> None:
         lora_config = copy.copy(lora_config)
         lora_config.use_dora = False  # or PEFT would make its own rule, by way of the dense B A
-        super()._create_and_replace(lora_config, *args, **kwargs)
+        super()._create_and_replace(lora_config, adapter_name, decomposed(target), *args, **kwargs)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        layer = VariantModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        if type(layer) is Linear:
-            layer.__class__ = DecomposedLinear
-        elif type(layer).__module__.endswith("bnb"):
-            from .lora_bnb import DECOMPOSED
-
-            layer.__class__ = DECOMPOSED[type(layer)]
-        return layer
+        return decomposed(VariantModel._create_new_module(lora_config, adapter_name, target, **kwargs))
 
     def _follows_rule(self, layer: Any) -> bool:
         backend = layer.quantization_backend
