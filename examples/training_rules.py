@@ -1,6 +1,6 @@
 """ALLoRA, LoRA-GGPO, LoRA-MGPO and TriAdaptLoRA: in a loop of your own, in `Trainer`, and out as plain LoRA.
 
-Run it as it stands: `python examples/training_rules.py [folder]`. A tiny random Llama learns to count; nothing is fetched.
+Run it as it stands: `python examples/training_rules.py [folder]`. A tiny random Llama learns to count, offline.
 """
 
 import sys
