@@ -137,7 +137,7 @@ class _Retrained(torch.autograd.Function):
     lora_export="exact",
     layer_types=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
     exact_gradient=False,
-    learning_rate=5e-3,
+    learning_rate=2e-3,
     tiny={"r": 2},
     variants={"allora": {}, "allora-b": {"norm_of": "b"}},
 )
