@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -151,9 +152,9 @@ def picture(runs: dict[str, dict], path: Path, window: int = 10) -> None:
     axes = figure.add_subplot(
         title="Fine-tuning SmolLM2-135M", xlabel="optimizer step", ylabel=f"loss, mean of {window}"
     )
-    for name, row in runs.items():
+    for style, (name, row) in zip(cycle(["-", "--"]), runs.items()):  # two runs may lie on each other
         means = [mean(row["losses"][max(0, i - window) : i]) for i in range(1, len(row["losses"]) + 1)]
-        axes.plot(range(1, len(means) + 1), means, label=f"{name}, {row['state bytes'] / 1e6:.1f} MB of states")
+        axes.plot(range(1, len(means) + 1), means, style, label=f"{name}, {row['state bytes'] / 1e6:.1f} MB of states")
     axes.legend()
     figure.savefig(path, dpi=150)
 
