@@ -623,6 +623,17 @@ def test_trainer_resumes_bit_for_bit(tmp_path, mode):
         assert torch.equal(a, b), name
 
 
+def test_the_callback_sees_clipped_gradients(tmp_path):
+    norms = []
+    for limit in (0.0, 1e-3):
+        run_ = trainer(tmp_path, steps=1, max_grad_norm=limit)
+        run_.train()
+        found = [layer.lora_variant["default"].grad_norms2 for layer in layers(run_.model)]
+        norms.append(torch.stack([norm.sum() for norm in found]).sqrt())
+    (log,) = (entry for entry in run_.state.log_history if "grad_norm" in entry)
+    torch.testing.assert_close(norms[1], norms[0] * 1e-3 / float(log["grad_norm"]), rtol=1e-3, atol=0)
+
+
 def test_trainer_without_the_callback_perturbs_and_says_what_is_missing(tmp_path):
     plain = trainer(tmp_path, callbacks=False)
     with pytest.warns(UserWarning, match="GGPOCallback"):
