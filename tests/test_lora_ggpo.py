@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import peftx
@@ -246,8 +246,8 @@ def test_gradient_mean_cheap_norms_and_ramp():
     assert schedule.size == pytest.approx(1)
     torch.testing.assert_close(rule.noise(layers(model)[0], "default")[0], rule.tau)
     schedule.total_step = None
-    with pytest.raises(ValueError, match="needs `total_step`"):
-        model(data())
+    with pytest.warns(UserWarning, match="needs `total_step`"):
+        assert schedule.size == 1
 
 
 def test_same_micro_step_same_noise_and_a_backward_moves_on():
@@ -595,13 +595,11 @@ def trainer(tmp_path, mode="ggpo", steps=6, callbacks=True, **kwargs):
     args = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=steps,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
         report_to=[],
         logging_steps=1,
         use_cpu=True,
         disable_tqdm=True,
-        **{"save_strategy": "no", **kwargs},
+        **{"save_strategy": "no", "learning_rate": 0.01, "per_device_train_batch_size": 2, **kwargs},
     )
     return Trainer(model, args, train_dataset=rows, callbacks=[peftx.GGPOCallback()] if callbacks else [])
 
@@ -623,15 +621,149 @@ def test_trainer_resumes_bit_for_bit(tmp_path, mode):
         assert torch.equal(a, b), name
 
 
+class Probe(TrainerCallback):
+    """Keeps the statistics of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        rules = [layer.lora_variant["default"] for layer in layers(model)]
+        self.seen.append([getattr(rule, key) for rule in rules for key in ("tau", "grad_norms2", "mean_norm")])
+
+
 def test_the_callback_sees_clipped_gradients(tmp_path):
     norms = []
     for limit in (0.0, 1e-3):
         run_ = trainer(tmp_path, steps=1, max_grad_norm=limit)
+        run_.add_callback(probe := Probe())
         run_.train()
-        found = [layer.lora_variant["default"].grad_norms2 for layer in layers(run_.model)]
-        norms.append(torch.stack([norm.sum() for norm in found]).sqrt())
+        norms.append(torch.stack([norm.sum() for norm in probe.seen[0][1::3]]).sqrt())
     (log,) = (entry for entry in run_.state.log_history if "grad_norm" in entry)
     torch.testing.assert_close(norms[1], norms[0] * 1e-3 / float(log["grad_norm"]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["ggpo", "mgpo"])
+def test_a_second_training_starts_as_the_first(tmp_path, mode):
+    first = trainer(tmp_path, mode, steps=3)
+    start = copy.deepcopy(first.model.state_dict())
+    first.train()
+    (schedule,) = schedules(first.model)
+    assert schedule.optimizer is None and not schedule.driven
+    assert not any(getattr(rule, key) is not None for rule, *_ in schedule.live() for key in rule.statistics)
+    wanted = {name: p.detach().clone() for name, p in first.model.named_parameters()}
+    first.model.load_state_dict(start)
+    second = Trainer(first.model, first.args, train_dataset=first.train_dataset, callbacks=[peftx.GGPOCallback()])
+    second.train()
+    for name, parameter in second.model.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_resume_finds_its_own_statistics(tmp_path, told):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    foreign = trainer(tmp_path / "other", steps=3, learning_rate=0.1, **settings)  # has a checkpoint-3 too
+    foreign.train()
+    resumed = trainer(tmp_path / "other", **settings)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    if told:  # the folder has moved since
+        moved = tmp_path / "moved"
+        checkpoint = checkpoint.rename(moved)
+        resumed.args.resume_from_checkpoint = str(moved)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_resume_without_statistics_says_so(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path, steps=3, **settings).train()
+    (tmp_path / "checkpoint-3" / "ggpo_state.safetensors").unlink()
+    with pytest.warns(UserWarning, match="the first step is unperturbed"):
+        trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_long_accumulation_with_the_callback_warns_of_nothing(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, steps=2, gradient_accumulation_steps=30, per_device_train_batch_size=1).train()
+    assert not [w for w in caught if "LORAGGPO" in str(w.message)]
+
+
+def test_an_adapter_nobody_trains_is_silent_and_unperturbed():
+    model = wrap()
+    step(model)
+    noisy = model(data())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            quiet = model(data())
+    assert not torch.allclose(noisy, quiet)
+    torch.testing.assert_close(quiet, model.eval()(data()))
+
+
+def test_mgpo_uses_the_weights_as_they_stand():
+    model = wrap(mode="mgpo", mgpo_rho=1e-12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.base_model.attach_optimizer(optimizer)
+    step(model, optimizer=optimizer)
+    model(data())
+    for layer in layers(model):
+        layer.lora_A["default"].weight.data *= 2
+    torch.testing.assert_close(model(data()), model.eval()(data()))
+
+
+@pytest.mark.parametrize("order", ["late", "between", "zeros"])
+def test_hooks_follow_every_order_of_a_loop(order):
+    model = wrap(auto_update=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, fused=True)
+    with pytest.warns(UserWarning, match="statistics come from hooks"):
+        for _ in range(5):
+            y = model(data())
+            if order == "between":
+                optimizer.zero_grad()
+            y.square().sum().backward()
+            optimizer.step()
+            if order != "between":
+                optimizer.zero_grad(set_to_none=order == "late")
+    assert schedules(model)[0].step >= 3
+    assert all(layer.lora_variant["default"].tau is not None for layer in layers(model))
+
+
+def test_one_of_two_trained_adapters_without_gradients_is_left_alone():
+    model = wrap()
+    model.add_adapter("other", peftx.LoRAGGPOConfig(r=2, target_modules=["0", "2"], auto_update=False))
+    model.set_requires_grad(["default", "other"])
+    step(model)
+    assert sorted(schedule.step for schedule in schedules(model)) == [0, 1]
+
+
+def test_an_overflow_leaves_nothing_pending():
+    model = wrap(auto_update=True)
+    for layer in layers(model):
+        layer.lora_variant["default"].pending = torch.full((layer.out_features,), float("inf"), dtype=torch.float64)
+    schedules(model)[0]._take_from_hooks()
+    assert not any(layer.lora_variant["default"].pending is not None for layer in layers(model))
+
+
+def test_a_flat_input_and_trained_biases():
+    model = wrap(bias="all")
+    step(model)
+    model(data()[0, 0]).sum().backward()
+    assert layers(model)[1].base_layer.bias.grad.tolist() == [1.0] * 5
+
+
+def test_a_watched_adapter_on_a_half_base_keeps_the_dtype():
+    model = peft.get_peft_model(
+        net(dtype=torch.bfloat16), peftx.LoRAGGPOConfig(r=2, target_modules=["0"], auto_update=False)
+    ).train()
+    layers(model)[0].lora_A["default"].register_forward_hook(lambda *args: None)
+    step(model, data(torch.bfloat16))
+    assert layers(model)[0](data(torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_trainer_without_the_callback_perturbs_and_says_what_is_missing(tmp_path):
@@ -654,8 +786,7 @@ def test_it_works_on_a_bare_transformers_model(tokens):
     model.train()
     first = model(input_ids=tokens, labels=tokens).loss
     first.backward()
-    for schedule in schedules(model):
-        schedule.update()
+    lora_ggpo.update_ggpo_stats(model)
     model.zero_grad()
     assert model(input_ids=tokens, labels=tokens).loss != first
     assert len([m for m in model.modules() if getattr(m, "lora_variant", None)]) == 2

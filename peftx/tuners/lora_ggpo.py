@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..registry import register
@@ -191,7 +191,7 @@ class _NoisyLinear(torch.autograd.Function):
                 for part in parts:
                     grad_x += part
             if ctx.needs_input_grad[2]:
-                grad_bias = g.flatten(0, -2).sum(dim=0)
+                grad_bias = g.reshape(-1, g.shape[-1]).sum(dim=0)
         return grad_x, None, grad_bias, None, None
 
 
@@ -207,7 +207,7 @@ class Schedule:
     Attributes:
         step: optimizer steps whose gradients the statistics have seen.
         micro: micro-batches of the present step that have had their backward.
-        driven: whether somebody calls `update`, so that the hooks keep still.
+        driven: whether somebody calls `update_ggpo_stats`, so that the hooks keep still.
         heard: whether the hooks have seen gradients since the last forward.
         total_step: length of the training, for the ramp.
         optimizer: whose moments mode `"mgpo"` reads.
@@ -240,27 +240,19 @@ class Schedule:
             self._told.add(what)
             warnings.warn(f"LORAGGPO: {what}", stacklevel=3)
 
-    def update(self, step: int | None = None) -> None:
-        """Takes the gradients of an optimizer step; see `LoRAGGPOModel.update_ggpo_stats`."""
-        self.driven = True
-        self.heard = False
-        if step is not None and step == self.step:
-            return
-        found = [rule.measure(layer, name) for rule, layer, name in self.live()]
-        if not any(norms is not None for norms in found):
-            raise RuntimeError(
-                "update_ggpo_stats() found no gradients: call it after `backward()`, and before `optimizer.step()` and "
-                "`zero_grad()`. Gradients that are sharded (DeepSpeed ZeRO) cannot be read."
-            )
-        self._take(found, self.step + 1 if step is None else step)
+    def measure(self) -> list[torch.Tensor | None]:
+        return [rule.measure(layer, name) for rule, layer, name in self.live()]
 
-    def _take(self, found: list[torch.Tensor | None], step: int) -> None:
-        self.step, self.micro = step, 0
+    def take(self, found: list[torch.Tensor | None], step: int | None = None) -> None:
+        """Makes the statistics of the coming step from the squared gradient norms that `measure` found."""
+        self.heard = False
+        self.step, self.micro = self.step + 1 if step is None else step, 0
+        for rule, _, _ in self.rules:
+            rule.pending = None
         totals = [norms.sum() for norms in found if norms is not None]
         if not torch.stack([total.to(totals[0].device) for total in totals]).isfinite().all():
             return  # the gradients overflowed: this optimizer step is skipped
         for (rule, layer, name), norms in zip(self.live(), found, strict=True):
-            rule.pending = None
             if norms is not None:
                 rule.take(layer, name, norms)
 
@@ -268,6 +260,13 @@ class Schedule:
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
+
+    def release(self) -> None:
+        """Forgets a training: its statistics, its optimizer, and that somebody called `update_ggpo_stats`."""
+        self.driven, self.optimizer = False, None
+        for rule, _, _ in self.rules:
+            for key in rule.statistics:
+                setattr(rule, key, None)
 
     def before_forward(self, model: nn.Module, *args: Any) -> None:
         """Forward pre-hook of the whole model, which no recomputation calls: notices a backward and a step."""
@@ -278,18 +277,24 @@ class Schedule:
     @torch.compiler.disable
     def _observe(self) -> None:
         grads = [layer.lora_B[name].weight.grad for _, layer, name in self.live()]
+        if not grads:
+            return
         seen = [None if grad is None else (id(grad), grad._version) for grad in grads]
         known, self._seen = self._seen, seen
         if self.driven or not self.config.auto_update:
             self.micro += seen != known and any(seen)
         elif self.heard:
-            # The version of a weight tells no step: fused and bitsandbytes' optimizers do not raise it.
-            cleared = all(grad is None or not grad.any() for grad in grads)
+            # The version of a weight tells no step: fused and bitsandbytes' optimizers do not raise it. A gradient that
+            # is gone, zero, or another tensor than before does.
             self.heard = False
-            self.micro += not cleared
-            if cleared:
+            added = any(a and b and a[0] == b[0] and a[1] > b[1] for a, b in zip(seen, known, strict=False))
+            first = not any(known) and any(seen)
+            if (added or first) and any(grad is not None and grad.any() for grad in grads):
+                self.micro += 1
+            else:
                 self._take_from_hooks()
-        self._warn_if_idle()
+        if not any(seen):
+            self._warn_if_idle()
 
     def _take_from_hooks(self) -> None:
         found = [rule.pending for rule, _, _ in self.live()]
@@ -299,11 +304,11 @@ class Schedule:
                 "Pass `peftx.GGPOCallback()` to Trainer, or call `model.base_model.update_ggpo_stats()` before each "
                 "`optimizer.step()`."
             )
-            self._take(found, self.step + 1)
+            self.take(found)
 
     def _warn_if_idle(self) -> None:
         missing = self.config.mode == "mgpo" and self.optimizer is None
-        self.idle = 0 if self.step and not missing else self.idle + 1
+        self.idle = 0 if (self.step or self.driven) and not missing else self.idle + 1
         if self.idle == PATIENCE:
             self.tell(
                 "training is that of plain LoRA so far. Pass `peftx.GGPOCallback()` to Trainer, or call "
@@ -317,7 +322,10 @@ class Schedule:
         if self.config.ramp == "none":
             return 1.0
         if self.total_step is None:
-            raise ValueError("`ramp='cosine'` needs `total_step` in LoRAGGPOConfig, or `peftx.GGPOCallback()`.")
+            self.tell(
+                "`ramp='cosine'` needs `total_step` in LoRAGGPOConfig, or `peftx.GGPOCallback()`: no ramp so far."
+            )
+            return 1.0
         return 0.5 * (1 - math.cos(math.pi * min(1.0, self.step / self.total_step)))
 
     def noise_seed(self, name: str) -> int:
@@ -346,13 +354,19 @@ class Schedule:
             if (tensor := getattr(rule, key)) is not None
         }
 
+    def fingerprint(self) -> str:
+        """Tells the statistics of one training from those of another."""
+        digest = hashlib.blake2b(digest_size=16)
+        for key, tensor in sorted(self.state().items()):
+            digest.update(key.encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def load_state(self, state: dict[str, torch.Tensor], step: int) -> None:
-        self.step, self.micro = step, 0
+        self.step, self.micro, self._seen = step, 0, []
         for rule, layer, name in self.live():
             for key in rule.statistics:
                 tensor = state.get(f"{rule.name}|{name}|{key}")
-                if tensor is not None:
-                    setattr(rule, key, tensor.to(layer.lora_B[name].weight.device))
+                setattr(rule, key, None if tensor is None else tensor.to(layer.lora_B[name].weight.device))
 
 
 class GGPO(Variant):
@@ -365,11 +379,11 @@ class GGPO(Variant):
     base_norms2: torch.Tensor | None = None  # (out_features,)
     pending: torch.Tensor | None = None  # gradient norms that the hooks saw
     _hooked: Any = None
-    _direction: Any = None
 
-    def __init__(self, config: LoRAGGPOConfig, name: str, schedule: Schedule) -> None:
+    def __init__(self, config: LoRAGGPOConfig, name: str, schedule: Schedule, layer: Any) -> None:
         super().__init__(config, name)
         self.schedule = schedule
+        self.layer = layer  # in nn.DataParallel, not the copy that runs
 
     # Statistics
 
@@ -417,7 +431,7 @@ class GGPO(Variant):
     def _listen(self, module: Any, adapter_name: str) -> None:
         """Hooks on A and B, which leave the gradient's norms in `pending` while nobody else takes them."""
         weight = module.lora_B[adapter_name].weight
-        if self._hooked is weight or not weight.requires_grad:
+        if self._hooked is weight or not (weight.requires_grad and weight.is_leaf):
             return
         self._hooked = weight
         for parameter in (module.lora_A[adapter_name].weight, weight):
@@ -433,7 +447,8 @@ class GGPO(Variant):
 
     def noise(self, module: Any, adapter_name: str) -> tuple[torch.Tensor, int] | None:
         """tau (out_features,) and the seed of the noise that the weight is to see, or None."""
-        if not module.training or self.config.mode != "ggpo":
+        trained = module.training and module.lora_B[adapter_name].weight.requires_grad
+        if not trained or self.config.mode != "ggpo":
             return None
         if self.config.auto_update and not self.schedule.driven:
             self._listen(module, adapter_name)
@@ -454,19 +469,19 @@ class GGPO(Variant):
         config, schedule, scale = self.config, self.schedule, module.scaling[adapter_name]
         if config.auto_update and not schedule.driven:
             self._listen(module, adapter_name)
+        if not config.mgpo_rho or schedule.step < config.warmup_steps:
+            return None
+        factors = [w[adapter_name].weight for w in (self.layer.lora_A, self.layer.lora_B)]
+        moments = [schedule.moment(weight) for weight in factors]
+        if any(moment is None for moment in moments):
+            return None
         A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-        version = (schedule.step, scale)
-        if self._direction is None or self._direction[0] != version:
-            M_A, M_B = schedule.moment(A), schedule.moment(B)
-            self._direction = version, None
-            if M_A is not None and M_B is not None and config.mgpo_rho and schedule.step >= config.warmup_steps:
-                U, V = torch.cat([M_B, B], dim=1), torch.cat([A, M_A])
-                length = scale * ((U.T @ U) * (V @ V.T)).sum().clamp(min=0).sqrt()
-                mean = torch.ones(()) if self.mean_norm is None else self.mean_norm
-                factor = (1 / (mean + 1e-12)).clamp(max=config.mgpo_max_scale)
-                c = -config.mgpo_rho * scale * factor / (length + 1e-12)
-                self._direction = version, (c * U, V)
-        return self._direction[1]
+        M_A, M_B = (moment.to(A.device) for moment in moments if moment is not None)
+        U, V = torch.cat([M_B, B], dim=1), torch.cat([A, M_A])
+        length = scale * ((U.T @ U) * (V @ V.T)).sum().clamp(min=0).sqrt()
+        mean = torch.ones_like(length) if self.mean_norm is None else self.mean_norm.to(length)
+        factor = (1 / (mean + 1e-12)).clamp(max=config.mgpo_max_scale)
+        return -config.mgpo_rho * scale * factor / (length + 1e-12) * U, V
 
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
@@ -479,6 +494,7 @@ class GGPO(Variant):
     def add(self, module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """`result` with the adapter's contribution and, in mode `"mgpo"`, the perturbation."""
         active = module.training and self.config.mode == "mgpo" and self.schedule.optimizer is not None
+        active = active and module.lora_B[adapter_name].weight.requires_grad
         factors = self.direction(module, adapter_name) if active else None
         if factors is None:
             return super().forward(module, adapter_name, x, result)
@@ -523,6 +539,7 @@ class GGPOLinear(Linear):
         inner = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
         bias = None if base.bias is None else base.bias.to(inner.dtype)
         result = _NoisyLinear.apply(inner, base.weight, bias, *noises[first])
+        dtype = result.dtype
         for name in names:
             lora_A: Any = self.lora_A[name]
             x = self._cast_input_dtype(x, lora_A.weight.dtype)
@@ -530,7 +547,7 @@ class GGPOLinear(Linear):
             if noise is not None and name != first:
                 result = _noisy_output(result, x, *noise)
             result = rules[name].add(self, name, x, result)
-        return result
+        return result.to(dtype)
 
 
 def schedules(model: nn.Module) -> list[Schedule]:
@@ -543,7 +560,24 @@ def _schedules(model: nn.Module) -> list[Schedule]:
     return list(dict.fromkeys(rule.schedule for rule in rules if isinstance(rule, GGPO)))
 
 
-class GGPOCallback(TrainerCallback):
+def update_ggpo_stats(model: nn.Module, step: int | None = None) -> None:
+    """`LoRAGGPOModel.update_ggpo_stats` for any model, also a transformers one with an adapter (`add_adapter`)."""
+    due = [schedule for schedule in schedules(model) if step is None or step != schedule.step]
+    if not due and step is not None:
+        return
+    found = [(schedule, schedule.measure()) for schedule in due]
+    found = [(schedule, norms) for schedule, norms in found if any(norm is not None for norm in norms)]
+    if not found:
+        raise RuntimeError(
+            "update_ggpo_stats() found no gradients: call it after `backward()`, and before `optimizer.step()` and "
+            "`zero_grad()`. Gradients that are sharded (DeepSpeed ZeRO) cannot be read."
+        )
+    for schedule, norms in found:
+        schedule.driven = True
+        schedule.take(norms, step)
+
+
+class GGPOCallback(TrainerCallback, ExportableState):
     """Drives the perturbations of LoRA-GGPO and LoRA-MGPO in `Trainer(callbacks=[peftx.GGPOCallback()])`.
 
     It takes the statistics from the averaged, unscaled and clipped gradients before each optimizer step, gives mode
@@ -555,38 +589,72 @@ class GGPOCallback(TrainerCallback):
     """
 
     file_name = "ggpo_state.safetensors"
+    _model: Any = None
+    saved: Mapping[str, str] = {}  # file and fingerprint of the last checkpoint, which `trainer_state.json` keeps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs):
-        self._schedules = schedules(model)
-        if not self._schedules:
+        self._model, self._folder = model, args.output_dir
+        found = schedules(model)
+        if not found:
             raise ValueError("GGPOCallback: the model trains no LORAGGPO adapter; see `peftx.LoRAGGPOConfig`.")
-        saved = self._directory(args, state) / self.file_name
-        if state.global_step and not saved.is_file() and args.resume_from_checkpoint:
-            saved = Path(args.resume_from_checkpoint, self.file_name)
-        tensors = load_file(saved) if state.global_step and saved.is_file() else {}
-        if state.global_step and not tensors:
-            warnings.warn(
-                f"GGPOCallback: no {self.file_name} in the checkpoint, so the first step is unperturbed.", stacklevel=2
-            )
-        for schedule in self._schedules:
+        for schedule in found:
+            schedule.release()
             schedule.driven = True
             schedule.total_step = schedule.config.total_step or state.max_steps
             schedule.attach(optimizer)
-            schedule.load_state(tensors, state.global_step)
+            schedule.load_state({}, state.global_step)
+        if state.global_step:
+            exported = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
+            self.saved = exported.get("attributes", {}).get("saved", self.saved)
+        if state.global_step and not self._restore(found, args, state.global_step):
+            warnings.warn(
+                f"GGPOCallback: the checkpoint's {self.file_name} was not found, so the first step is unperturbed. Set "
+                "`resume_from_checkpoint` in TrainingArguments to the checkpoint's folder.",
+                stacklevel=2,
+            )
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for schedule in self._schedules:
-            schedule.update(state.global_step + 1)
+    def _restore(self, found: list[Schedule], args: Any, step: int) -> bool:
+        """Whether a file with the statistics that the checkpoint tells of was found, and loaded."""
+        resumed = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else ""
+        candidates = [Path(resumed, self.file_name), Path(self.saved.get("file", "")), self._path(step)]
+        for path in candidates:
+            if path.is_file():
+                tensors = load_file(path)
+                for schedule in found:
+                    schedule.load_state(tensors, step)
+                if self._fingerprint(found) == self.saved.get("fingerprint"):
+                    return True
+                for schedule in found:
+                    schedule.load_state({}, step)
+        return False
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        directory = self._directory(args, state)
-        if state.is_world_process_zero and directory.is_dir():
-            tensors = {key: t for schedule in self._schedules for key, t in schedule.state().items()}
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, directory / self.file_name)
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        update_ggpo_stats(model, state.global_step + 1)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        path = self._path(state.global_step)
+        if state.is_world_process_zero and path.parent.is_dir():
+            tensors = {key: t for schedule in schedules(model) for key, t in schedule.state().items()}
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for schedule in schedules(model):
+            schedule.release()
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes to `trainer_state.json` when it saves a checkpoint, and gives back on a resume."""
+        found = schedules(self._model) if self._model is not None else []
+        if not found:  # before the training
+            return {"args": {}, "attributes": {"saved": dict(self.saved)}}
+        path = self._path(max((schedule.step for schedule in found), default=0))
+        return {"args": {}, "attributes": {"saved": {"file": str(path), "fingerprint": self._fingerprint(found)}}}
+
+    def _path(self, step: int) -> Path:
+        return Path(self._folder, f"{PREFIX_CHECKPOINT_DIR}-{step}", self.file_name).absolute()
 
     @staticmethod
-    def _directory(args: Any, state: Any) -> Path:
-        return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+    def _fingerprint(found: list[Schedule]) -> str:
+        return "-".join(schedule.fingerprint() for schedule in found)
 
 
 @register(
@@ -625,7 +693,7 @@ class LoRAGGPOModel(VariantModel):
         return base
 
     def _make_rule(self, config: LoRAGGPOConfig, layer: Any, adapter_name: str, key: str) -> GGPO:
-        rule = GGPO(config, key, self._schedule)
+        rule = GGPO(config, key, self._schedule, layer)
         self._schedule.rules.append((rule, layer, adapter_name))
         return rule
 
@@ -652,8 +720,7 @@ class LoRAGGPOModel(VariantModel):
         Raises:
             RuntimeError: no weight has a gradient.
         """
-        for schedule in schedules(self.model):
-            schedule.update(step)
+        update_ggpo_stats(self.model, step)
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Says whose first moments mode `"mgpo"` follows: an optimizer with `exp_avg` or `momentum_buffer` states."""
