@@ -139,6 +139,18 @@ def test_other_layers_and_no_delta_at_all_have_a_plain_lora_too(tmp_path):
     assert peftx.export_lora(fresh, tmp_path, rank=1) == {"0": 0.0}
 
 
+@pytest.mark.parametrize("variant", [case.name for case in EXACT])
+def test_a_changed_scale_is_written(tmp_path, tokens, variant):
+    (case,) = (case for case in EXACT if case.name == variant)
+    model = adapted(tiny_model("llama"), case, target_modules=["q_proj", "up_proj"])
+    for layer in tuner_layers(model).values():
+        layer.scale_layer(0.5)
+    wanted = logits(model, tokens)
+    peftx.export_lora(model, tmp_path)
+    stock = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    torch.testing.assert_close(logits(stock, tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_named_adapter_is_written(tmp_path, tokens):
     case = EXACT[0]
     model = adapted(tiny_model("llama"), case, "first", "second", target_modules=["q_proj"])

@@ -778,7 +778,7 @@ def test_trainer_grows_and_a_resumed_run_is_bit_equal(quiet: None, tmp_path: Pat
         warnings.simplefilter("error", UserWarning)
         whole.train()
     tuner = whole.model.base_model
-    assert whole.model.peft_config["default"].total_step == 6
+    assert whole.model.peft_config["default"].total_step is None
     history = tuner.rank_history()
     assert [{k: v for k, v in entry.items() if k != "epoch"} for entry in logged(whole)] == history
     assert history[0]["step"] == 0 and set(history[0]["triadaptlora_ranks"].values()) == {2}
@@ -848,7 +848,7 @@ def test_the_callback_s_errors(quiet: None, tmp_path: Path) -> None:
     assert run.model.peft_config["default"].total_step is None
     run = trainer(LoraConfig(target_modules=["query"]), tmp_path)
     run.add_callback(peftx.TriAdaptCallback())
-    with pytest.raises(ValueError, match="the model has no TriAdaptLoRA adapter"):
+    with pytest.raises(ValueError, match="the model trains no TriAdaptLoRA adapter"):
         run.train()
     run = growing_trainer(tmp_path, save_strategy="no", max_steps=2, config={"total_step": 6})
     with pytest.warns(UserWarning, match="planned for total_step=6, but this training has 2 optimizer steps"):
@@ -906,3 +906,38 @@ def test_ranks_are_plotted(grown: PeftModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no ranks.*rank_history\(\)"):
         plot_ranks([{"loss": 1.0, "step": 9}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def _trainer_for(tmp_path, model, steps):
+    rows = [{"input_ids": (ids := torch.arange(1, 7)), "labels": ids} for _ in range(8)]
+    settings = {"max_steps": steps, "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), **settings)
+    return transformers.Trainer(model, args, train_dataset=rows, callbacks=[peftx.TriAdaptCallback()])
+
+
+def test_a_second_training_is_planned_anew_and_frozen_adapters_are_not_asked(tmp_path):
+    config = peftx.TriAdaptLoRAConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama"), config)
+    frozen = peftx.TriAdaptLoRAConfig(
+        target_modules=["v_proj"], init_warmup=50, total_step=99, task_type="CAUSAL_LM", inference_mode=True
+    )
+    model.add_adapter("frozen", frozen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for steps in (3, 9):
+            _trainer_for(tmp_path, model, steps).train()
+            assert model.peft_config["default"].total_step is None
+
+
+def test_a_wrapped_model_grows_too():
+    config = peftx.TriAdaptLoRAConfig(target_modules=["q_proj"], total_step=4, init_warmup=0, growth_interval=1)
+    model = get_peft_model(tiny_model("llama"), config)
+    wrapped = nn.DataParallel(model)
+    assert update_and_grow(wrapped, 2)
+
+
+def test_an_untouched_core_scores_zero_in_bf16_too():
+    config = peftx.TriAdaptLoRAConfig(target_modules=["q_proj"], init_r=3, total_step=4, init_warmup=0)
+    model = get_peft_model(tiny_model("llama"), config).bfloat16()
+    (layer, *_) = (m for m in model.modules() if isinstance(m, TriAdaptLoRALinear))
+    assert layer.score("default", 1) == 0

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..tuners.layer import at_least_fp32
+from ..tuners.lora import Variant
 
 
 def export_lora(
@@ -50,7 +51,9 @@ def export_lora(
         TypeError: `model` is no `PeftModel`.
         ValueError: there is no such adapter, more than one is active and none was named, or `rank` is below 1.
         NotImplementedError: the adapter is no weight delta (Compacter), or has no exact LoRA form (Bone's bat,
-            some convolutions; the latter none of a given rank either). Nothing is written then.
+            some convolutions; the latter none of a given rank either), or is one of PEFT's whose weight delta is not
+            the whole of what it does (`rank` with DoRA or another variant, `lora_bias`, `target_parameters`). Nothing
+            is written then.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"export_lora needs a PeftModel, as `get_peft_model` returns it, got {type(model).__name__}.")
@@ -68,10 +71,13 @@ def export_lora(
     errors = dict.fromkeys(layers, 0.0)
     if rank is None and isinstance(config, LoraConfig):
         exported = _as_lora(config)
+        state |= _rescaled(state, layers, adapter_name)
     else:
         if rank is None:
             factors = {name: layer.lora_factors(adapter_name) for name, layer in layers.items()}
         else:
+            for layer in layers.values():
+                _check_delta(config, layer, adapter_name)
             factors = {}
             for name, layer in tqdm(layers.items(), "approximating", leave=False, disable=None):
                 *factors[name], errors[name] = _truncated(layer, adapter_name, rank)
@@ -102,6 +108,19 @@ def _truncated(layer: Any, adapter_name: str, rank: int) -> tuple[torch.Tensor, 
     return (root[:, None] * Vh[:rank]).unflatten(1, delta.shape[1:]), U[:, :rank] * root, float(lost)
 
 
+def _check_delta(config: Any, layer: Any, adapter_name: str) -> None:
+    """Raises NotImplementedError unless `get_delta_weight` is all that the adapter does in a layer."""
+    rule = getattr(layer, "lora_variant", {}).get(adapter_name)
+    reasons = [name for name in ("lora_bias", "target_parameters") if getattr(config, name, None)]
+    if rule is not None and not isinstance(rule, Variant):
+        reasons.append("use_dora" if getattr(config, "use_dora", False) else type(rule).__name__)
+    if reasons:
+        raise NotImplementedError(
+            f"An adapter with {' and '.join(reasons)} is more than a weight delta that a plain LoRA of a given rank "
+            "could approximate. `rank=None` copies it as it is."
+        )
+
+
 def _chosen(model: PeftModel, adapter_name: str | None) -> str:
     if adapter_name is None:
         active = model.active_adapters
@@ -118,6 +137,18 @@ def _as_lora(config: LoraConfig) -> LoraConfig:
     return LoraConfig(
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig) if f.init and f.name != "peft_type"}
     )
+
+
+def _rescaled(state: dict[str, torch.Tensor], layers: dict[str, Any], adapter_name: str) -> dict[str, torch.Tensor]:
+    """The tensors of `state` that hold what `scale_layer` or `set_scale` did, which no config can say."""
+    found = {}
+    for name, layer in layers.items():
+        r = layer.r[adapter_name]
+        ratio = layer.scaling[adapter_name] * (r**0.5 if layer.use_rslora[adapter_name] else r)
+        ratio /= layer.lora_alpha[adapter_name]
+        keys = (f"base_model.model.{name}.{part}" for part in ("lora_B.weight", "lora_B.bias", "lora_embedding_B"))
+        found.update({key: ratio * state[key] for key in keys if key in state and abs(ratio - 1) > 1e-9})
+    return found
 
 
 def _belongs_to(key: str, prefix: str) -> bool:

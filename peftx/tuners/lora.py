@@ -31,6 +31,8 @@ from .model import CheckedTuner, errors_naming, innermost, unsupported
 class VariantConfig(FileConfig, LoraConfig):
     """Base of the configs of the methods that are LoRA with another training rule; all fields of `LoraConfig` are here.
 
+    Their backward is written by hand: no second derivative, no `torch.func` transforms of the adapter's weights.
+
     Raises:
         ValueError: an option that changes what LoRA computes: DoRA and the other variants of PEFT, `lora_bias`,
             `target_parameters`.

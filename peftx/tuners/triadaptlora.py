@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -275,7 +276,8 @@ class GrowingModel(AdapterModel):
     def rank_history(self, adapter_name: str | None = None) -> list[dict[str, Any]]:
         """The ranks at the start (step 0) and after each growth, as `TriAdaptCallback` logs them; for `plot_ranks`.
 
-        They are read from the saved tensors, and so are complete after a resume and for a loaded adapter.
+        They are read from the saved tensors, and so are complete after a resume and for a loaded adapter. The steps
+        are those that `update_and_grow` was given: an adapter that was trained twice has steps of both trainings.
         """
         name, layers = self._named(adapter_name)
         since = {key: layer.triadaptlora_since[name].tolist() for key, layer in layers.items()}
@@ -341,7 +343,8 @@ def update_and_grow(model: nn.Module, step: int) -> list[str]:
 
 
 def _tuner(model: nn.Module) -> Any:
-    """The tuner of a `PeftModel`; what it was made of, a tuner or a transformers model, is returned as it is."""
+    """The tuner of a `PeftModel`, also of one that DDP wraps; a tuner or a transformers model is returned as it is."""
+    model = extract_model_from_parallel(model)
     inner: Any = getattr(model, "base_model", model)
     return inner if isinstance(inner, BaseTuner) else model
 
@@ -405,13 +408,14 @@ class TriAdaptCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        tuner = _tuner(model)
         configs = {
             name: config
-            for name, config in getattr(model, "peft_config", {}).items()
-            if isinstance(config, TriAdaptLoRAConfig)
+            for name, config in getattr(tuner, "peft_config", {}).items()
+            if isinstance(config, TriAdaptLoRAConfig) and _trained_layers(tuner, name)
         }
         if not configs:
-            raise ValueError("TriAdaptCallback: the model has no TriAdaptLoRA adapter. Leave the callback out.")
+            raise ValueError("TriAdaptCallback: the model trains no TriAdaptLoRA adapter. Leave the callback out.")
         for name, config in configs.items():
             if config.total_step is None:
                 config.check_total_step(state.max_steps)
@@ -421,11 +425,16 @@ class TriAdaptCallback(TrainerCallback):
                     f"training has {state.max_steps} optimizer steps. Set `total_step=None` to plan anew.",
                     stacklevel=2,
                 )
-        for config in configs.values():
-            config.total_step = config.total_step or state.max_steps
-        _found_driver(_tuner(model))
+        self._planned = [config for config in configs.values() if config.total_step is None]
+        for config in self._planned:
+            config.total_step = state.max_steps
+        _found_driver(tuner)
         if state.global_step == 0:
             self._log(state, model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for config in self._planned:  # the next training may have another length
+            config.total_step = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if update_and_grow(model, state.global_step):
@@ -557,7 +566,8 @@ class TriAdaptLoRALinear(AdapterLayer):
     def score(self, adapter_name: str, step: int) -> float:
         """By how much F has changed since the last call of this, which it remembers."""
         current, previous = self.core_norm(adapter_name), self.triadaptlora_norm[adapter_name]
-        change = float(current - previous.to("cpu", torch.float32))
+        # In the dtype of what is remembered: `model.bfloat16()` rounds that, and an untouched core has to score zero.
+        change = float(current.to(previous.dtype)) - float(previous)
         previous.copy_(current)
         self.triadaptlora_scored[adapter_name].fill_(step)
         return change
