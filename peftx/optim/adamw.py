@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from . import projection
-from .checks import OPTIONS, check_names, check_options, check_parameter, check_state
+from .checks import OPTIONS, as_python, check_names, check_options, check_parameter, check_state
 from .fused import fusable, fused_step
 from .lanes import descend, plain, project
 from .moments import Rule, Segment, directions, segments, span_of
@@ -41,8 +43,8 @@ class LowRankAdamW(torch.optim.Optimizer):
     parameters that are not 8-bit are float64.
 
     If any gradient has a value that is not finite, the step is skipped as a whole: no parameter, no state changes;
-    a warning is logged and `skipped_steps` counts it. After the first step one line at level INFO tells how many
-    tensors are 8-bit, 32-bit and projected (see `summarize`).
+    a warning is logged and `skipped_steps` counts it. After each step in which a parameter is new, one line at level
+    INFO tells how many tensors are 8-bit, 32-bit and projected (see `summarize`).
 
     Args:
         params: parameters, named parameters or groups of them; floating-point, dense, each once.
@@ -74,8 +76,9 @@ class LowRankAdamW(torch.optim.Optimizer):
             `load_state_dict`: a state dict that is not of this optimizer, or not of these parameters. Nothing is
             changed then.
         NotImplementedError: parameters sharded as DTensor (FSDP2): a projection would need the whole gradient. With
-            FSDP1 every rank quantises its own flat shard, unprojected; PyTorch's `FSDP.optim_state_dict` refuses to
-            gather such states from more than one rank.
+            FSDP1 only `rank=None` works: every rank quantises its own flat shard and judges by this shard alone
+            whether the gradient is finite; PyTorch's `FSDP.optim_state_dict` refuses to gather such states from more
+            than one rank.
         ImportError: `fused=True` without bitsandbytes.
         RuntimeError: from `step`, before anything has changed, for a sparse gradient.
     """
@@ -117,7 +120,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             skipped_steps=0,
         )
         check_options(defaults)
-        super().__init__(params, defaults)
+        super().__init__(params, as_python(defaults))
 
     @property
     def skipped_steps(self) -> int:
@@ -126,6 +129,8 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("parameters must come in an order, which states are saved by; a set has none")
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
         check_options({**self.defaults, **param_group})
@@ -133,7 +138,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             check_parameter(tensor)
         if len(set(map(id, tensors))) < len(tensors):
             raise ValueError("a parameter appears more than once in a parameter group")
-        super().add_param_group({**param_group, "params": params})
+        super().add_param_group({**as_python(param_group), "params": params})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -142,6 +147,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         gradients = [p.grad for _, params in work for p in params]
         if any(gradient.layout != torch.strided for gradient in gradients):
@@ -150,15 +159,17 @@ class LowRankAdamW(torch.optim.Optimizer):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             logger.warning("step skipped: a gradient is not finite (%d skipped so far)", self.skipped_steps)
-            return loss
+            return
         fresh = [(p, group) for group, params in work for p in params if not self.state.get(p)]
         for p, group in fresh:
             self._allocate(p, group)
-        for group, params in work:
-            self._update(group, params)
+        with ExitStack() as full_precision:
+            for kind in {gradient.device.type for gradient in gradients}:
+                full_precision.enter_context(torch.autocast(kind, enabled=False))
+            for group, params in work:
+                self._update(group, params)
         if fresh:
             log_summary(self, logger)
-        return loss
 
     def allocate_states(self) -> None:
         """Makes the states of all parameters now (zeros) instead of at their first step, on any device, also "meta"."""
@@ -219,6 +230,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         state = self.state[p]
         if state["step"] % group["update_proj_gap"]:
             return True
+        if state["step"] and group["refresh_moments"] == "reset":
+            for moment in moments(state):
+                moment.zero_()
         gradient = projection.lay(p.grad).to(working_dtype(p.dtype))  # type: ignore[arg-type]
         if not gradient.any():
             return state["step"] > 0
@@ -229,23 +243,26 @@ class LowRankAdamW(torch.optim.Optimizer):
         if state["step"] and group["refresh_moments"] == "rotate":
             m = read_moment(state, "exp_avg")
             write_moment(state, "exp_avg", (new.T @ old).to(m.dtype) @ m)
-        elif state["step"] and group["refresh_moments"] == "reset":
-            for moment in moments(state):
-                moment.zero_()
         return True
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what `state_dict` returned, bit for bit: states keep their dtypes and move to the parameters' devices.
 
-        The hyperparameters in it replace those given at construction. Everything is checked first (see `Raises`).
+        The hyperparameters in it replace those given at construction. Everything is checked first (see `Raises`), but
+        after the hooks registered to run before; names are compared without the wrappers of torch.compile, DDP, FSDP.
         """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, dict(state_dict)) or state_dict
         groups, states = self._checked(state_dict)
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        for p, state in states.items():
-            self.state[p] = {
-                key: value.to(p.device, copy=True) if isinstance(value, torch.Tensor) else value
-                for key, value in state.items()
-            }
+        state = defaultdict(dict, {p: _moved(state, p.device) for p, state in states.items()})
+        groups = [
+            {**copy.deepcopy(new), **{key: ours[key] for key in ("params", "param_names") if key in ours}}
+            for ours, new in zip(self.param_groups, groups, strict=True)
+        ]
+        self.__setstate__({"state": state, "param_groups": groups})
+        for done in self._optimizer_load_state_dict_post_hooks.values():
+            done(self)
 
     def _checked(self, state_dict: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[torch.Tensor, Any]]:
         """The groups and, by parameter, the states of a state dict that fits this optimizer."""
@@ -269,6 +286,12 @@ class LowRankAdamW(torch.optim.Optimizer):
         for key, state in states.items():
             check_state(state, *by_id[key], where=f"state of parameter {key}")
         return groups, {by_id[key][0]: state for key, state in states.items()}
+
+
+def _moved(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        key: value.to(device, copy=True) if isinstance(value, torch.Tensor) else value for key, value in state.items()
+    }
 
 
 def resets(p: torch.Tensor, group: Mapping[str, Any]) -> bool:

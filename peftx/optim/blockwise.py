@@ -10,12 +10,13 @@ entry, and zero stays zero (the kernel turns it into 2e-5 of the block's largest
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 BLOCK = 256
+FP32: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch's defaults are
 _CELLS = 1 << 16  # patterns of the upper half of an fp32 number: sign, exponent, seven bits of the mantissa
 
 
@@ -38,9 +39,9 @@ def dynamic_values(signed: bool) -> torch.Tensor:
 
     A decade [10^(k-7), 10^(k-6)], k = 0..6, holds the middles of 2^k equal parts (of 2^(k+1) without a sign).
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], **FP32)]
     for k in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (k if signed else k + 1) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (k if signed else k + 1) + 1, **FP32)
         middles = 10.0 ** (k - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
@@ -54,7 +55,7 @@ def code_book(signed: bool, device: torch.device) -> CodeBook:
     limits = F.pad((values[:-1] + values[1:]) / 2, (0, 1), value=torch.inf)
     if not signed:
         limits[0] = 0.0
-    low = torch.arange(_CELLS, dtype=torch.int32) << 16
+    low = torch.arange(_CELLS, dtype=torch.int32, device="cpu") << 16
     ends = torch.stack([low, low | 0xFFFF]).view(torch.float32).nan_to_num().amin(0)
     first = torch.bucketize(ends, limits).clamp_max(255).to(torch.uint8)
     return CodeBook(values.to(device), limits.to(device), first.to(device), zero=int((values < 0).sum()))

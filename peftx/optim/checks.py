@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ OPTIONS = {
     *("lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale", "proj_refresh", "refresh_moments"),
     *("update", "optim_bits", "min_8bit_size", "basis_bits", "fused", "skipped_steps"),
 }
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 UPDATES = ("galore", "apollo", "frugal-sign", "frugal-sgd")
 
 
@@ -23,16 +25,17 @@ def check_options(group: Mapping[str, Any]) -> None:
     """Raises ValueError for the first hyperparameter of a group that is out of its range."""
 
     def number(value: Any, low: float, high: float = math.inf) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) < high
 
     def whole(value: Any, low: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= low
 
     betas, rank = group["betas"], group["rank"]
+    pair = isinstance(betas, Sequence) and len(betas) == 2
     lr = group["lr"].item() if isinstance(group["lr"], torch.Tensor) else group["lr"]
     rules = {
         "lr": (number(lr, 0), "at least 0"),
-        "betas": (len(betas) == 2 and all(number(beta, 0, 1) for beta in betas), "two numbers, at least 0, below 1"),
+        "betas": (pair and all(number(beta, 0, 1) for beta in betas), "two numbers, at least 0, below 1"),
         "eps": (number(group["eps"], 0), "at least 0"),
         "weight_decay": (number(group["weight_decay"], 0), "at least 0"),
         "rank": (
@@ -60,6 +63,17 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ImportError("fused=True needs bitsandbytes: pip install bitsandbytes")
 
 
+def as_python(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with NumPy's numbers as Python's, which `torch.load(weights_only=True)` reads."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(plain, value))
+        return value.item() if isinstance(value, numbers.Real) and hasattr(value, "item") else value
+
+    return {key: plain(value) if key in OPTIONS else value for key, value in options.items()}
+
+
 def check_parameter(p: Any) -> None:
     if not isinstance(p, torch.Tensor):
         raise TypeError(f"parameters must be tensors, not {type(p).__name__}")
@@ -70,10 +84,15 @@ def check_parameter(p: Any) -> None:
 
 
 def check_names(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises ValueError if both groups know their parameters' names and these differ."""
+    """Raises ValueError if both groups know their parameters' names and these differ in more than wrappers."""
     for theirs, ours in zip(found.get("param_names", ()), wanted.get("param_names", ()), strict=False):
-        if theirs != ours:
+        if _bare(theirs) != _bare(ours):
             raise ValueError(f"the state dict has a state of {theirs!r} where the optimizer has {ours!r}")
+
+
+def _bare(name: str) -> str:
+    """A parameter's name in the model that torch.compile, DDP or FSDP wraps."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def check_state(state: Any, p: torch.Tensor, group: Mapping[str, Any], where: str) -> None:

@@ -53,7 +53,9 @@ def lift(
 ) -> torch.Tensor:
     """APOLLO's or FRUGAL's full update (short, long), from D and R (rank, long) and the gradient G (short, long)."""
     if update == "apollo":
-        norm = low.norm(dim=0)
+        peak = low.abs().amax(0)
+        peak = peak.masked_fill(peak == 0, 1)
+        norm = peak * (low / peak).norm(dim=0)  # whose squares cannot overflow
         return gradient * (direction.norm(dim=0) / norm.masked_fill(norm == 0, 1))
     rest = gradient - basis @ low
     return torch.addmm(rest.sign() if update == "frugal-sign" else rest, basis, direction)

@@ -64,6 +64,7 @@ def directions(batch: Sequence[Segment], rule: Rule) -> list[torch.Tensor]:
     """Advances the moments of a batch by one step and returns each segment's direction m_hat / (sqrt(v_hat) + eps).
 
     The segments agree in device, dtypes and kind of moments. Arithmetic is in fp32 (fp64 where the moments are).
+    Gradients are cut off where their squares would overflow, at about 9e18 in fp32; the direction stays bounded.
     """
     quantized = len(batch[0].moments) == 4
     sizes = [segment.gradient.numel() for segment in batch]
@@ -77,7 +78,8 @@ def directions(batch: Sequence[Segment], rule: Rule) -> list[torch.Tensor]:
         )
     else:
         m, v = _join(first), _join(second)
-    gradient = _join([segment.gradient for segment in batch], pads).to(m.dtype)
+    limit = math.sqrt(torch.finfo(m.dtype).max) / 2
+    gradient = _join([segment.gradient for segment in batch], pads).to(m.dtype).clamp(-limit, limit)
     m.lerp_(gradient, 1 - rule.beta1)
     v.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
     correction = 1 - rule.beta1**rule.age

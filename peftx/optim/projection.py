@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .blockwise import FP32
+
 REFRESH = ("svd", "randomized", "random")
 
 
@@ -19,7 +21,7 @@ def lay(matrix: torch.Tensor) -> torch.Tensor:
 
 def projected_shape(shape: torch.Size, rank: int | float) -> tuple[int, int]:
     """(rank, long) of a matrix. The rank is limited to the short side; below 1 it is a share of it, rounded down."""
-    rows = max(1, int(rank * min(shape))) if rank < 1 else int(rank)
+    rows = max(1, int(rank * min(shape) + 1e-9)) if rank < 1 else int(rank)  # 0.29 * 100 is 28.999...
     return min(rows, *shape), max(shape)
 
 
@@ -33,11 +35,12 @@ def basis(gradient: torch.Tensor, rank: int, how: str, seed: int) -> torch.Tenso
     short, long = gradient.shape
     if how == "svd":
         return torch.linalg.svd(gradient, full_matrices=False).U[:, :rank]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     if how == "random":
-        return _orthonormal(torch.randn(short, rank, generator=generator).to(gradient))
+        return _orthonormal(torch.randn(short, rank, generator=generator, **FP32).to(gradient))
+    gradient = gradient / gradient.abs().max()  # powers of large numbers would overflow
     sketch = min(rank + 8, short)
-    found = _orthonormal(gradient @ torch.randn(long, sketch, generator=generator).to(gradient))
+    found = _orthonormal(gradient @ torch.randn(long, sketch, generator=generator, **FP32).to(gradient))
     for _ in range(2):
         found = _orthonormal(gradient @ _orthonormal(gradient.T @ found))
     left = torch.linalg.svd(found.T @ gradient, full_matrices=False).U[:, :rank]

@@ -103,7 +103,7 @@ class OptimizerFactory:
         return create_optimizer(model, **options)
 
 
-def trainer_kwargs(args: Any = None, **options: Any) -> dict[str, Any]:
+def trainer_kwargs(args: Any, **options: Any) -> dict[str, Any]:
     """What `Trainer` needs to use `LowRankAdamW`; the arguments are those of `create_optimizer` after the model.
 
         trainer = Trainer(model, args, train_dataset=data, **peftx.optim.trainer_kwargs(args, rank=4, min_8bit_size=0))

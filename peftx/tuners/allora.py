@@ -26,8 +26,8 @@ class ALLoRAConfig(VariantConfig):
     gradient of the layer's input is untouched. A row starts with s_i = eta and slows down as it grows.
 
     With AdamW, which forgets any constant factor of a gradient, the effect on B passes with its moments; what stays is
-    the weight of the rows in A's gradient. No call in the training loop is needed: s is computed in each training forward,
-    in O(r^2 (in_features + out_features)).
+    the weight of the rows in A's gradient. No call in the training loop is needed: each training forward computes s, in
+    O(r^2 (in_features + out_features)).
 
     The body of the paper could not be read: the rule follows its abstract, its reviews, and an implementation that
     cites section 4.2. The paper's values of eta were not found. Its abstract says dropout-free, a review reads a

@@ -40,9 +40,10 @@ class GradNormLoRPConfig(VariantConfig):
 
     Any other optimizer trains it as DoRA. What is saved is memory of the optimizer, not of weights and activations.
 
-    The norms cost one product of W with A in each training forward (and W is dequantised for it, if it is quantised),
-    two passes over the layer's output, and the base layer's output is kept for m's gradient; B A is never built. In
-    evaluation that product is kept while A stays as it is. With `lora_dropout` the change of the row's scale sees the
+    The norms cost one product of W with A and one pass over W in each forward (and W is dequantised for it, if it is
+    quantised), two passes over the layer's output, and the base layer's output is kept for m's gradient; B A is never
+    built. Only in the evaluation of a quantised layer are ||W||^2 and that product kept, while A stays as it is and no
+    other adapter is merged. With `lora_dropout` the change of the row's scale sees the
     dropped input too, as in PEFT's DoRA, which calls the base layer twice in training. Several active adapters act one
     after the other, each with the norms of its own W + s B A, as in PEFT's DoRA.
 
@@ -93,10 +94,16 @@ class GradNormLoRPConfig(VariantConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not 0 <= self.proj_scale < float("inf"):
             raise ValueError(f"`proj_scale` must be finite and at least 0, got {self.proj_scale}.")
-        if self.proj_rank is not None and self.proj_rank >= max(self.r, *(self.rank_pattern or {}).values(), 1):
+        ranks = {self.r, *(self.rank_pattern or {}).values()}
+        if rotated := sorted(r for r in ranks if r <= (self.proj_rank or 1)):
+            reason = (
+                "a rank of 1 cannot be projected"
+                if self.proj_rank is None
+                else f"proj_rank={self.proj_rank} is not below it"
+            )
             warnings.warn(
-                f"proj_rank={self.proj_rank} is not below r={self.r}: the gradients of A and B are rotated, not "
-                "projected, which saves no memory.",
+                f"The gradients of A and B of modules of r={', '.join(map(str, rotated))} are rotated, not projected, "
+                f"which saves no memory: {reason}.",
                 stacklevel=2,
             )
 
@@ -162,7 +169,8 @@ def unmerged_weight(module: Any) -> torch.Tensor:
     """The base weight in its layout, dequantised if need be, without the adapters that are merged into it."""
     weight = module.get_base_weight()
     for name in reversed(module.merged_adapters):
-        weight = module.lora_variant[name].unmerge(module, name, weight)
+        rule = module.lora_variant.get(name)  # none: plain LoRA
+        weight = rule.unmerge(module, name, weight) if rule else weight - module.get_delta_weight(name).to(weight.dtype)
     return weight
 
 
@@ -174,8 +182,8 @@ def in_rows(module: Any, tensor: torch.Tensor) -> torch.Tensor:
 class GradNormLoRP(Variant):
     """W' = c (W + s B A) for one adapter in one linear layer; c = m / ||W + s B A||, a factor for each row."""
 
-    _base: tuple[Any, torch.Tensor] | None = None  # what the base weight was like, and its squared row norms
-    _cross: tuple[torch.Tensor, torch.Tensor] | None = None  # A, and W A^T, in evaluation
+    # Of a quantised layer in evaluation: what they are valid for, A, and then ||W||^2 and W A^T.
+    _kept: tuple[Any, torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
     _merged: tuple[torch.Tensor, torch.Tensor] | None = None  # c, and the rows of the weight that it made zero
 
     # Norms
@@ -194,34 +202,27 @@ class GradNormLoRP(Variant):
             return norms2.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
     def _products(self, module: Any, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """||W||^2 of each row (out_features,) and W A^T (out_features, r)."""
+        """||W||^2 of each row (out_features,) and W A^T (out_features, r), in A's dtype or a wider one."""
 
-        def weight() -> torch.Tensor:
+        def read() -> torch.Tensor:
             return in_rows(module, unmerged_weight(module)).detach()
 
-        base = self.base_norms2(module, A.dtype)
-        if torch.is_grad_enabled() or module.training or torch.compiler.is_compiling():
-            return base, _Cross.apply(A, weight(), weight if module.quantization_backend else None)
-        if self._cross is None or not torch.equal(self._cross[0], A):
-            self._cross = A, F.linear(A, weight().to(A.dtype)).T
-        return base, self._cross[1]
+        def products() -> tuple[torch.Tensor, torch.Tensor]:
+            weight = read()
+            dtype = torch.promote_types(weight.dtype, A.dtype)
+            norms2 = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+            return norms2, _Cross.apply(A, weight, read if quantized else None)
 
-    def base_norms2(self, module: Any, dtype: torch.dtype) -> torch.Tensor:
-        """||W||^2 of each row (out_features,), in `dtype` or a wider one; kept while W stays as it is."""
-
-        def norms2() -> torch.Tensor:
-            weight = in_rows(module, unmerged_weight(module)).detach()
-            return weight.to(torch.promote_types(weight.dtype, dtype)).square().sum(dim=1)
-
-        if torch.compiler.is_compiling():
-            return norms2()
-        stored = module.get_base_layer().weight
-        state: tuple[Any, ...] = (stored.dtype, stored.device, dtype)
-        if module.quantization_backend is None:  # an evaluation may lay a quantised weight out anew, and round it
-            state += (stored.data_ptr(), stored._version)
-        if self._base is None or self._base[0] != state:
-            self._base, self._cross = (state, norms2()), None
-        return self._base[1]
+        # Whoever writes through `.data`, as PEFT's merge does, leaves no trace, and to look for one costs as much as
+        # the norms. A quantised weight is never written in place, and costs more to read.
+        quantized = module.quantization_backend is not None
+        if not quantized or module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return products()
+        weight = module.get_base_layer().weight
+        state = weight.dtype, weight.device, A.dtype, tuple(module.merged_adapters)
+        if self._kept is None or self._kept[0] != state or not torch.equal(self._kept[1], A):
+            self._kept = state, A.detach(), products()
+        return self._kept[2]
 
     def row_factor(self, module: Any, adapter_name: str) -> torch.Tensor:
         """c (out_features,), at least fp32; 1 for a row of zeros."""
@@ -277,8 +278,9 @@ class GradNormLoRP(Variant):
     @torch.no_grad()
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         assert self._merged is not None
-        c, lost = self._merged
-        weight = at_least_fp32(orig_weight) / in_rows(module, c[:, None]) - self._low_rank(module, active_adapter)
+        weight = at_least_fp32(orig_weight)
+        c, lost = (kept.to(weight) for kept in self._merged)
+        weight = weight / in_rows(module, c[:, None]) - self._low_rank(module, active_adapter)
         in_rows(module, weight)[c == 0] = lost
         return weight.to(orig_weight.dtype)
 
@@ -347,7 +349,6 @@ class GradNormLoRPModel(VariantModel, _DoraFiles):
         rule = GradNormLoRP(config, key)
         A, empty = layer.lora_A[adapter_name].weight, torch.empty(layer.out_features, device="meta")
         with torch.no_grad(), gather_params_ctx(layer.get_base_layer().parameters()):
-            rule.base_norms2(layer, at_least_fp32(A).dtype)
             magnitude = empty if A.is_meta else rule.row_norms(layer, adapter_name)
         if not isinstance(layer.lora_magnitude_vector, nn.ParameterDict):
             layer.lora_magnitude_vector = nn.ParameterDict()
