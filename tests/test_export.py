@@ -173,6 +173,29 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path, unmerg
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"alora_invocation_tokens": [3]}, "ALoraLinearVariant"),
+    ],
+)
+def test_what_of_pefts_own_is_more_than_a_delta_has_no_given_rank(options, reason, tmp_path, tokens):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(tiny_model("llama"), config).eval()
+    with pytest.raises(NotImplementedError, match=rf"{reason} is more than a weight delta.*`rank=None`"):
+        peftx.export_lora(model, tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    wanted = logits(model, tokens)
+    peftx.export_lora(model, tmp_path / "copy")
+    copied = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "copy").eval()
+    torch.testing.assert_close(logits(copied, tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match="needs a PeftModel"):
         peftx.export_lora(nn.Linear(2, 2), tmp_path)

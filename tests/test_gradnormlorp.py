@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 
 import peft
 import pytest
@@ -183,7 +184,8 @@ def test_a_row_that_the_adapter_cancels_is_finite():
 )
 @settings(deadline=None, max_examples=50)
 def test_factored_row_norms_equal_dense_ones(o, i, r, size, alpha):
-    _model, layer = wrap(nn.Linear(i, o), r=r, lora_alpha=alpha)
+    with warnings.catch_warnings(action="ignore"):  # that a rank of 1 cannot be projected
+        _model, layer = wrap(nn.Linear(i, o), r=r, lora_alpha=alpha)
     A, B, _ = tensors(layer)
     B.data *= size
     found = layer.lora_variant["default"].row_norms(layer, "default")
@@ -191,7 +193,9 @@ def test_factored_row_norms_equal_dense_ones(o, i, r, size, alpha):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("change", ["optimizer", "data", "in place", "base", "base data", "scale", "dtype"])
+@pytest.mark.parametrize(
+    "change", ["optimizer", "data", "in place", "base", "base data", "base written", "scale", "dtype"]
+)
 def test_the_output_follows_every_change(change, training):
     model, layer = wrap()
     model.train(training)
@@ -212,6 +216,8 @@ def test_the_output_follows_every_change(change, training):
         weight.detach().add_(1)
     elif change == "base data":
         weight.data = weight.data + 1
+    elif change == "base written":  # as PEFT's own merge writes
+        weight.data += 1
     elif change == "scale":
         layer.set_scale("default", 0.25)
     else:
@@ -226,18 +232,28 @@ def test_the_output_follows_every_change(change, training):
     assert change == "dtype" or not torch.allclose(after, before)
 
 
-def test_the_base_weight_is_read_once_in_training_and_not_again_in_evaluation(monkeypatch):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_base_weight_is_read_once_and_a_quantized_one_not_again_in_evaluation(quantized, monkeypatch):
     reads, read = [], gradnormlorp.unmerged_weight
     monkeypatch.setattr(gradnormlorp, "unmerged_weight", lambda module: reads.append(1) or read(module))
-    model, _layer = wrap()
-    x = torch.randn(4, 7, dtype=torch.float64)
+    base = pytest.importorskip("bitsandbytes").nn.Linear4bit(64, 32).to("cpu") if quantized else nn.Linear(64, 32)
+    model = peft.get_peft_model(nn.Sequential(base), peftx.GradNormLoRPConfig(target_modules=["0"]))
+    x = torch.randn(4, 64)
     counts = []
     for training in (True, True, False, False):
         reads.clear()
         with torch.set_grad_enabled(training):
             model.train(training)(x)
         counts.append(len(reads))
-    assert counts[1:] == [1, 1, 0]
+    assert counts == [1, 1, 1, int(not quantized)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_copied_after_a_forward_with_gradients(training):
+    model, _layer = wrap()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    y = model.train(training)(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
 
 
 @pytest.mark.parametrize("safe", [False, True])
@@ -270,6 +286,35 @@ def test_merging_is_exact_and_unmerging_restores_the_weight(kind, safe):
     torch.testing.assert_close(model(x), y)
     model.unmerge_adapter()
     torch.testing.assert_close(layer.get_base_layer().weight.data, weight.data)
+
+
+def test_a_merged_adapter_is_removed_in_another_dtype():
+    model, layer = wrap()
+    layer.lora_magnitude_vector["default"].data[2] = 0
+    weight = layer.get_base_layer().weight.detach().clone()
+    model.float().merge_adapter()
+    model.double().unmerge_adapter()
+    torch.testing.assert_close(layer.get_base_layer().weight.data, weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [["lora", "ours"], ["ours", "lora"]])
+def test_it_merges_before_and_after_plain_lora(order):
+    model = tiny_model("llama").double()
+    config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    model.add_adapter(peft.LoraConfig(**config), adapter_name="lora")
+    model.add_adapter(peftx.GradNormLoRPConfig(**config), adapter_name="ours")
+    layer = model.model.layers[0].self_attn.q_proj
+    W, s, x = base_weight(layer).clone(), layer.scaling["ours"], torch.randn(3, 16, dtype=torch.float64)
+    A, B, m = tensors(layer, "ours")
+    c, plain, delta = m / (W + s * B @ A).norm(dim=1), *(layer.get_delta_weight(name) for name in ("lora", "ours"))
+    wanted = c[:, None] * (W + plain + s * B @ A) if order[0] == "lora" else W + delta + plain
+    model.set_adapter(order)
+    torch.testing.assert_close(layer(x), F.linear(x, wanted))
+    layer.merge(adapter_names=order)
+    torch.testing.assert_close(base_weight(layer), wanted)
+    torch.testing.assert_close(layer.get_delta_weight("ours"), delta)
+    layer.unmerge()
+    torch.testing.assert_close(base_weight(layer), W)
 
 
 def test_convert_to_lora_and_weighted_adapters_know_the_whole_change():
@@ -369,8 +414,16 @@ def test_bad_settings_are_refused(kwargs, message):
 
 
 def test_a_projection_that_saves_nothing_is_warned_about():
-    with pytest.warns(UserWarning, match=r"proj_rank=8 is not below r=8"):
+    with pytest.warns(UserWarning, match=r"modules of r=8 are rotated.*proj_rank=8 is not below"):
         peftx.GradNormLoRPConfig(r=8, proj_rank=8)
+    with pytest.warns(UserWarning, match=r"modules of r=2, 4 are rotated.*proj_rank=4 is not below"):
+        peftx.GradNormLoRPConfig(r=8, proj_rank=4, rank_pattern={"q": 4, "k": 2, "v": 5})
+    with pytest.warns(UserWarning, match=r"modules of r=1 are rotated.*rank of 1 cannot be projected"):
+        peftx.GradNormLoRPConfig(r=2, rank_pattern={"q": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftx.GradNormLoRPConfig(r=2)
+        peftx.GradNormLoRPConfig(r=8, proj_rank=4, rank_pattern={"q": 5})
 
 
 # The optimizer

@@ -8,13 +8,25 @@ from itertools import pairwise
 
 import accelerate
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftx.optim import LowRankAdamW, dequantize, fused, moments, quantize, state_bytes, summarize
+from peftx.optim import (
+    LowRankAdamW,
+    blockwise,
+    create_optimizer,
+    dequantize,
+    fused,
+    moments,
+    quantize,
+    state_bytes,
+    summarize,
+)
 from peftx.optim.blockwise import code_book
 from peftx.optim.projection import basis as find_basis
 from peftx.optim.state import read_moment
@@ -364,7 +376,8 @@ def test_the_basis_is_orthonormal_and_renewed_exactly_when_due(shape, proj_refre
 
 
 @pytest.mark.parametrize(
-    ("shape", "rank", "rows"), [((8, 30), 0.5, 4), ((30, 7), 0.5, 3), ((1, 9), 0.5, 1), ((8, 8), 0.9, 7)]
+    ("shape", "rank", "rows"),
+    [((8, 30), 0.5, 4), ((30, 7), 0.5, 3), ((1, 9), 0.5, 1), ((8, 8), 0.9, 7), ((100, 400), 0.29, 29)],
 )
 def test_a_rank_below_one_is_a_share_of_the_short_side(shape, rank, rows):
     steps(optimizer := LowRankAdamW([p := parameter(*shape)], rank=rank), 1)
@@ -487,6 +500,40 @@ def test_a_zero_gradient_at_a_later_refresh_keeps_the_basis():
     assert optimizer.state[p]["step"] == 3 and torch.equal(optimizer.state[p]["basis"], before)
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_zero_gradient_at_a_later_refresh_resets_the_moments_all_the_same(bits):
+    weight, gradients = normal(8, 300, dtype=F64), [normal(8, 300, seed=t, dtype=F64) for t in range(4)]
+    gradients[2] = torch.zeros(8, 300, dtype=F64)
+    found, optimizer = run(
+        weight, gradients[:3], lr=0.01, weight_decay=0.0, rank=2, update_proj_gap=2, refresh_moments="reset",
+        optim_bits=bits, min_8bit_size=0,
+    )  # fmt: skip
+    (state,) = optimizer.state.values()
+    assert not any(read_moment(state, key).any() for key in ("exp_avg", "exp_avg_sq"))
+    before, _ = run(
+        weight, gradients[:2], lr=0.01, weight_decay=0.0, rank=2, update_proj_gap=2, refresh_moments="reset",
+        optim_bits=bits, min_8bit_size=0,
+    )  # fmt: skip
+    assert torch.equal(found, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 4, "proj_refresh": "randomized"}])
+def test_pytorchs_defaults_change_nothing(options):
+    weight, gradients = normal(16, 64), [normal(16, 64, seed=t) for t in range(2)]
+    wanted, _ = run(weight, gradients, min_8bit_size=0, **options)
+    dtype = torch.get_default_dtype()
+    blockwise.code_book.cache_clear()
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found, _ = run(weight, gradients, min_8bit_size=0, **options)
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        blockwise.code_book.cache_clear()
+    assert torch.equal(found, wanted)
+
+
 def test_changes_from_outside_survive():
     p = parameter(8, 30)
     steps(optimizer := LowRankAdamW([p], lr=0.0, weight_decay=0.0, rank=2), 2)
@@ -529,6 +576,50 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted(option
     assert fresh.skipped_steps == 1
     steps(optimizer, 1, 2)
     assert not torch.equal(params[0], weights[0])
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"fused": True}, {"optim_bits": 32}, {"rank": 4}, {"rank": 4, "update": "apollo"},
+    {"rank": 4, "proj_refresh": "randomized"}, {"rank": 4, "update": "frugal-sign"},
+])  # fmt: skip
+@pytest.mark.parametrize("size", [1e22, 3e38])
+def test_gradients_whose_squares_overflow_leave_weights_and_states_finite(options, size):
+    p = nn.Parameter(torch.zeros(16, 512))
+    optimizer = LowRankAdamW([p], lr=1e-3, min_8bit_size=0, **options)
+    for step in range(4):
+        p.grad = normal(16, 512, seed=step).sign()
+        p.grad[0] *= size if step < 2 else 1
+        optimizer.step()
+    assert p.isfinite().all() and 0 < p.abs().max() < 0.02
+    assert all(value.isfinite().all() for value in optimizer.state[p].values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [
+    {}, {"rank": 4}, {"rank": 4, "update": "apollo"}, {"rank": 4, "proj_refresh": "randomized"},
+])  # fmt: skip
+def test_autocast_reaches_the_closure_but_not_the_step(options, dtype):
+    x = normal(5, 64, dtype=dtype)
+    found = []
+    for inside in (False, True):
+        p = parameter(16, 64, dtype=dtype)
+        optimizer = LowRankAdamW([p], lr=0.01, min_8bit_size=0, **options)
+        dtypes = set()
+
+        def closure(p=p, dtypes=dtypes, inside=inside):
+            mixed = torch.is_autocast_enabled("cpu") or not inside
+            p.grad = None
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                y = nn.functional.linear(x, p)
+            dtypes.add(y.dtype)
+            y.float().square().mean().backward()
+
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step(closure)
+        assert dtypes == {torch.bfloat16}
+        found.append((p.detach(), optimizer.state_dict()["state"]))
+    assert same(*found)
 
 
 def test_large_but_finite_gradients_are_not_skipped():
@@ -583,6 +674,19 @@ def test_the_goals_for_large_matrices():
         optimizer.allocate_states()
         sizes[rank] = state_bytes(optimizer) / p.numel()
     assert sizes[128] <= 0.30 and sizes[None] <= 2.1
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "saved"),
+    [({}, 13_687_406_720, 0.746), ({"rank": 1024, "basis_bits": 16}, 5_700_665_472, 0.894)],
+)
+def test_the_goals_for_llama_7b(options, size, saved):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())  # its defaults are LLaMA-7B
+    optimizer = create_optimizer(model, **options)
+    optimizer.allocate_states()
+    count = sum(p.numel() for p in model.parameters())
+    assert state_bytes(optimizer) == size and round(1 - size / (8 * count), 3) == saved
 
 
 def test_state_bytes_of_other_optimizers():
@@ -713,11 +817,54 @@ def test_states_of_other_names_are_refused():
     LowRankAdamW([a, b]).load_state_dict(saved)
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.0.weight", "module.0.weight", "0._fsdp_wrapped_module.weight"])
+def test_states_of_a_wrapped_model_are_loaded(wrapper):
+    saved, bare = LowRankAdamW([(wrapper, parameter(8, 8))]), LowRankAdamW([("0.weight", parameter(8, 8))])
+    steps(saved, 1)
+    steps(bare, 1)
+    for source, target in ((saved, bare), (bare, saved)):
+        names = target.param_groups[0]["param_names"]
+        target.load_state_dict(source.state_dict())
+        assert target.param_groups[0]["param_names"] == names
+        assert same(target.state_dict()["state"], source.state_dict()["state"])
+
+
+def test_hooks_see_the_state_dict_before_the_check_and_the_state_after():
+    source = LowRankAdamW([("old", parameter(64, 96))])
+    steps(source, 2)
+    optimizer, seen = LowRankAdamW([("new", parameter(64, 96))]), []
+
+    def rename(optimizer, state_dict):
+        state_dict["param_groups"] = [{**group, "param_names": ["new"]} for group in state_dict["param_groups"]]
+
+    optimizer.register_load_state_dict_pre_hook(rename)
+    optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: {**state_dict})
+    optimizer.register_load_state_dict_post_hook(lambda optimizer: seen.append(snapshot(optimizer)["state"]))
+    saved = source.state_dict()
+    optimizer.load_state_dict(saved)
+    assert saved["param_groups"][0]["param_names"] == ["old"]
+    assert len(seen) == 1 and same(seen[0], saved["state"])
+
+
+def test_numpys_numbers_are_numbers(tmp_path):
+    numbers = dict(
+        lr=np.float32(0.5), betas=(np.float64(0.5), np.float32(0.75)), rank=np.int64(2), min_8bit_size=np.int32(0)
+    )
+    optimizer = LowRankAdamW([parameter(8, 300)], **numbers)
+    optimizer.add_param_group({"params": [parameter(8, 300)], "scale": np.float32(0.25), "rank": np.float64(0.5)})
+    steps(optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "saved")
+    first, second = torch.load(tmp_path / "saved", weights_only=True)["param_groups"]
+    assert (first["lr"], first["betas"], first["rank"], second["scale"], second["rank"]) == (
+        0.5, (0.5, 0.75), 2, 0.25, 0.5,
+    )  # fmt: skip
+
+
 BAD = [
     ("optim_bits", 4), ("optim_bits", "8"), ("basis_bits", 8), ("rank", 0), ("rank", -1), ("rank", 2.5),
     ("rank", 1.0), ("rank", 0.0), ("rank", False), ("rank", True),
     ("update_proj_gap", 0), ("update_proj_gap", 1.5), ("min_8bit_size", -1), ("scale", -1.0), ("scale", math.nan),
-    ("lr", -1.0), ("lr", math.nan), ("betas", (0.9, 1.0)), ("betas", (0.9,)), ("eps", -1e-8), ("weight_decay", -0.1),
+    ("lr", -1.0), ("lr", math.nan), ("betas", (0.9, 1.0)), ("betas", (0.9,)), ("betas", 0.9), ("eps", -1e-8), ("weight_decay", -0.1),
     ("proj_refresh", "qr"), ("refresh_moments", "drop"), ("update", "adam"), ("fused", "yes"),
 ]  # fmt: skip
 
@@ -743,6 +890,8 @@ def test_bad_parameters_are_refused():
         LowRankAdamW([p, p])
     with pytest.raises(TypeError, match="str"):
         LowRankAdamW(["weight"])
+    with pytest.raises(TypeError, match="order"):
+        LowRankAdamW([{"params": {p}}])
     optimizer = LowRankAdamW([p])
     for params in ([p], [complex_one], [parameter(3)] * 2):
         with pytest.raises(ValueError):

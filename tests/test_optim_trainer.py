@@ -89,6 +89,8 @@ def test_hyperparameters_come_from_the_arguments_and_options_win(tmp_path):
     assert (group["lr"], group["weight_decay"], group["rank"]) == (0.5, 0.0, None)
     assert create_optimizer(lora(), 0.3).defaults["lr"] == 0.3
     assert create_optimizer(lora()).defaults["weight_decay"] == 0.01
+    with pytest.raises(TypeError, match="args"):  # or the learning rate of the arguments would be ignored
+        trainer_kwargs(**OPTIONS)
 
 
 def test_a_model_made_by_the_trainer_works_too(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -18,6 +19,8 @@ from .lanes import descend, plain, project
 from .moments import Rule, Segment, directions, segments, span_of
 from .report import log_summary
 from .state import is_projected, layout, moments, read_moment, working_dtype, write_moment
+
+FUSED_LIMIT = 1e18  # of the gradients' norm: bitsandbytes' kernel squares in fp32, and inf would stay in its states
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +158,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         gradients = [p.grad for _, params in work for p in params]
         if any(gradient.layout != torch.strided for gradient in gradients):
             raise RuntimeError("LowRankAdamW needs dense gradients; make them so (embeddings: sparse=False)")
-        if not all_finite(gradients):
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        if not math.isfinite(norm) and not all(bool(gradient.isfinite().all()) for gradient in gradients):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             logger.warning("step skipped: a gradient is not finite (%d skipped so far)", self.skipped_steps)
@@ -167,7 +171,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             for kind in {gradient.device.type for gradient in gradients}:
                 full_precision.enter_context(torch.autocast(kind, enabled=False))
             for group, params in work:
-                self._update(group, params)
+                self._update(group, params, fuse=norm < FUSED_LIMIT)
         if fresh:
             log_summary(self, logger)
 
@@ -185,7 +189,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         for key, (shape, dtype) in layout(p, group).items():
             state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[torch.Tensor], fuse: bool) -> None:
         """Cuts the tensors of a group into segments and works off a batch as soon as it is full."""
         lr, decay = float(group["lr"]), 1 - float(group["lr"]) * group["weight_decay"]
         batches: dict[tuple[Any, ...], list[Segment]] = defaultdict(list)
@@ -211,7 +215,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             age = state["step"] % group["update_proj_gap"] if resets(p, group) else state["step"]
             state["step"] += 1
             rule = Rule(group["betas"][0], group["betas"][1], group["eps"], age + 1)
-            if fusable(p, state, group):
+            if fuse and fusable(p, state, group):
                 fused_step(p, state, rule, lr, group["weight_decay"])
                 continue
             lane = project(p, state, group, decay, lr) if projected else plain(p)
@@ -251,10 +255,10 @@ class LowRankAdamW(torch.optim.Optimizer):
         The hyperparameters in it replace those given at construction. Everything is checked first (see `Raises`), but
         after the hooks registered to run before; names are compared without the wrappers of torch.compile, DDP, FSDP.
         """
-        state_dict = dict(state_dict)
+        given: Any = copy.copy(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, dict(state_dict)) or state_dict
-        groups, states = self._checked(state_dict)
+            given = hook(self, given) or given
+        groups, states = self._checked(given)
         state = defaultdict(dict, {p: _moved(state, p.device) for p, state in states.items()})
         groups = [
             {**copy.deepcopy(new), **{key: ours[key] for key in ("params", "param_names") if key in ours}}
@@ -296,9 +300,3 @@ def _moved(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def resets(p: torch.Tensor, group: Mapping[str, Any]) -> bool:
     return is_projected(p, group) and group["refresh_moments"] == "reset"
-
-
-def all_finite(gradients: list[torch.Tensor]) -> bool:
-    if not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
-        return True
-    return all(bool(gradient.isfinite().all()) for gradient in gradients)  # a norm may overflow

@@ -99,7 +99,7 @@ class GradNormLoRPConfig(VariantConfig):
             reason = (
                 "a rank of 1 cannot be projected"
                 if self.proj_rank is None
-                else f"proj_rank={self.proj_rank} is not below it"
+                else f"proj_rank={self.proj_rank} is not below"
             )
             warnings.warn(
                 f"The gradients of A and B of modules of r={', '.join(map(str, rotated))} are rotated, not projected, "
@@ -219,7 +219,7 @@ class GradNormLoRP(Variant):
         if not quantized or module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return products()
         weight = module.get_base_layer().weight
-        state = weight.dtype, weight.device, A.dtype, tuple(module.merged_adapters)
+        state = id(weight), weight.dtype, weight.device, A.dtype, tuple(module.merged_adapters)
         if self._kept is None or self._kept[0] != state or not torch.equal(self._kept[1], A):
             self._kept = state, A.detach(), products()
         return self._kept[2]
