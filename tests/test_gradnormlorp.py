@@ -184,7 +184,8 @@ def test_a_row_that_the_adapter_cancels_is_finite():
 )
 @settings(deadline=None, max_examples=50)
 def test_factored_row_norms_equal_dense_ones(o, i, r, size, alpha):
-    with warnings.catch_warnings(action="ignore"):  # that a rank of 1 cannot be projected
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a rank of 1 cannot be projected
         _model, layer = wrap(nn.Linear(i, o), r=r, lora_alpha=alpha)
     A, B, _ = tensors(layer)
     B.data *= size
@@ -232,11 +233,10 @@ def test_the_output_follows_every_change(change, training):
     assert change == "dtype" or not torch.allclose(after, before)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_the_base_weight_is_read_once_and_a_quantized_one_not_again_in_evaluation(quantized, monkeypatch):
+def test_a_quantized_weight_is_read_once_in_training_and_not_again_in_evaluation(monkeypatch):
     reads, read = [], gradnormlorp.unmerged_weight
     monkeypatch.setattr(gradnormlorp, "unmerged_weight", lambda module: reads.append(1) or read(module))
-    base = pytest.importorskip("bitsandbytes").nn.Linear4bit(64, 32).to("cpu") if quantized else nn.Linear(64, 32)
+    base = pytest.importorskip("bitsandbytes").nn.Linear4bit(64, 32).to("cpu")
     model = peft.get_peft_model(nn.Sequential(base), peftx.GradNormLoRPConfig(target_modules=["0"]))
     x = torch.randn(4, 64)
     counts = []
@@ -245,7 +245,7 @@ def test_the_base_weight_is_read_once_and_a_quantized_one_not_again_in_evaluatio
         with torch.set_grad_enabled(training):
             model.train(training)(x)
         counts.append(len(reads))
-    assert counts == [1, 1, 1, int(not quantized)]
+    assert counts == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -418,7 +418,7 @@ def test_a_projection_that_saves_nothing_is_warned_about():
         peftx.GradNormLoRPConfig(r=8, proj_rank=8)
     with pytest.warns(UserWarning, match=r"modules of r=2, 4 are rotated.*proj_rank=4 is not below"):
         peftx.GradNormLoRPConfig(r=8, proj_rank=4, rank_pattern={"q": 4, "k": 2, "v": 5})
-    with pytest.warns(UserWarning, match=r"modules of r=1 are rotated.*rank of 1 cannot be projected"):
+    with pytest.warns(UserWarning, match=r"modules of r=1 are rotated.*rank 1 cannot be projected"):
         peftx.GradNormLoRPConfig(r=2, rank_pattern={"q": 1})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -864,7 +864,8 @@ BAD = [
     ("optim_bits", 4), ("optim_bits", "8"), ("basis_bits", 8), ("rank", 0), ("rank", -1), ("rank", 2.5),
     ("rank", 1.0), ("rank", 0.0), ("rank", False), ("rank", True),
     ("update_proj_gap", 0), ("update_proj_gap", 1.5), ("min_8bit_size", -1), ("scale", -1.0), ("scale", math.nan),
-    ("lr", -1.0), ("lr", math.nan), ("betas", (0.9, 1.0)), ("betas", (0.9,)), ("betas", 0.9), ("eps", -1e-8), ("weight_decay", -0.1),
+    ("lr", -1.0), ("lr", math.nan), ("betas", (0.9, 1.0)), ("betas", (0.9,)), ("betas", 0.9), ("eps", -1e-8),
+    ("weight_decay", -0.1),
     ("proj_refresh", "qr"), ("refresh_moments", "drop"), ("update", "adam"), ("fused", "yes"),
 ]  # fmt: skip
 

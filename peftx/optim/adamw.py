@@ -42,8 +42,9 @@ class LowRankAdamW(torch.optim.Optimizer):
 
     Each 8-bit state takes 2 bytes and 8 / 256 bytes for the blocks' scales per element of R (or of the parameter);
     bitsandbytes' dequantiser reads it. States are quantised after use, so the first step is that of fp32 AdamW. The
-    arithmetic is fp32 whatever the parameters' dtype, and a parameter is rounded once per step. Moments of float64
-    parameters that are not 8-bit are float64.
+    arithmetic is fp32 whatever the parameters' dtype, also under autocast, and a parameter is rounded once per step.
+    Moments of float64 parameters that are not 8-bit are float64. Where the square of a gradient would overflow (from
+    9e18 in fp32) the moments take it as that large.
 
     If any gradient has a value that is not finite, the step is skipped as a whole: no parameter, no state changes;
     a warning is logged and `skipped_steps` counts it. After each step in which a parameter is new, one line at level
@@ -82,6 +83,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             FSDP1 only `rank=None` works: every rank quantises its own flat shard and judges by this shard alone
             whether the gradient is finite; PyTorch's `FSDP.optim_state_dict` refuses to gather such states from more
             than one rank.
+        TypeError: a parameter that is no tensor, or parameters in a set, which has no order.
         ImportError: `fused=True` without bitsandbytes.
         RuntimeError: from `step`, before anything has changed, for a sparse gradient.
     """

@@ -108,6 +108,7 @@ def trainer_kwargs(args: Any, **options: Any) -> dict[str, Any]:
 
         trainer = Trainer(model, args, train_dataset=data, **peftx.optim.trainer_kwargs(args, rank=4, min_8bit_size=0))
 
+    `args`, `TrainingArguments` as the Trainer's, or a learning rate, has no default: the Trainer hands nothing on.
     The optimizer is made when the Trainer makes its own, so this also works with `model_init` and FSDP.
     """
     return {"optimizer_cls_and_kwargs": (OptimizerFactory, {"args": args, **options})}

@@ -42,10 +42,10 @@ class GradNormLoRPConfig(VariantConfig):
 
     The norms cost one product of W with A and one pass over W in each forward (and W is dequantised for it, if it is
     quantised), two passes over the layer's output, and the base layer's output is kept for m's gradient; B A is never
-    built. Only in the evaluation of a quantised layer are ||W||^2 and that product kept, while A stays as it is and no
-    other adapter is merged. With `lora_dropout` the change of the row's scale sees the
-    dropped input too, as in PEFT's DoRA, which calls the base layer twice in training. Several active adapters act one
-    after the other, each with the norms of its own W + s B A, as in PEFT's DoRA.
+    built. Only a quantised layer keeps ||W||^2 and, in evaluation, that product, while A stays as it is. With
+    `lora_dropout` the change of the row's scale sees the dropped input too, as in PEFT's DoRA, which calls the base
+    layer twice in training. Several active adapters act one after the other, each with the norms of its own W + s B A,
+    as in PEFT's DoRA.
 
     The body of the paper could not be read: the formulas follow its public summaries and its authors' code, which is
     stock DoRA under GaLore's AdamW. The summaries write a two-sided projection, the code has a one-sided one, as here.
@@ -96,11 +96,8 @@ class GradNormLoRPConfig(VariantConfig):
             raise ValueError(f"`proj_scale` must be finite and at least 0, got {self.proj_scale}.")
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if rotated := sorted(r for r in ranks if r <= (self.proj_rank or 1)):
-            reason = (
-                "a rank of 1 cannot be projected"
-                if self.proj_rank is None
-                else f"proj_rank={self.proj_rank} is not below"
-            )
+            limit = self.proj_rank
+            reason = "rank 1 cannot be projected" if limit is None else f"proj_rank={limit} is not below r"
             warnings.warn(
                 f"The gradients of A and B of modules of r={', '.join(map(str, rotated))} are rotated, not projected, "
                 f"which saves no memory: {reason}.",
@@ -179,11 +176,17 @@ def in_rows(module: Any, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.T if isinstance(module.get_base_layer(), Conv1D) else tensor
 
 
+def row_norms2(weight: torch.Tensor) -> torch.Tensor:
+    """||W||^2 of each row (out_features,)."""
+    # The sum is five times slower where rows lie in memory one after the other, the norm ten times where columns do.
+    return torch.linalg.vector_norm(weight, dim=1).square() if weight.stride(1) == 1 else weight.square().sum(dim=1)
+
+
 class GradNormLoRP(Variant):
     """W' = c (W + s B A) for one adapter in one linear layer; c = m / ||W + s B A||, a factor for each row."""
 
-    # Of a quantised layer in evaluation: what they are valid for, A, and then ||W||^2 and W A^T.
-    _kept: tuple[Any, torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
+    _base: tuple[Any, torch.Tensor] | None = None  # of a quantised layer: what its weight was like, and ||W||^2
+    _cross: tuple[torch.Tensor, torch.Tensor] | None = None  # and A and W A^T, in evaluation
     _merged: tuple[torch.Tensor, torch.Tensor] | None = None  # c, and the rows of the weight that it made zero
 
     # Norms
@@ -202,27 +205,33 @@ class GradNormLoRP(Variant):
             return norms2.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
     def _products(self, module: Any, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """||W||^2 of each row (out_features,) and W A^T (out_features, r), in A's dtype or a wider one."""
+        """||W||^2 of each row (out_features,), in A's dtype or a wider one, and W A^T (out_features, r)."""
 
         def read() -> torch.Tensor:
             return in_rows(module, unmerged_weight(module)).detach()
 
-        def products() -> tuple[torch.Tensor, torch.Tensor]:
-            weight = read()
-            dtype = torch.promote_types(weight.dtype, A.dtype)
-            norms2 = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-            return norms2, _Cross.apply(A, weight, read if quantized else None)
-
         # Whoever writes through `.data`, as PEFT's merge does, leaves no trace, and to look for one costs as much as
-        # the norms. A quantised weight is never written in place, and costs more to read.
+        # the norms: they are kept only where reading the weight is what costs.
         quantized = module.quantization_backend is not None
-        if not quantized or module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return products()
-        weight = module.get_base_layer().weight
-        state = id(weight), weight.dtype, weight.device, A.dtype, tuple(module.merged_adapters)
-        if self._kept is None or self._kept[0] != state or not torch.equal(self._kept[1], A):
-            self._kept = state, A.detach(), products()
-        return self._kept[2]
+        if not quantized or torch.compiler.is_compiling():
+            weight = read()
+            wide = weight.to(torch.promote_types(weight.dtype, A.dtype))
+            return row_norms2(wide), _Cross.apply(A, wide, read if quantized or wide is not weight else None)
+        base = self.quantized_norms2(module, A.dtype)
+        if module.training or torch.is_grad_enabled():
+            return base, _Cross.apply(A, read(), read)
+        if self._cross is None or not torch.equal(self._cross[0], A):
+            self._cross = A.detach(), F.linear(A, read().to(A.dtype)).T
+        return base, self._cross[1]
+
+    def quantized_norms2(self, module: Any, dtype: torch.dtype) -> torch.Tensor:
+        """||W||^2 of each row (out_features,) in `dtype`; kept, as an evaluation may lay W out anew, and round."""
+        stored = module.get_base_layer().weight
+        state = stored.dtype, stored.device, dtype
+        if self._base is None or self._base[0] != state:
+            norms2 = row_norms2(in_rows(module, unmerged_weight(module)).detach().to(dtype))
+            self._base, self._cross = (state, norms2), None
+        return self._base[1]
 
     def row_factor(self, module: Any, adapter_name: str) -> torch.Tensor:
         """c (out_features,), at least fp32; 1 for a row of zeros."""
@@ -349,6 +358,8 @@ class GradNormLoRPModel(VariantModel, _DoraFiles):
         rule = GradNormLoRP(config, key)
         A, empty = layer.lora_A[adapter_name].weight, torch.empty(layer.out_features, device="meta")
         with torch.no_grad(), gather_params_ctx(layer.get_base_layer().parameters()):
+            if layer.quantization_backend is not None:
+                rule.quantized_norms2(layer, at_least_fp32(A).dtype)
             magnitude = empty if A.is_meta else rule.row_norms(layer, adapter_name)
         if not isinstance(layer.lora_magnitude_vector, nn.ParameterDict):
             layer.lora_magnitude_vector = nn.ParameterDict()
