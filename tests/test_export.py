@@ -196,6 +196,16 @@ def test_what_of_pefts_own_is_more_than_a_delta_has_no_given_rank(options, reaso
     torch.testing.assert_close(logits(copied, tokens), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [peft.AdaLoraConfig(total_step=9), peft.LoHaConfig()], ids=type)
+@pytest.mark.parametrize("rank", [None, 4])
+def test_other_methods_of_peft_are_refused(tmp_path, config, rank):
+    config.target_modules = ["q_proj"]
+    model = peft.get_peft_model(nn.ModuleDict({"q_proj": nn.Linear(4, 4)}), config)
+    with pytest.raises(NotImplementedError, match="convert_to_lora"):
+        peftx.export_lora(model, tmp_path / "out", rank=rank)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(TypeError, match="needs a PeftModel"):
         peftx.export_lora(nn.Linear(2, 2), tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..registry import methods
 from ..tuners.layer import at_least_fp32
 from ..tuners.lora import Variant
 
@@ -61,6 +62,10 @@ def export_lora(
         raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
     adapter_name = _chosen(model, adapter_name)
     config = model.peft_config[adapter_name]
+    if config.peft_type != PeftType.LORA and not any(isinstance(config, info.config) for info in methods()):
+        raise NotImplementedError(
+            f"export_lora knows LoRA and the methods of peftx, not {config.peft_type.value}: see `peft.convert_to_lora`."
+        )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tuner: Any = model.base_model
     layers = {
