@@ -61,10 +61,10 @@ def export_lora(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
     adapter_name = _chosen(model, adapter_name)
-    config = model.peft_config[adapter_name]
+    config: Any = model.peft_config[adapter_name]
     if config.peft_type != PeftType.LORA and not any(isinstance(config, info.config) for info in methods()):
         raise NotImplementedError(
-            f"export_lora knows LoRA and the methods of peftx, not {config.peft_type.value}: see `peft.convert_to_lora`."
+            f"export_lora knows LoRA and peftx's methods, not {config.peft_type.value}. See `peft.convert_to_lora`."
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tuner: Any = model.base_model
