@@ -76,7 +76,7 @@ def demo(
         Path | None, typer.Option(help="Folder of an encoder.", show_default="MiniLM-L6, from peftx[demo]")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Variants to set beside LoRA, by comma.", show_default="all of `peftx methods`")
+        str | None, typer.Option(help="Variants to set beside LoRA, by comma.", show_default="the first of each method")
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the texts.", show_default="8 by all methods, at most 2 each")
@@ -95,7 +95,7 @@ def demo(
         from ..demo.model import default_folder
 
         chosen = tuple(name.strip() for name in methods.split(",")) if methods else ()
-        chosen = chosen or (run.first_variants(QUICK_METHODS) if quick else ())
+        chosen = chosen or run.first_variants(QUICK_METHODS if quick else None)
         passes = 1.0 if quick else min(2.0, PASSES / len(run.contenders(chosen)))
         options = run.Options(
             model or default_folder(),

@@ -117,8 +117,8 @@ def contenders(names: tuple[str, ...] = ()) -> list[Contender]:
     return [lora, *(contender for contender in ours if not names or contender.name in names)]
 
 
-def first_variants(count: int) -> tuple[str, ...]:
-    """One variant of each of the first `count` methods."""
+def first_variants(count: int | None = None) -> tuple[str, ...]:
+    """One variant of each of the first `count` methods, or of all."""
     return tuple(next(iter(info.variants)) for info in peftx.methods()[:count])
 
 
