@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ..registry import methods
 from ..tuners.layer import at_least_fp32
 from ..tuners.lora import Variant
+from ..tuners.model import belongs_to
 
 
 def export_lora(
@@ -86,7 +87,7 @@ def export_lora(
             factors = {}
             for name, layer in tqdm(layers.items(), "approximating", leave=False, disable=None):
                 *factors[name], errors[name] = _truncated(layer, adapter_name, rank)
-        state = {key: tensor for key, tensor in state.items() if not _belongs_to(key, tuner.prefix)}
+        state = {key: tensor for key, tensor in state.items() if not belongs_to(key, tuner.prefix)}
         for name, layer in layers.items():
             state |= _tensors(f"base_model.model.{name}", layer.get_base_layer(), *factors[name])
         exported = _describe(config, {name: len(A) for name, (A, _) in factors.items()}, list(layers.values()))
@@ -154,10 +155,6 @@ def _rescaled(state: dict[str, torch.Tensor], layers: dict[str, Any], adapter_na
         keys = (f"base_model.model.{name}.{part}" for part in ("lora_B.weight", "lora_B.bias", "lora_embedding_B"))
         found.update({key: ratio * state[key] for key in keys if key in state and abs(ratio - 1) > 1e-9})
     return found
-
-
-def _belongs_to(key: str, prefix: str) -> bool:
-    return any(part.startswith(prefix) for part in key.split(".")[-2:])
 
 
 def _tensors(key: str, base_layer: nn.Module, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -94,7 +94,7 @@ class CheckedTuner(BaseTuner):
         problems += [
             f"{key}: unexpected, the model has no such tensor"
             for key in state_dict
-            if key not in expected and any(part.startswith(cls.prefix) for part in key.split(".")[-2:])
+            if key not in expected and belongs_to(key, cls.prefix)
         ]
         return problems
 
@@ -245,6 +245,11 @@ def unsupported(base_layer: nn.Module, supported: str) -> TypeError:
         f"{type(base_layer).__name__} is not supported, only {supported} are. "
         "Name other modules in `target_modules`, or leave this one out by `exclude_modules`."
     )
+
+
+def belongs_to(key: str, prefix: str) -> bool:
+    """Whether a state-dict key is of an adapter's tensor: it ends like `lora_A.weight` or `bone_block`."""
+    return any(part.startswith(prefix) for part in key.split(".")[-2:])
 
 
 def _saved(module: Any, prefix: str, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
