@@ -1,5 +1,6 @@
 """`export_lora`: what it writes is loaded by stock PEFT, in a process that never imports peftx, with equal outputs."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from conftest import CASES, adapted, logits, randomize, tiny_model, tuner_layers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
 
 import peftx
 
@@ -219,3 +221,86 @@ def test_bad_arguments(tmp_path):
     model.base_model.set_adapter(["first", "second"])
     with pytest.raises(ValueError, match="2 adapters are active"):
         peftx.export_lora(model, tmp_path)
+
+
+def saved(tmp_path, case, kind="bert", **settings):
+    """Folder of an adapter whose base is a folder too, and the model."""
+    base = tmp_path / "base"
+    tiny_model(kind).save_pretrained(base)
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    task = "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"
+    model = adapted(auto.from_pretrained(base), case, target_modules="all-linear", task_type=task, **settings)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+@pytest.mark.parametrize("variant", [case.name for case in EXACT])
+def test_a_folder_is_exported_as_the_model_is(tmp_path, tokens, variant):
+    (case,) = (case for case in EXACT if case.name == variant)
+    folder, model = saved(tmp_path, case)
+    errors = peftx.export_lora(folder, tmp_path / "from folder")
+    assert errors == peftx.export_lora(model, tmp_path / "from model")
+    ours, theirs = (load_file(tmp_path / f"from {x}" / "adapter_model.safetensors") for x in ("folder", "model"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key])
+    found, wanted = (peft.PeftConfig.from_pretrained(tmp_path / f"from {x}") for x in ("folder", "model"))
+    assert found == wanted and found.base_model_name_or_path == str(tmp_path / "base")
+
+
+def test_a_folder_with_another_number_of_labels_needs_no_telling(tmp_path, tokens):
+    config = BertConfig(**{**tiny_model("bert").config.to_dict(), "id2label": {i: str(i) for i in range(5)}})
+    BertModel(config).save_pretrained(tmp_path / "base")  # without a head
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    model = adapted(model, EXACT[0], target_modules=["query"], task_type="SEQ_CLS").eval()
+    wanted = logits(model, tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(peftx.hub.load_adapter(tmp_path / "adapter").eval(), tokens), wanted)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere holds no adapter that can be read"):
+        peftx.export_lora(tmp_path / "nowhere", tmp_path / "out")
+    folder, _ = saved(tmp_path, EXACT[0])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in (
+        ({"peft_type": "UNHEARD"}, "of the type 'UNHEARD', which neither PEFT"),
+        ({"base_model_name_or_path": str(tmp_path / "gone")}, "base model .*gone, which is not a folder here"),
+        ({"base_model_name_or_path": None}, "name it by `base_model`"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            peftx.export_lora(folder, tmp_path / "out", rank=2)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert peftx.export_lora(folder, tmp_path / "given", rank=2, base_model=tiny_model("bert"))
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))][0] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match="NaN"):
+        peftx.export_lora(folder, tmp_path / "out")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        peftx.export_lora(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variant", ["bone", "bone-bat"])
+def test_bone_becomes_pefts_miss(tmp_path, tokens, variant):
+    (case,) = (case for case in CASES if case.name == variant)
+    folder, model = saved(tmp_path, case, "llama")
+    wanted = logits(model, tokens)
+    for source in (folder, model):
+        peftx.hub.export_miss(source, tmp_path / "miss")
+        assert type(peft.PeftConfig.from_pretrained(tmp_path / "miss")) is peft.MissConfig
+        stock = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "miss").eval()
+        torch.testing.assert_close(logits(stock, tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_miss_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Only Bone adapters"):
+        peftx.hub.export_miss(adapted(tiny_model("llama"), EXACT[0], target_modules=["q_proj"]), tmp_path / "out")
+    config = peftx.BoneConfig(r=4, rank_pattern={"up_proj": 2}, target_modules=["q_proj", "up_proj"])
+    with pytest.raises(ValueError, match=r"one block size for all modules, this adapter has \[2, 4\]"):
+        peftx.hub.export_miss(peft.get_peft_model(tiny_model("llama"), config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import LoraConfig, MissConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -19,13 +19,20 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..registry import methods
+from ..tuners.bone import BoneConfig
 from ..tuners.layer import at_least_fp32
 from ..tuners.lora import Variant
 from ..tuners.model import belongs_to
+from .loading import load_adapter, read_adapter
 
 
 def export_lora(
-    model: PeftModel, path: str | os.PathLike, adapter_name: str | None = None, rank: int | None = None
+    model: PeftModel | str | os.PathLike,
+    path: str | os.PathLike,
+    adapter_name: str | None = None,
+    rank: int | None = None,
+    *,
+    base_model: Any = None,
 ) -> dict[str, float]:
     """Writes an adapter as a plain LoRA adapter, which stock PEFT, vLLM or llama.cpp load, without peftx.
 
@@ -41,32 +48,47 @@ def export_lora(
     method it was.
 
     Args:
-        model: the `PeftModel`; it is not changed.
+        model: the `PeftModel`, which is not changed; or a saved adapter, a folder or an id on the Hub.
         path: folder for `adapter_config.json` and `adapter_model.safetensors`; made if missing.
         adapter_name: default: the active adapter.
         rank: at least 1; limited to the shorter side of each module. Default None, exact.
+        base_model: of a saved adapter: a model, or where to find it; default: where the adapter's config says. Without
+            `rank`, methods that are LoRA with another training rule need none.
 
     Returns:
         By the name of each adapted module, the error ||delta - B A|| / ||delta|| in the Frobenius norm; 0 if exact.
 
     Raises:
-        TypeError: `model` is no `PeftModel`.
-        ValueError: there is no such adapter, more than one is active and none was named, or `rank` is below 1.
+        TypeError: `model` is neither a `PeftModel` nor a path.
+        ValueError: there is no such adapter, more than one is active and none was named, or `rank` is below 1; a saved
+            adapter or its base model cannot be read.
         NotImplementedError: the adapter is no weight delta (Compacter), or has no exact LoRA form (Bone's bat,
             some convolutions; the latter none of a given rank either), or is one of PEFT's whose weight delta is not
             the whole of what it does (`rank` with DoRA or another variant, `lora_bias`, `target_parameters`). Nothing
             is written then.
     """
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"export_lora needs a PeftModel, as `get_peft_model` returns it, got {type(model).__name__}.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
-    adapter_name = _chosen(model, adapter_name)
-    config: Any = model.peft_config[adapter_name]
-    if config.peft_type != PeftType.LORA and not any(isinstance(config, info.config) for info in methods()):
-        raise NotImplementedError(
-            f"export_lora knows LoRA and peftx's methods, not {config.peft_type.value}. See `peft.convert_to_lora`."
+    if isinstance(model, (str, os.PathLike)):
+        config, state = read_adapter(model)
+        _check_known(config)
+        if rank is None and isinstance(config, LoraConfig):
+            if bad := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
+                raise ValueError(
+                    f"The adapter {model} has NaN or infinity in {bad[0]} and {len(bad) - 1} more tensors."
+                )
+            _write(path, state, _as_lora(config))
+            names = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in state if ".lora_" in key}
+            return dict.fromkeys(sorted(names), 0.0)
+        model = load_adapter(model, base_model)
+    elif not isinstance(model, PeftModel):
+        raise TypeError(
+            "export_lora needs a PeftModel, as `get_peft_model` returns it, or the folder of a saved adapter, got "
+            f"{type(model).__name__}."
         )
+    adapter_name = _chosen(model, adapter_name)
+    config = model.peft_config[adapter_name]
+    _check_known(config)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tuner: Any = model.base_model
     layers = {
@@ -91,13 +113,59 @@ def export_lora(
         for name, layer in layers.items():
             state |= _tensors(f"base_model.model.{name}", layer.get_base_layer(), *factors[name])
         exported = _describe(config, {name: len(A) for name, (A, _) in factors.items()}, list(layers.values()))
+    _write(path, state, exported)
+    return errors
+
+
+def export_miss(model: PeftModel | str | os.PathLike, path: str | os.PathLike, adapter_name: str | None = None) -> None:
+    """Writes a Bone adapter as PEFT's MiSS, which computes the same, default and bat: stock PEFT loads it.
+
+    Unlike plain LoRA, the training can be continued from it, and bat has this form too.
+
+    Args:
+        model: the `PeftModel`, which is not changed; or a saved adapter, a folder or an id on the Hub.
+        path: folder for `adapter_config.json` and `adapter_model.safetensors`; made if missing.
+        adapter_name: default: the active adapter.
+
+    Raises:
+        TypeError: `model` is neither a `PeftModel` nor a path.
+        ValueError: the adapter is no Bone, or has blocks of several sizes, which MiSS has no setting for; no such
+            adapter.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        config, state = read_adapter(model)
+    elif isinstance(model, PeftModel):
+        adapter_name = _chosen(model, adapter_name)
+        config, state = model.peft_config[adapter_name], get_peft_model_state_dict(model, adapter_name=adapter_name)
+    else:
+        raise TypeError(f"export_miss needs a PeftModel or the folder of a saved adapter, got {type(model).__name__}.")
+    if not isinstance(config, BoneConfig):
+        raise ValueError(f"Only Bone adapters are MiSS adapters too, not {config.peft_type.value}.")
+    blocks = {key: tensor for key, tensor in state.items() if key.endswith(".bone_block")}
+    if len(sizes := {tensor.shape[-1] if tensor.ndim == 3 else len(tensor) for tensor in blocks.values()}) > 1:
+        raise ValueError(f"MiSS has one block size for all modules, this adapter has {sorted(sizes)} (`rank_pattern`).")
+    bat = any(tensor.ndim == 3 for tensor in blocks.values())
+    taken = {f.name for f in dataclasses.fields(MissConfig) if f.init} & {f.name for f in dataclasses.fields(config)}
+    settings = {name: getattr(config, name) for name in taken - {"peft_type", "init_weights", "bias"}}
+    bias = "MiSS_only" if config.bias.endswith("_only") else config.bias
+    renamed = {key.replace(".bone_block", ".miss_block"): tensor for key, tensor in state.items()}
+    _write(path, renamed, MissConfig(**settings, bias=bias, init_weights="bat" if bat else True))
+
+
+def _write(path: str | os.PathLike, state: dict[str, torch.Tensor], config: Any) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    exported.inference_mode = True
-    exported.save_pretrained(str(folder))
-    return errors
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _check_known(config: Any) -> None:
+    if config.peft_type != PeftType.LORA and not any(isinstance(config, info.config) for info in methods()):
+        raise NotImplementedError(
+            f"export_lora knows LoRA and peftx's methods, not {config.peft_type.value}. See `peft.convert_to_lora`."
+        )
 
 
 @torch.no_grad()
@@ -167,8 +235,7 @@ def _describe(config: Any, ranks: dict[str, int], layers: list[BaseTunerLayer]) 
     """A LoRA config with scaling 1 for modules of these ranks."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
-    shared = ["task_type", "base_model_name_or_path", "revision", "modules_to_save"]
-    shared += ["target_modules", "exclude_modules"]
+    shared = ["task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules"]
     return LoraConfig(
         r=r,
         lora_alpha=r,
@@ -179,5 +246,6 @@ def _describe(config: Any, ranks: dict[str, int], layers: list[BaseTunerLayer]) 
         fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
+        modules_to_save=list(dict.fromkeys(config.modules_to_save or ())) or None,  # PEFT repeats them when it loads
         **{name: getattr(config, name) for name in shared},
     )
