@@ -11,8 +11,10 @@ from conftest import CASES, adapted, logits, randomize, tiny_model, tuner_layers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
+from typer.testing import CliRunner
 
 import peftx
+from peftx.cli import app
 
 EXACT = [case for case in CASES if case.info.lora_export in ("exact", "dora") and case.name != "bone-bat"]
 DELTAS = [case for case in CASES if case.info.mergeable]
@@ -303,4 +305,44 @@ def test_what_is_no_miss_is_refused(tmp_path):
     config = peftx.BoneConfig(r=4, rank_pattern={"up_proj": 2}, target_modules=["q_proj", "up_proj"])
     with pytest.raises(ValueError, match=r"one block size for all modules, this adapter has \[2, 4\]"):
         peftx.hub.export_miss(peft.get_peft_model(tiny_model("llama"), config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+def test_the_command_writes_lora_miss_and_merged_models(tmp_path, tokens):
+    (case,) = (case for case in CASES if case.name == "bone")
+    folder, model = saved(tmp_path, case, "llama")
+    wanted = logits(model, tokens)
+    for to, said in (("lora", "14 modules for stock PEFT, exact"), ("miss", "MiSS adapter"), ("merged", "Merged")):
+        outcome = call(folder, tmp_path / to, "--to", to)
+        assert (outcome.exit_code, outcome.stderr) == (0, "") and said in outcome.output
+        if to == "merged":
+            found = AutoModelForCausalLM.from_pretrained(tmp_path / to).eval()
+        else:
+            found = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / to).eval()
+        torch.testing.assert_close(logits(found, tokens), wanted, rtol=1e-5, atol=1e-5)
+    outcome = call(folder, tmp_path / "cut", "--rank", 1)
+    assert outcome.exit_code == 0 and "largest relative error 0." in outcome.output
+    assert call(folder, tmp_path / "half", "--to", "merged", "--dtype", "bfloat16").exit_code == 0
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+    for name, weight in model.merge_and_unload().named_parameters():
+        assert torch.equal(half.get_parameter(name), weight.to(torch.bfloat16))
+
+
+def test_mistakes_of_the_command_are_one_line(tmp_path):
+    folder, _ = saved(tmp_path, next(case for case in CASES if case.name == "bone-bat"), "llama")
+    for arguments, message in (
+        (["nowhere", tmp_path / "out"], "peftx: nowhere holds no adapter that can be read"),
+        ([folder, folder], "is the adapter itself"),
+        ([folder, tmp_path / "out", "--to", "merged", "--rank", 2], "--rank is for --to lora"),
+        ([folder, tmp_path / "out", "--dtype", "float16"], "--dtype is for --to merged"),
+        ([folder, tmp_path / "out"], "no exact LoRA form"),
+        ([folder, tmp_path / "out", "--rank", 0], "`rank` must be a whole number"),
+    ):
+        outcome = call(*arguments)
+        assert (outcome.exit_code, outcome.stderr.count("\n")) == (2, 1) and message in outcome.stderr
     assert not (tmp_path / "out").exists()

@@ -3,9 +3,11 @@
 Heavy libraries are imported inside the commands that need them.
 """
 
+from .export import export
 from .main import app
 from .prune import prune
 
-app.command()(prune)
+for command in (prune, export):
+    app.command()(command)
 
 __all__ = ["app"]

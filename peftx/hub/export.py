@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..registry import methods
@@ -150,6 +151,43 @@ def export_miss(model: PeftModel | str | os.PathLike, path: str | os.PathLike, a
     bias = "MiSS_only" if config.bias.endswith("_only") else config.bias
     renamed = {key.replace(".bone_block", ".miss_block"): tensor for key, tensor in state.items()}
     _write(path, renamed, MissConfig(**settings, bias=bias, init_weights="bat" if bat else True))
+
+
+def export_merged(
+    adapter: str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    base_model: Any = None,
+) -> nn.Module:
+    """Writes the base model with a saved adapter merged into it: any tool loads it, no PEFT needed.
+
+    Args:
+        adapter: folder, or id of a repository on the Hub.
+        path: folder for the model and, where there is one, its tokenizer; made if missing.
+        dtype: of the written weights; default: the base model's. Deltas are added in fp32 at least, and cast once.
+        base_model: a model, which is merged into, or where to find it; default: where the adapter's config says.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        ValueError: the adapter or its base model cannot be read, or the merged weights are not finite.
+        NotImplementedError: the adapter is no weight delta (Compacter).
+    """
+    model = load_adapter(adapter, base_model, **({"dtype": dtype} if dtype == torch.float32 else {}))
+    merged = model.merge_and_unload(safe_merge=True)
+    if dtype is not None:
+        merged = merged.to(dtype)
+    merged.save_pretrained(str(path))
+    for source in (adapter, merged.config._name_or_path):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(source))
+        except (OSError, ValueError):
+            continue
+        tokenizer.save_pretrained(str(path))
+        break
+    return merged
 
 
 def _write(path: str | os.PathLike, state: dict[str, torch.Tensor], config: Any) -> None:
