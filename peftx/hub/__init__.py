@@ -1,6 +1,17 @@
-"""Adapters on their way to others: read from folders or the Hub, exported to what knows PEFT but not peftx."""
+"""Adapters on their way to others: read from folders or the Hub, looked into, exported to what does not know peftx."""
 
 from .export import export_lora, export_merged, export_miss
+from .inspect import AdaptedModule, AdapterReport, heat_map, inspect_adapter
 from .loading import load_adapter, read_adapter
 
-__all__ = ["export_lora", "export_merged", "export_miss", "load_adapter", "read_adapter"]
+__all__ = [
+    "AdaptedModule",
+    "AdapterReport",
+    "export_lora",
+    "export_merged",
+    "export_miss",
+    "heat_map",
+    "inspect_adapter",
+    "load_adapter",
+    "read_adapter",
+]

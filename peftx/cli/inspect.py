@@ -1,0 +1,90 @@
+"""`peftx inspect`: what an adapter file is."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+from .main import fail, quiet
+
+if TYPE_CHECKING:
+    from ..hub import AdapterReport
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="Folder of a saved adapter, or its id on the Hub.")],
+    load: Annotated[
+        bool, typer.Option("--load", help="Put it on its base model too: does it fit? Gives the norms of all deltas.")
+    ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Folder or id of the base model; implies --load.", show_default="the adapter's")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the norms by layer and module into this PNG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Tell what an adapter is: method, ranks, norms, sizes, and whether it loads. Nothing in it is executed.
+
+    Exit code 1 where something is wrong with it.
+    """
+    from .. import hub
+
+    try:
+        with quiet():
+            report = hub.inspect_adapter(path, load=load, base_model=base_model)
+            if plot is not None:
+                hub.heat_map(report, plot)
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        fail("matplotlib is missing, which --plot needs: pip install matplotlib")
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=1, default=str))
+    else:
+        show(report)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def show(report: "AdapterReport") -> None:
+    console = Console()
+    method = f"{report.method}, known by {report.known_by or 'neither PEFT nor peftx'}"
+    ranks = Counter(module.rank for module in report.modules)
+    facts = {
+        "method": f"{method} {report.paper}".strip(),
+        "base model": report.base_model or "not named",
+        "task": report.task_type or "not named",
+        "modules": str(len(report.modules)),
+        "rank": ", ".join(f"{rank} ({count})" if len(ranks) > 1 else f"{rank}" for rank, count in ranks.most_common()),
+        "values": ", ".join([f"{report.parameters:,}", *(f"{n:,} {dtype}" for dtype, n in report.dtypes.items())]),
+        "bytes": f"{report.nbytes:,}",
+        "also in the file": ", ".join(f"{name} ({n:,})" for name, n in report.others.items()) or "nothing",
+        "loads": loads(report),
+    }
+    sheet = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        sheet.add_row(name, value)
+    console.print(sheet, markup=False)
+    if report.modules:
+        delta = all(module.is_delta for module in report.modules)
+        norm = "norm of the delta" if delta else "norm of its tensors"
+        right = (Column(head, justify="right") for head in ("rank", "values", norm))
+        table = Table("module", *right, box=box.SIMPLE_HEAD)
+        for module in report.modules:
+            table.add_row(module.name, str(module.rank), f"{module.parameters:,}", f"{module.norm:.4g}")
+        console.print(table, markup=False)
+    for problem in report.problems:
+        console.print(f"problem: {problem}", markup=False, soft_wrap=True)
+
+
+def loads(report: "AdapterReport") -> str:
+    if report.problems:
+        return "no: see below"
+    return "yes, it was loaded" if report.loaded else "as far as the file says (--load tries it)"
