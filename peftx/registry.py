@@ -87,15 +87,15 @@ def methods() -> tuple[MethodInfo, ...]:
     return tuple(_METHODS.values())
 
 
-def peft_type_of(config_cls: type[PeftConfig]) -> PeftType:
-    """The peft type under which `config_cls` (or a base of it) was registered.
+def info_of(config_cls: type[PeftConfig]) -> MethodInfo:
+    """The record of the method for which `config_cls` (or a base of it) was registered.
 
     Raises:
         RuntimeError: `config_cls` was never registered, or PEFT ships a method of that name itself.
     """
     for info in _METHODS.values():
         if issubclass(config_cls, info.config):
-            return info.peft_type
+            return info
     raise RuntimeError(
         f"{config_cls.__name__} is not registered with PEFT. Either its method lacks the `@peftx.register(...)` "
         f"decorator, or PEFT {peft.__version__} ships a method of the same name: then use PEFT's own config class."

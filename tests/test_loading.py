@@ -9,9 +9,13 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, tiny_model
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+import peftx
 
 TARGETS = ["lin0", "lin1"]
 
@@ -154,6 +158,39 @@ def test_the_card_tells_how_to_load(case, mlp, saved):
     assert (saved / "README.md").read_text().count("import peftx") == 1
 
 
+def test_the_card_says_what_the_adapter_is(case, tmp_path):
+    base = tiny_model("bert")
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = case.config(target_modules=["query", "value"], task_type="SEQ_CLS")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "README.md"
+    card = ModelCard.load(path)
+    assert card.data.library_name == "peft" and card.data.base_model == str(tmp_path / "base")
+    assert {"peft", "peftx", f"peft:method:{case.info.name}"} <= set(card.data.tags)
+    assert ("lora" in card.data.tags) == (case.info.prefix == "lora_")
+    assert "More Information Needed" not in card.text and card.text.count("\n# ") == 1
+    tensors = load_file(path.parent / "adapter_model.safetensors")
+    assert f"{sum(tensor.numel() for tensor in tensors.values()):,} values in {len(tensors)} tensors" in card.text
+    for name in ("target_modules", *case.kwargs):
+        assert f"| `{name}` | `" in card.text
+    assert "| `target_modules` | `query, value` |" in card.text
+    assert case.info.paper.removeprefix("arXiv:") in card.text
+    code = card.text.split("```python\n")[1].split("```")[0].replace("path/or/name of this adapter", str(path.parent))
+    found: dict = {}
+    exec(code, found)  # as it stands on the card
+    assert type(found["model"]) is peft.PeftModelForSequenceClassification
+
+
+def test_a_card_that_somebody_wrote_is_kept(mlp, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n# My adapter\n\nRead this.\n")
+    peft.get_peft_model(mlp, peftx.BoneConfig(r=4, target_modules=TARGETS)).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and "peftx" in card.data.tags
+    assert card.text.startswith("## Load this adapter") and "# My adapter\n\nRead this." in card.text
+    assert "## Settings" not in card.text
+
+
 SCRIPT = """
 import sys, torch, peft
 from torch import nn
@@ -166,8 +203,6 @@ peft.PeftModel.from_pretrained(model, sys.argv[1])
 
 
 def test_a_fresh_process_needs_the_first_line_of_the_card(mlp, tmp_path):
-    import peftx
-
     peft.get_peft_model(mlp, peftx.BoneConfig(r=4, target_modules=TARGETS)).save_pretrained(tmp_path)
     runs = [
         subprocess.run(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import typing
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import ModelCard
 from huggingface_hub.dataclasses import type_validator
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from ..registry import peft_type_of
+from ..registry import info_of
+from .card import complete_card
 
 Names = list[str] | set[str] | tuple[str, ...] | str
 Number = int | float
@@ -25,13 +24,13 @@ Number = int | float
 
 class FileConfig(PeftConfig):
     """What the configs of both families add to PEFT's: types are checked, a broken file is found before any model is
-    touched, and the model card of a saved adapter says how to load it."""
+    touched, and the model card of a saved adapter says how to load it, and what it is."""
 
     # types of fields that PEFT defines and does not check
     inherited: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        peft_type = peft_type_of(type(self))
+        peft_type = info_of(type(self)).peft_type
         _check_types(self)
         _check_values(self)
         super().__post_init__()
@@ -58,11 +57,11 @@ class FileConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As in PEFT; a model card beside it learns how to load an adapter of this method."""
+        """As in PEFT; a model card beside it is filled in, see `complete_card`."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")
         if card.is_file():
-            _add_loading_code(card, self)
+            complete_card(card, self)
 
 
 @dataclasses.dataclass
@@ -124,28 +123,6 @@ class AdapterConfig(FileConfig):
             if match in pattern:
                 changes[target] = pattern[match]
         return dataclasses.replace(self, **changes)
-
-
-def _add_loading_code(path: Path, config: PeftConfig) -> None:
-    """Puts the code that loads the adapter first in a model card; the first line is the import that registers it."""
-    card = ModelCard.load(path, ignore_metadata_errors=True)
-    first_line = f"import peftx  # registers {PeftType(config.peft_type).value} with PEFT: pip install peftx"
-    base = config.base_model_name_or_path or "the base model"
-    code = "\n".join(
-        [
-            "## Load this adapter",
-            "",
-            "```python",
-            first_line,
-            "from peft import PeftModel",
-            "",
-            f'model = PeftModel.from_pretrained(base_model, "path/or/name of this adapter")  # base_model: {base}',
-            "```",
-        ]
-    )
-    earlier = re.compile(r"## Load this adapter\n\n```python\nimport peftx.*?```\n*", re.DOTALL)
-    card.text = f"{code}\n\n{earlier.sub('', card.text).lstrip()}"
-    card.save(path)
 
 
 @cache
