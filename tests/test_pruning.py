@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 from peftx import pruning
 from peftx.cli import app
 from peftx.pruning import don_nod, gradient_square, head_statistics, preference, score_dataset, select, topsis
-from peftx.pruning.head import calls_of, find_head
+from peftx.pruning.head import calls_of, check_head, find_head
 from peftx.pruning.scores import gradient_way, residual
 from peftx.pruning.text import encode
 
@@ -379,6 +380,32 @@ def test_a_head_with_lora_counts_as_merged(dora: bool) -> None:
     assert_scores(bare, {"nod": score_dataset(small("llama").double(), rows(), pad_rows)["nod"]}, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "target"), [("bert", "classifier"), ("roberta", "out_proj")])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_classifier_with_lora_counts_as_merged(kind: str, target: str, rank: int) -> None:
+    """Also where one of the adapter's own matrices has as many outputs as there are labels."""
+    task, samples, collator = CASES[kind]
+    config = peft.LoraConfig(r=rank, target_modules=["query", "dense", target], init_lora_weights=False)
+    model = peft.get_peft_model(small(kind), config).double().eval()
+    found = score_dataset(model, samples, collator, metrics=HEAD)
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    assert_scores(found, naive(merged, task, samples, collator), rtol=1e-7)
+
+
+def test_new_tokens_in_a_tied_head_count() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(small("tied"), config).double().eval()
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data += 1
+    found = score_dataset(model, rows(), pad_rows, metrics=HEAD)
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    assert_scores(found, naive(merged, "CAUSAL_LM", rows(), pad_rows), rtol=1e-7)
+    with model.disable_adapter():
+        bare = score_dataset(model, rows(), pad_rows)
+    assert_scores(bare, score_dataset(small("tied").double(), rows(), pad_rows), rtol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_head_that_peft_trains_is_the_active_copy(kind: str) -> None:
     task, samples, collator = CASES[kind]
@@ -393,6 +420,18 @@ def test_a_head_that_peft_trains_is_the_active_copy(kind: str) -> None:
     assert_scores(found, naive(merged, task, samples, collator), rtol=1e-7)
 
 
+def test_a_soft_cap_is_not_taken_for_a_factor() -> None:
+    """In half precision both fit while the logits are far below the cap."""
+    model = small("gemma2")
+    model.config.final_logit_softcapping = 30.0
+    h, head = torch.randn(8, 16), nn.Linear(16, 64, bias=False).requires_grad_(False)
+    head.weight *= 8 / head(h).abs().max()
+    h, head = h.bfloat16(), head.bfloat16()
+    z = head(h)
+    found = check_head(model, head, h, z, 30 * torch.tanh(z.float() / 30))
+    assert found.cap == 30 and found.scale == 1
+
+
 def test_a_head_of_another_form_is_refused() -> None:
     model = small("llama")
     plain = model.forward
@@ -400,6 +439,12 @@ def test_a_head_of_another_form_is_refused() -> None:
     with pytest.raises(ValueError, match="neither a factor nor a soft cap"):
         score_dataset(model, rows(), pad_rows)
     assert score_dataset(model, rows(), pad_rows, metrics=["loss"])["loss"].isfinite().all()
+
+    model.forward = lambda **inputs: transformers.modeling_outputs.CausalLMOutput(
+        logits=plain(**inputs).logits[..., :-1]
+    )
+    with pytest.raises(ValueError, match="neither a factor nor a soft cap"):
+        score_dataset(model, [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], pad_rows)
 
     class Bent(nn.Linear):
         def forward(self, h: torch.Tensor) -> torch.Tensor:
@@ -476,6 +521,18 @@ def test_virtual_tokens_are_left_out() -> None:
     found = score_dataset(model, rows(4), pad_rows, metrics=["loss"])["loss"]
     for sample, loss in zip(rows(4), found, strict=True):
         assert loss.item() == pytest.approx(model(**pad_rows([sample])).loss.item(), rel=1e-6)
+
+
+def test_virtual_tokens_before_a_classifier() -> None:
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    model = peft.get_peft_model(small("llama classifier"), config).double().eval()
+    samples = [{"input_ids": row["input_ids"][:3], "label": row["label"]} for row in classes()]
+    found = score_dataset(model, samples, pad_sequences, metrics=HEAD, eta=0.01)
+    head = find_head(model, "SEQ_CLS")
+    with calls_of(head) as calls, torch.no_grad():
+        model(input_ids=torch.tensor([sample["input_ids"] for sample in samples]), attention_mask=torch.ones(10, 3))
+    norms = calls[0][0][:, -1].norm(dim=-1)
+    torch.testing.assert_close(found["nod"], 0.01 * norms * found["el2n"])
 
 
 def test_scoring_disturbs_nothing() -> None:
@@ -568,6 +625,11 @@ def test_decoders_that_classify() -> None:
     found = score_dataset(model, samples, collator, metrics=["grand"])["grand"]
     torch.testing.assert_close(found, norms * math.sqrt(2 / 3))
     assert not torch.allclose(found, usual)
+    half = small("llama classifier").bfloat16().eval()
+    cut = score_dataset(half, samples, collator)
+    plain = half.forward  # accelerate's, for mixed precision, makes the logits float32
+    half.forward = lambda **inputs: SimpleNamespace(logits=plain(**inputs).logits.float())
+    assert_scores(score_dataset(half, samples, collator), cut, rtol=1e-6)
     model.score.weight.data += math.nan
     assert score_dataset(model, samples, collator)["nod"].isnan().all()
 
@@ -649,7 +711,7 @@ def test_select_keeps_the_ceiling_and_breaks_ties_by_index() -> None:
     assert select(scores, 0.6, "nod") == [1, 2, 4]
     assert select(scores, 0.6, "nod", goal="max") == [0, 1, 2]
     assert select(scores, 1.0, "nod") == select(scores, 1, "nod") == [0, 1, 2, 3, 4]
-    assert select(scores, 1e-9, "nod") == [4]
+    assert select(scores, 1e-9, "nod") == select(scores, 1e-15, "nod") == [4]
     hundred = {"loss": torch.arange(100.0)}
     assert [len(select(hundred, keep, "loss")) for keep in (0.07, 0.29, 0.3, 0.57, 0.071)] == [7, 29, 30, 57, 8]
 
@@ -730,6 +792,7 @@ class Packed:
         ({"eta": 0.0}, "eta must be a positive number"),
         ({"reduction": "max"}, "reduction must be 'mean' or 'sum'"),
         ({"task": "QA"}, "unknown task 'QA': one of CAUSAL_LM"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"collator": Packed()}, "samples 0 to 7: the rows of the batch are not the samples.*before packing"),
         ({"collator": lambda samples: {"input_ids": torch.ones(1, 3)}}, "made no tensor 'labels', only input_ids"),
         ({"dataset": [{"input_ids": [1, 2], "labels": [-100, 64]}]}, "label 64 is outside the model's 64 outputs"),
@@ -755,6 +818,7 @@ def test_a_packed_row_is_refused_and_a_flattened_sample_is_not() -> None:
     ("kind", "config", "metrics", "message"),
     [
         ("bert", {"problem_type": "regression"}, ["don"], "not for regression"),
+        ("bert", {"num_labels": 1}, ["don"], "not for regression"),
         ("bert", {"problem_type": "multi_label_classification"}, ["don"], "not for multi_label"),
         ("bert", {}, ["ifd"], "ifd compares answers .* not SEQ_CLS"),
     ],
@@ -884,6 +948,39 @@ def test_prune_finds_the_fields(folder: Path, tmp_path: Path, model: str, record
     assert (tmp_path / "kept.jsonl").read_text() == f"{json.dumps(record)}\n" * 2
 
 
+@pytest.mark.parametrize("pad", [0, 5])
+def test_prune_pads_as_the_model_expects(tmp_path: Path, pad: int) -> None:
+    """A decoder's classifier looks for the last token that is not its padding."""
+    model = small("llama classifier").eval()
+    model.config.pad_token_id = pad
+    model.save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    texts = [" ".join(f"w{7 + i + j}" for j in range(length)) for i, length in enumerate((3, 6, 2, 4))]
+    lines = [json.dumps({"text": text, "label": i % 3}) for i, text in enumerate(texts)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    scores = tmp_path / "scores.json"
+    files = ("--data", tmp_path / "data.jsonl", "--out", tmp_path / "kept.jsonl", "--scores", scores)
+    outcome = call("--model", tmp_path / "model", *files)
+    assert outcome.exit_code == 0, outcome.output
+    samples = [{**words()(text), "label": i % 3} for i, text in enumerate(texts)]
+    one_by_one = score_dataset(model, samples, pad_sequences, batch_size=1)
+    assert_scores(pruning.Selection.load(scores).scores, one_by_one, rtol=1e-5)
+
+
+def test_prune_leaves_line_ends_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "w1 w2"}\r\n{"text": "w3 w4"}\r\n')
+    files = ("--data", tmp_path / "data.jsonl", "--out", tmp_path / "kept.jsonl", "--keep", 1)
+    outcome = call("--model", folder / "model", *files)
+    assert outcome.exit_code == 0, outcome.output
+    assert (tmp_path / "kept.jsonl").read_bytes() == b'{"text": "w1 w2"}\r\n{"text": "w3 w4"}\r\n'
+
+
+def test_data_must_be_utf8(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    outcome = call("--model", folder / "model", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "kept.jsonl")
+    assert outcome.exit_code == 2 and "data.jsonl is not UTF-8" in outcome.stderr
+
+
 def test_only_the_answer_of_a_chat_counts() -> None:
     tokenizer = words()
     tokenizer.chat_template = (
@@ -893,6 +990,9 @@ def test_only_the_answer_of_a_chat_counts() -> None:
     record = {"messages": [{"role": "user", "content": "w7"}, {"role": "assistant", "content": "w8 w9"}]}
     (found,) = encode([record], tokenizer, "CAUSAL_LM")
     assert found == {"input_ids": [1, 7, 2, 8, 9], "labels": [-100, -100, -100, 8, 9]}
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match=r"record 1: the chat template does not take its messages \(no system role\)"):
+        encode([record], tokenizer, "CAUSAL_LM")
     (cut,) = encode([{"prompt": "w1 w2 ", "completion": "w3"}], tokenizer, "CAUSAL_LM", max_length=3)
     assert cut == {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}
 
@@ -907,6 +1007,7 @@ def test_only_the_answer_of_a_chat_counts() -> None:
         ({}, [""], "is empty"),
         ({}, ['{"text": "w1 w2"}', "{text}"], "line 2: not JSON"),
         ({}, ["[1]"], "line 1: not an object"),
+        ({}, ["[" * 100_000], "line 1: not JSON"),
         ({}, ['{"a": 1}'], "record 1: found no prompt and answer among its fields a"),
         ({"prompt": "q"}, ['{"text": "w1"}'], "record 1 has no field 'q', only text"),
         ({}, ['{"messages": []}'], "record 1: the last of its messages is not the assistant's"),
@@ -915,6 +1016,13 @@ def test_only_the_answer_of_a_chat_counts() -> None:
             ['{"text": "w1", "label": "good"}'],
             "record 1: label 'good' is not one of the model's",
         ),
+        (
+            {},
+            ['{"prompt": [{"role": "user", "content": "w1"}], "completion": "w2"}'],
+            "record 1: its field 'prompt' is not a text but a list",
+        ),
+        ({}, ['{"question": "w1", "answer": null}'], "record 1: its field 'answer' is not a text but a NoneType"),
+        ({"model": "classifier"}, ['{"text": "w1", "label": 0.5}'], "record 1: label 0.5 is not a whole number"),
         ({"model": "classifier"}, ['{"text": "w1", "label": 3}'], "samples 0 to 0: label 3 is outside the model's 3"),
         ({"model": "classifier", "method": "ifd"}, ['{"text": "w1", "label": 1}'], "ifd compares answers"),
         ({"model": "encoder"}, ['{"text": "w1", "label": 1}'], "cannot tell the task of a BertModel: --task"),
@@ -923,6 +1031,11 @@ def test_only_the_answer_of_a_chat_counts() -> None:
         ({"dtype": "int8"}, ['{"text": "w1"}'], "--dtype must be auto"),
         ({"data": "missing.jsonl"}, ['{"text": "w1"}'], "No such file"),
         ({"out": "data.jsonl"}, ['{"text": "w1"}'], "is the data itself, which is never changed"),
+        ({"scores": "data.jsonl"}, ['{"text": "w1 w2"}'], "is the data itself, which is never changed"),
+        ({"plot": "data.jsonl"}, ['{"text": "w1 w2"}'], "is the data itself, which is never changed"),
+        ({"out": "new/kept.jsonl"}, ['{"text": "w1 w2"}'], "there is no folder"),
+        ({"plot": "new/plot.png"}, ['{"text": "w1 w2"}'], "there is no folder"),
+        ({"device": "abacus"}, ['{"text": "w1 w2"}'], "--device abacus: "),
         (
             {"max-length": 2},
             ['{"prompt": "w1 w2 w3", "completion": "w4"}'],
@@ -934,7 +1047,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, arguments: dict, li
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     options = {"model": "model", "data": "data.jsonl", "out": "kept.jsonl", **arguments}
     options["model"] = folder / options["model"]
-    for name in ("data", "out"):
+    for name in {"data", "out", "scores", "plot"} & set(options):
         options[name] = tmp_path / options[name]
     outcome = call(*(part for name, value in options.items() for part in (f"--{name}", value)))
     assert outcome.exit_code == 2, outcome.output
@@ -955,6 +1068,12 @@ def test_scatter_is_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("method", pruning.METHODS)
+def test_what_is_drawn_was_scored(method: str) -> None:
+    known = {*pruning.METHODS[method], *pruning.shown_with(method), "tokens"}
+    assert set(pruning.axes_of(method)) <= known and ("loss" in known) == (method != "random")
+
+
 def test_table_shows_both_ends() -> None:
     data = [{"text": f"text {i} | x", "label": i} for i in range(20)]
     scores = {"nod": torch.arange(20.0), "tokens": torch.ones(20)}
@@ -967,3 +1086,6 @@ def test_table_shows_both_ends() -> None:
     assert len(pruning.table(scores, preference(scores, "nod"), data, rows=10).splitlines()) == 2 + 19
     long = pruning.table(scores, preference(scores, "nod"), [{"text": "a" * 500}] * 20, rows=1, characters=20)
     assert f"{'a' * 10} ... {'a' * 10}" in long
+    bars = pruning.table(scores, preference(scores, "nod"), [{"text": "|" * 500}] * 20, rows=1, characters=10)
+    assert bars.splitlines()[-1].endswith(" | " + "\\|" * 5 + " ... " + "\\|" * 5 + " |")
+    assert len(pruning.table(scores, preference(scores, "nod"), data, rows=0).splitlines()) == 3

@@ -275,6 +275,7 @@ def test_the_data_of_a_trainer_may_change(tmp_path: Path) -> None:
         (lambda file: file.update(indices=None), "not a selection"),
         (lambda file: file.pop("key"), "no 'key'"),
         (lambda file: file["scores"].update(don=[1.0]), "don: not one score for each of the 40"),
+        (lambda file: file["scores"].update(don=[[1.0]] * 40), "don: not one score for each of the 40"),
         (lambda file: file["scores"].update(don=["a"] * 40), "not a selection"),
     ],
 )
@@ -288,6 +289,12 @@ def test_a_broken_selection_is_refused(tmp_path: Path, change: Any, reason: str)
     path.write_text(json.dumps(file))
     with pytest.raises(ValueError, match=reason):
         Selection.load(path)
+
+
+def test_a_folder_is_not_a_selection(tmp_path: Path) -> None:
+    (tmp_path / "selection.json").mkdir()
+    with pytest.raises(ValueError, match="selection.json is not a selection of peftx"):
+        trainer(tmp_path, peftx.DonodCallback()).train()
 
 
 def test_a_selection_survives_its_file(tmp_path: Path) -> None:
@@ -339,6 +346,16 @@ def test_resuming_without_the_selection_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "selection.json").exists()
 
 
+def test_resuming_with_overwrite_is_refused(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 4}
+    trainer(tmp_path, peftx.DonodCallback(keep=0.25), **settings).train()
+    before = (tmp_path / "selection.json").read_bytes()
+    resumed = trainer(tmp_path, peftx.DonodCallback(keep=0.25, overwrite=True), **settings)
+    with pytest.raises(ValueError, match="overwrite=True ignores its selection"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert (tmp_path / "selection.json").read_bytes() == before
+
+
 # How the callback finds its trainer
 
 
@@ -386,6 +403,67 @@ def test_one_callback_serves_one_trainer(tmp_path: Path) -> None:
     trainer(tmp_path, callback)
     with pytest.raises(ValueError, match="a DonodCallback serves one Trainer"):
         callback.attach(trainer(tmp_path))
+
+
+def test_a_trainer_takes_one_callback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a Trainer takes one DonodCallback"):
+        trainer(tmp_path, peftx.DonodCallback(), peftx.DonodCallback(keep=0.5))
+    run = trainer(tmp_path, peftx.DonodCallback())
+    with pytest.raises(ValueError, match="a Trainer takes one DonodCallback"):
+        prune(run, keep=0.5)
+
+
+def test_a_callback_that_is_removed_prunes_no_more(tmp_path: Path) -> None:
+    callback = peftx.DonodCallback()
+    run = trainer(tmp_path, callback)
+    run.remove_callback(callback)
+    run.train()
+    assert len(set(run.watch.seen)) == COUNT and not (tmp_path / "selection.json").exists()
+    callback.attach(run)
+    run.watch.seen.clear()
+    run.train()
+    assert len(set(run.watch.seen)) == 12 and (tmp_path / "selection.json").exists()
+
+
+def test_a_copy_of_a_trainer_prunes_its_own_data(tmp_path: Path) -> None:
+    run = trainer(tmp_path, peftx.DonodCallback(keep=0.25))
+    other = copy.deepcopy(run)
+    other.train_dataset = examples(20)
+    assert len(other.get_train_dataloader().dataset) == 5 and len(run.get_train_dataloader().dataset) == 10
+
+
+def test_random_needs_neither_warm_up_nor_model(tmp_path: Path) -> None:
+    callback = peftx.DonodCallback(method="random")
+    run = trainer(tmp_path, callback, kind="bert")
+    run.model.register_forward_pre_hook(no_scoring)
+    assert len(run.get_train_dataloader().dataset) == 12
+    assert callback.selection.key["settings"]["when"] == "start"
+
+
+def test_samples_that_are_drawn_at_random_disturb_nothing(tmp_path: Path) -> None:
+    class Drawn(torch.utils.data.Dataset):
+        def __len__(self):
+            return COUNT
+
+        def __getitem__(self, place):
+            torch.rand(1)
+            return examples()[place]
+
+    run = trainer(tmp_path, peftx.DonodCallback(), data=Drawn())
+    state = torch.get_rng_state()
+    run.get_train_dataloader()
+    run.callback_handler.callbacks[-1].on_train_begin(run.args, run.state, run.control)
+    assert torch.equal(torch.get_rng_state(), state) and (tmp_path / "selection.md").exists()
+
+
+def test_what_cannot_be_scored_is_not_warmed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftx.pruning.callback.warmed_up", no_scoring)
+    run = trainer(tmp_path, peftx.DonodCallback(), kind="bert")
+    run.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="the model is split over processes"):
+        run.train()
+    with pytest.raises(ValueError, match="ifd compares answers"):
+        trainer(tmp_path, peftx.DonodCallback(method="ifd"), kind="bert").train()
 
 
 def test_a_loader_of_other_data_is_refused(tmp_path: Path) -> None:
@@ -448,6 +526,10 @@ def test_data_that_cannot_be_pruned(tmp_path: Path, data: Any, settings: dict, m
         ({"weights": (0, 0)}, "weights must be"),
         ({"when": "later"}, "when must be 'start', 'warmup' or None"),
         ({"warmup_steps": 0}, "warmup_steps must be at least 1"),
+        ({"eta": -1.0}, "eta must be a positive number"),
+        ({"reduction": "max"}, "reduction must be 'mean' or 'sum'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"task": "QA"}, "unknown task 'QA'"),
     ],
 )
 def test_bad_settings(settings: dict, message: str) -> None:

@@ -1,6 +1,7 @@
 """`peftx prune`: choose training samples from lines of JSON."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,8 +58,11 @@ def prune(
         from ..pruning import text
         from ..pruning.select import METHODS, check_keep, check_settings
 
-        if out.resolve() == data.resolve():
-            raise ValueError(f"--out {out} is the data itself, which is never changed")
+        for option, path in (("--out", out), ("--scores", scores), ("--plot", plot)):
+            if path is not None and path.resolve() == data.resolve():
+                raise ValueError(f"{option} {path} is the data itself, which is never changed")
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{option} {path}: there is no folder {path.parent}")
         check_keep(keep)
         ranking: dict[str, Any] = {"method": method, "don_goal": don_goal, "goal": goal}
         check_settings(method, don_goal, goal, pruning.WEIGHTS)
@@ -66,10 +70,13 @@ def prune(
         network, tokenizer, kind = load(model, adapter, task, dtype, device)
         fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label, "max_length": max_length}
         samples = text.encode(records, tokenizer, kind, label2id=network.config.label2id, **fields)
+        padding = next(
+            (i for i in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id) if i is not None), 0
+        )
         found = pruning.score_dataset(
             network,
             samples,
-            text.pad,
+            partial(text.pad, padding=padding),
             metrics=tuple(dict.fromkeys((*METHODS[method], *pruning.shown_with(method)))),
             batch_size=batch_size,
             eta=eta,
@@ -81,7 +88,7 @@ def prune(
             kept = pruning.select(found, keep, **ranking)
         for warning in caught:
             typer.echo(f"peftx: {warning.message}", err=True)
-        out.write_text("".join(f"{lines[i]}\n" for i in kept), encoding="utf-8")
+        out.write_text("".join(f"{lines[i]}\n" for i in kept), encoding="utf-8", newline="")
         if scores:
             key = {
                 "data": pruning.fingerprint(lines),
@@ -109,18 +116,18 @@ def load(name: str, adapter: str | None, task: str | None, dtype: str, device: s
     import transformers
     from peft import PeftModel
 
-    from ..pruning.head import TASKS, task_of_class
+    from ..pruning.head import task_of_class
 
-    config = transformers.AutoConfig.from_pretrained(name)
-    if task is None:
-        architecture = next(iter(config.architectures or ()), "model without an architecture")
-        if (task := task_of_class(architecture)) is None:
-            raise ValueError(f"cannot tell the task of a {architecture}: --task, one of {', '.join(TASKS)}")
     classes: dict[str, Any] = {
         "CAUSAL_LM": transformers.AutoModelForCausalLM,
         "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
         "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     }
+    config = transformers.AutoConfig.from_pretrained(name)
+    if task is None:
+        architecture = next(iter(config.architectures or ()), "model without an architecture")
+        if (task := task_of_class(architecture)) is None:
+            raise ValueError(f"cannot tell the task of a {architecture}: --task, one of {', '.join(classes)}")
     if task not in classes:
         raise ValueError(f"--task must be one of {', '.join(classes)}, got {task}")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -141,4 +148,8 @@ def load(name: str, adapter: str | None, task: str | None, dtype: str, device: s
         )
     if adapter is not None:
         network = PeftModel.from_pretrained(network, adapter)
-    return network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, task
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return network.to(device), tokenizer, task
+    except (RuntimeError, AssertionError) as error:  # no such device, or not enough memory
+        raise ValueError(f"--device {device}: {error}") from None

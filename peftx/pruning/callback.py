@@ -5,7 +5,6 @@ event a reference to itself. So the callback has to act where the loader is made
 this one trainer. It finds the trainer on the call stack when `Trainer.__init__` announces that it is done.
 """
 
-import functools
 import inspect
 import warnings
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from transformers.utils import logging
 
 from .head import base_of, task_of
 from .report import shown_with, write_report
-from .scores import ETA, length_of, score_dataset, undisturbed
+from .scores import ETA, check_model, check_probe, length_of, score_dataset, undisturbed
 from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_keep, check_settings, preference, select
 from .selection import FILE_NAME, Selection, fingerprint
 from .warmup import warmed_up, warmup_length
@@ -61,8 +60,8 @@ class DonodCallback(TrainerCallback):
             `score_dataset`.
         don_goal, goal, weights: see `select`. The paper's setting is `don_goal="max"`.
         when: `"start"`: the model scores as it is. `"warmup"`: it is trained for a moment on random samples first, and
-            set back after scoring. Default: `"warmup"` for classifiers, whose head is new as a rule, else `"start"`.
-            Not in the paper.
+            set back after scoring. Default: `"warmup"` for classifiers, whose head is new as a rule, else (and for
+            `"random"`) `"start"`. Not in the paper.
         warmup_steps: batches of that moment, at the Trainer's batch size and learning rate. Default: a tenth of an
             epoch, at least 50, at most an epoch.
         eta, reduction, task, head: see `score_dataset`.
@@ -70,12 +69,13 @@ class DonodCallback(TrainerCallback):
         seed: of `"random"` and of the warm-up.
         report: whether to write `selection.md` and `selection.png`. Never with `push_to_hub=True`, which would publish
             texts of the samples; an explicit `trainer.push_to_hub()` uploads whatever is in `output_dir`.
-        overwrite: score again even if there is a selection; not for resuming.
+        overwrite: score again even if there is a selection; not for resuming in another process.
 
     Raises:
-        ValueError: here for bad settings; when training starts for data that cannot be pruned (no length, empty,
-            packed), a head that cannot be scored, a selection of something else, a resumed run without its selection,
-            or a trainer that could not be found: then `attach` helps.
+        ValueError: here for bad settings; from the Trainer for a second DonodCallback; when training starts for data
+            that cannot be pruned (no length, empty, packed), a model split over processes, a head that cannot be
+            scored, a selection of something else, a resumed run without its selection, or a trainer that could not be
+            found: then `attach` helps.
     """
 
     def __init__(
@@ -103,12 +103,14 @@ class DonodCallback(TrainerCallback):
             raise ValueError(f"when must be 'start', 'warmup' or None, got {when!r}")
         if warmup_steps is not None and warmup_steps < 1:
             raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps!r}")
+        check_probe(batch_size, eta, reduction, task)
         self.keep, self.method, self.don_goal, self.goal, self.weights = keep, method, don_goal, goal, tuple(weights)
         self.when, self.warmup_steps, self.batch_size, self.seed = when, warmup_steps, batch_size, seed
         self.eta, self.reduction, self.task, self.head = eta, reduction, task, head
         self.report, self.overwrite = report, overwrite
         self.selection: Selection | None = None  # of the data that is trained on
         self._trainer: Any = None
+        self._make_loader: Any = None  # its own get_train_dataloader
         self._data: Any = None
         self._scored = False  # whether the selection was made by this run, not read
 
@@ -120,34 +122,35 @@ class DonodCallback(TrainerCallback):
 
     def attach(self, trainer: Any) -> "DonodCallback":
         """Makes `trainer` train on the kept samples; for trainers that exist already. Returns the callback."""
-        if self._trainer is trainer:
-            return self
-        if self._trainer is not None:
+        if self._trainer not in (None, trainer):
             raise ValueError("a DonodCallback serves one Trainer: make another one for the second")
-        self._trainer = trainer
-        if self not in trainer.callback_handler.callbacks:
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(other, DonodCallback) and other is not self for other in callbacks):
+            raise ValueError("a Trainer takes one DonodCallback, and this one has another: remove_callback it first")
+        if self not in callbacks:
             trainer.add_callback(self)
-        make_loader = trainer.get_train_dataloader
-
-        @functools.wraps(make_loader)
-        def get_train_dataloader() -> Any:
-            whole = trainer.train_dataset
-            if whole is None:
-                return make_loader()  # the Trainer's own error
-            trainer.train_dataset = self.prune(whole)
-            try:
-                loader = make_loader()
-                if len(getattr(loader, "dataset", trainer.train_dataset)) != len(trainer.train_dataset):
-                    raise ValueError(
-                        f"{type(trainer).__name__}.get_train_dataloader does not load trainer.train_dataset: select "
-                        "with peftx.pruning.score_dataset and select, and give the Trainer the kept samples"
-                    )
-                return loader
-            finally:
-                trainer.train_dataset = whole
-
-        trainer.get_train_dataloader = get_train_dataloader
+        if self._trainer is None:
+            self._trainer, self._make_loader = trainer, trainer.get_train_dataloader
+            trainer.get_train_dataloader = self.get_train_dataloader
         return self
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's loader of the kept samples; of all of them once the callback was removed from the trainer."""
+        trainer = self._trainer
+        whole = trainer.train_dataset
+        if whole is None or self not in trainer.callback_handler.callbacks:
+            return self._make_loader()
+        trainer.train_dataset = self.prune(whole)
+        try:
+            loader = self._make_loader()
+            if len(getattr(loader, "dataset", trainer.train_dataset)) != len(trainer.train_dataset):
+                raise ValueError(
+                    f"{type(trainer).__name__}.get_train_dataloader does not load trainer.train_dataset: select with "
+                    "peftx.pruning.score_dataset and select, and give the Trainer the kept samples"
+                )
+            return loader
+        finally:
+            trainer.train_dataset = whole
 
     def on_init_end(self, args, state, control, **kwargs):
         trainer = trainer_above(inspect.currentframe(), self)
@@ -161,9 +164,12 @@ class DonodCallback(TrainerCallback):
         path = Path(args.output_dir, FILE_NAME)
         if self._scored and state.global_step > 0:
             self.selection = self._data = None
+            wrong = "overwrite=True ignores its selection: leave that out"
+            if not self.overwrite:
+                wrong = f"its selection is not there: put the {FILE_NAME} of the interrupted run into {args.output_dir}"
             raise ValueError(
-                f"training resumes at step {state.global_step}, but its selection is not there: put the {FILE_NAME} of "
-                f"the interrupted run into {args.output_dir}, or start anew without resume_from_checkpoint"
+                f"training resumes at step {state.global_step}, but {wrong}, or start anew without "
+                "resume_from_checkpoint"
             )
         count = selection.key["data"]["samples"]
         means = {name: float(column.nanmean()) for name, column in selection.scores.items()}
@@ -173,7 +179,8 @@ class DonodCallback(TrainerCallback):
             if self.report and not args.push_to_hub:
                 tokenizer = trainer.processing_class
                 wanted = preference(selection.scores, **self.ranking)
-                write_report(selection, wanted, self._data, path.parent, method=self.method, tokenizer=tokenizer)
+                with undisturbed(trainer.model):  # samples may be drawn at random
+                    write_report(selection, wanted, self._data, path.parent, method=self.method, tokenizer=tokenizer)
         self._scored = False  # from here on it is what a resumed run has to use
         trainer.accelerator.wait_for_everyone()
 
@@ -197,13 +204,17 @@ class DonodCallback(TrainerCallback):
             )
         model = trainer.model
         task = self.task or task_of(model)
-        when = self.when or ("warmup" if task in ("SEQ_CLS", "TOKEN_CLS") else "start")
+        check_model(model, task, METHODS[self.method], sharded=trainer.is_fsdp_enabled)
+        fresh = task in ("SEQ_CLS", "TOKEN_CLS") and self.method != "random"
+        when = self.when or ("warmup" if fresh else "start")
         steps = (
             (self.warmup_steps or warmup_length(len(dataset), trainer.args.train_batch_size)) if when == "warmup" else 0
         )
         base = base_of(model)
+        with undisturbed(model):
+            data = fingerprint(dataset)
         key = {
-            "data": fingerprint(dataset),
+            "data": data,
             "model": f"{type(base).__name__} {getattr(base.config, '_name_or_path', '')}".strip(),
             "settings": {
                 **{name: getattr(self, name) for name in ("keep", *self.ranking, "eta", "reduction", "seed")},
@@ -314,7 +325,9 @@ def synchronise(model: torch.nn.Module, accelerator: Any) -> None:
     if accelerator.num_processes > 1:
         for parameter in model.parameters():
             if parameter.requires_grad:
-                torch.distributed.broadcast(parameter.data, src=0)
+                value = parameter.data.to(accelerator.device)  # DeepSpeed moves the model later
+                torch.distributed.broadcast(value, src=0)
+                parameter.data.copy_(value)
 
 
 def trainer_above(frame: FrameType | None, callback: TrainerCallback) -> Trainer | None:

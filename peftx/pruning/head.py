@@ -1,6 +1,5 @@
 """The output layer: which module it is, its weight, and what stands between it and the logits."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -69,7 +68,7 @@ def find_head(model: nn.Module, task: str, name: str | None = None) -> nn.Module
         found, where = getter(), "get_output_embeddings()"
     else:
         found, where = classifier(base), "the classifier"
-    if isinstance(found, ModulesToSaveWrapper):
+    if isinstance(found, AuxiliaryTrainingWrapper):
         found = active_copy(found)
     inside = found.get_base_layer() if isinstance(found, BaseTunerLayer) else found
     if inside is None:
@@ -89,28 +88,33 @@ def classifier(base: nn.Module) -> nn.Module | None:
     labels = getattr(getattr(base, "config", None), "num_labels", None)
     encoder = getattr(base, "base_model_prefix", "")
     found: nn.Module | None = None
-    for name, module in base.named_modules():
-        if name.split(".")[0] == encoder or re.search(
-            r"(^|\.)(original_module|modules_to_save|base_layer)(\.|$)", name
-        ):
-            continue
-        if isinstance(module, ModulesToSaveWrapper):
-            inside = [part for part in active_copy(module).modules() if outputs(part) == labels]
-            found = inside[-1] if inside else found
-        elif outputs(module) == labels:
-            found = module
+    for name, child in base.named_children():
+        if name != encoder:
+            for layer, outputs in linear_layers(child):
+                found = layer if outputs == labels else found
     return found
 
 
-def outputs(module: nn.Module) -> int | None:
+def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+    """The linear layers in `module` and their numbers of outputs; one with an adapter counts as one, and of a module
+    that PEFT trains a copy of, the active copy counts."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = active_copy(module)
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return layer.out_features if isinstance(layer, nn.Linear) else None
+    if isinstance(layer, nn.Linear):
+        yield module, layer.out_features
+    elif layer is module:
+        for child in module.children():
+            yield from linear_layers(child)
 
 
-def active_copy(wrapper: ModulesToSaveWrapper) -> nn.Module:
+def active_copy(wrapper: AuxiliaryTrainingWrapper) -> nn.Module:
     """The module that the wrapper calls now."""
-    names = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
-    return wrapper.original_module if wrapper.disable_adapters or not names else wrapper.modules_to_save[names[0]]
+    copies = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else None
+    names = [name for name in wrapper.active_adapters if copies is None or name in copies]
+    if wrapper.disable_adapters or not names:
+        return wrapper.original_module
+    return wrapper.token_adapter if copies is None else copies[names[0]]  # trainable tokens, of tied embeddings
 
 
 def affine(module: nn.Module, h: Tensor) -> tuple[float, Tensor | None, Tensor]:
@@ -209,12 +213,13 @@ def check_head(model: nn.Module, module: nn.Module, h: Tensor, z: Tensor, logits
         )
     if torch.equal(logits, z):
         return Head(module, square, bias)
-    scale = float((logits * z).sum() / z.square().sum().clamp(min=1e-30))
+    alike = logits.shape == z.shape  # or some outputs are cut off
+    cap = softcap(base_of(model))  # first, since a factor fits a soft cap of small logits well
+    if alike and cap is not None and same(logits, cap * torch.tanh(z / cap)):
+        return Head(module, square, bias, cap=cap)
+    scale = float((logits * z).sum() / z.square().sum().clamp(min=1e-30)) if alike else 0.0
     if scale > 0 and same(logits, scale * z):
         return Head(module, square, bias, scale)
-    cap = softcap(base_of(model))
-    if cap is not None and same(logits, cap * torch.tanh(z / cap)):
-        return Head(module, square, bias, cap=cap)
     raise ValueError(
         f"{type(base_of(model)).__name__} changes the output of its head in a way that is neither a factor nor a soft "
         "cap (final_logit_softcapping), so DON, NOD and GraNd of the head have another form. loss, el2n, ifd, "

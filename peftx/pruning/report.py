@@ -79,7 +79,7 @@ def table(
     head = ["rank", "index", "wanted", *names, "text"]
     lines = [head, ["---:"] * (len(head) - 1) + ["---"]]
     ranked = list(enumerate(order, 1))
-    shown = ranked if len(ranked) <= 2 * rows else [*ranked[:rows], None, *ranked[-rows:]]
+    shown = ranked if len(ranked) <= 2 * rows else [*ranked[:rows], None, *ranked[len(ranked) - rows :]]
     for entry in shown:
         if entry is None:
             lines.append(["..."] * len(head))
@@ -103,13 +103,16 @@ def excerpt(sample: Any, tokenizer: Any = None, characters: int = CHARACTERS) ->
         value: Any = fields.get(name)
         value = value.item() if getattr(value, "ndim", 1) == 0 else value
         parts += [f"[{value}]"] * isinstance(value, int | float)
-    text = " ".join(" ".join(parts).split()).replace("|", "\\|")
-    half = characters // 2
-    return text if len(text) <= characters else f"{text[:half]} ... {text[-half:]}"
+    text, half = " ".join(" ".join(parts).split()), characters // 2
+    if len(text) > characters:
+        text = f"{text[:half]} ... {text[len(text) - half :]}"
+    return text.replace("|", "\\|")
 
 
 def shown_with(method: str) -> tuple[str, ...]:
     """Scores that a report shows beside the method's own, since they cost nothing more."""
+    if method == "random":
+        return ()
     return ("don", "nod", "loss") if OF_HEAD & set(METHODS[method]) else ("loss",)
 
 
@@ -117,7 +120,7 @@ def axes_of(method: str) -> tuple[str, str]:
     """The two scores of the picture."""
     if OF_HEAD & set(METHODS[method]):
         return "don", "nod"
-    return ("tokens" if method == "loss" else method), "loss"
+    return ("tokens", method) if method in ("loss", "random") else (method, "loss")
 
 
 def write_report(

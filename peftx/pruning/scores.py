@@ -129,12 +129,14 @@ def score_dataset(
 
     Args:
         model: of transformers, or a PEFT model around one; plain, not wrapped by DDP, FSDP or DeepSpeed.
-        dataset: anything with a length and integer indices: `datasets.Dataset`, a list, a torch `Dataset`.
+        dataset: anything with a length and integer indices: `datasets.Dataset`, a list, a torch `Dataset`. Rows that
+            were packed before are told from samples only where `position_ids` start again.
         collator: makes a batch, with `labels`, from a list of samples. Default: transformers' `default_data_collator`.
         metrics: of
             `"don"`: |W| - |W'|, positive where the head's norm falls;
             `"nod"`: |W' - W|, how far the head moves;
-            `"loss"`: mean cross-entropy over the supervised tokens, in nats;
+            `"loss"`: mean cross-entropy over the supervised tokens, in nats; here and in all others without label
+            smoothing, class weights or what else a Trainer's loss may add;
             `"el2n"`: |softmax - onehot|, mean over the supervised tokens (arXiv:2107.07075 has one label a sample);
             `"grand"`: |gradient| of the head, so `nod / eta`;
             `"grand_full"`: |gradient| of all parameters that train, of an adapter say: one backward pass a sample;
@@ -161,13 +163,8 @@ def score_dataset(
     count = length_of(dataset)
     if unknown := [name for name in metrics if name not in METRICS]:
         raise ValueError(f"unknown metric {', '.join(map(repr, unknown))}: one of {', '.join(METRICS)}")
-    if not (eta > 0 and math.isfinite(eta)):
-        raise ValueError(f"eta must be a positive number, got {eta!r}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    check_probe(batch_size, eta, reduction, task)
     task = task or task_of(model)
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
     check_model(model, task, metrics)
     score = Scorer(model, task, tuple(metrics), eta, reduction, head)
     chosen = range(count) if indices is None else list(indices)
@@ -376,10 +373,10 @@ def groups(supervised: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def picked(z: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
     """The position (B,) of z (B, T, V) that a decoder's classifier took its logits (B, V) from: the last equal one, and
-    not of padding."""
-    equal = z.isclose(logits[:, None], rtol=0, atol=0, equal_nan=True).all(-1)
+    not of padding. Virtual tokens come first, and have no mask."""
+    equal = z.to(logits.dtype).isclose(logits[:, None], rtol=0, atol=0, equal_nan=True).all(-1)
     if mask is not None:
-        equal &= mask.bool()
+        equal[:, -mask.shape[1] :] &= mask.bool()
     if not equal.any(1).all():
         raise ValueError("cannot tell which position the classifier's logits come from: they equal none of the head's")
     return equal.shape[1] - 1 - equal.flip(1).to(torch.int8).argmax(1)
@@ -416,14 +413,27 @@ def length_of(dataset: Any) -> int:
     return count
 
 
-def check_model(model: nn.Module, task: str, metrics: Sequence[str]) -> None:
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor":
-            raise ValueError(
-                "the model is split over processes (DeepSpeed ZeRO-3 or FSDP): select on the whole model first, with "
-                "peftx.pruning.score_dataset or `peftx prune`, and train on dataset.select(indices)"
-            )
-    problem = getattr(getattr(base_of(model), "config", None), "problem_type", None)
+def check_probe(batch_size: int | None, eta: float, reduction: str, task: str | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+    if not (eta > 0 and math.isfinite(eta)):
+        raise ValueError(f"eta must be a positive number, got {eta!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+
+
+def check_model(model: nn.Module, task: str, metrics: Sequence[str], sharded: bool = False) -> None:
+    if sharded or any(hasattr(part, "ds_id") or type(part).__name__ == "DTensor" for part in model.parameters()):
+        raise ValueError(
+            "the model is split over processes (DeepSpeed ZeRO-3 or FSDP): select on the whole model first, with "
+            "peftx.pruning.score_dataset or `peftx prune`, and train on dataset.select(indices)"
+        )
+    config = getattr(base_of(model), "config", None)
+    problem = getattr(config, "problem_type", None)
+    if getattr(config, "num_labels", None) == 1:  # what transformers then assumes
+        problem = "regression"
     if task == "SEQ_CLS" and problem in ("regression", "multi_label_classification"):
         raise ValueError(f"the scores are for one label a sample (softmax and cross-entropy), not for {problem}")
     if "ifd" in metrics and task != "CAUSAL_LM":

@@ -156,7 +156,7 @@ def select(
 
 def kept_size(keep: float, count: int) -> int:
     """`ceil(keep * count)`; what binary fractions add to a product such as 0.07 * 100 does not count."""
-    return math.ceil(keep * count - 1e-9 * max(1.0, keep * count))
+    return max(1, math.ceil(keep * count * (1 - 1e-12)))
 
 
 def check_keep(keep: float) -> None:
@@ -180,8 +180,6 @@ def check_settings(method: str, don_goal: str, goal: str | None, weights: Sequen
         if value not in ("min", "max") and not (name == "goal" and value is None):
             raise ValueError(f"{name} must be 'min' or 'max', got {value!r}")
     if goal is not None and method in ("donod", "don", "random"):
-        raise ValueError(
-            f"goal is for the other single scores; {method} takes don_goal" * (method != "random")
-            or "random has no goal"
-        )
+        other = "has no goal" if method == "random" else "takes don_goal"
+        raise ValueError(f"goal is for the other single scores; {method} {other}")
     check_weights(weights, 2)

@@ -58,9 +58,9 @@ class Selection:
                 str(name): torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64)
                 for name, column in rows.items()
             }
-            if wrong := [name for name, column in scores.items() if len(column) != count]:
+            if wrong := [name for name, column in scores.items() if column.shape != (count,)]:
                 raise ValueError(f"{', '.join(wrong)}: not one score for each of the {count} samples")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError, OSError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is not a selection of peftx ({reason}): delete it to score again") from error
         return cls(indices, scores, key)

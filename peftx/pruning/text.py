@@ -24,16 +24,20 @@ def read_lines(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """The lines of a JSONL file that are not blank, as they are and parsed.
 
     Raises:
-        ValueError: a line is not a JSON object, or there is none.
+        ValueError: the file is not UTF-8, a line is not a JSON object, or there is none.
         OSError: the file cannot be read.
     """
+    try:
+        page = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error})") from None
     lines, records = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(page.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: not an object with named fields")
@@ -44,28 +48,37 @@ def read_lines(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     return lines, records
 
 
+def text_of(record: Mapping[str, Any], field: str) -> str:
+    if not isinstance(record[field], str | int | float):
+        raise ValueError(f"its field {field!r} is not a text but a {type(record[field]).__name__}")
+    return str(record[field])
+
+
 def prompt_and_answer(
     record: Mapping[str, Any], tokenizer: Any, prompt: str | None, answer: str | None
 ) -> tuple[str, str]:
     """The two texts of a record: of the given fields, of chat `messages`, of the fields in `PAIRS`, or `text` alone."""
     if prompt or answer:
-        return str(record[prompt]) if prompt else "", str(record[answer or "text"])
+        return text_of(record, prompt) if prompt else "", text_of(record, answer or "text")
     if "messages" in record:
         messages = record["messages"]
         if not messages or messages[-1].get("role") != "assistant":
             raise ValueError("the last of its messages is not the assistant's")
-        given = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            given = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template raises what it likes
+            raise ValueError(f"the chat template does not take its messages ({error})") from None
         if not whole.startswith(given):
             raise ValueError("the chat template does not write the prompt first: make prompt and completion fields")
         return given, whole[len(given) :]
     for fields, target in PAIRS:
         if fields[0] in record and target in record:
-            parts = [str(record[field]) for field in fields if record.get(field)]
+            parts = [text_of(record, field) for field in fields if record.get(field)]
             plain = fields == ("prompt",)  # TRL's form, joined as it is
-            return "\n".join(parts) + ("" if plain else "\n"), str(record[target])
+            return "\n".join(parts) + ("" if plain else "\n"), text_of(record, target)
     if "text" in record:
-        return "", str(record["text"])
+        return "", text_of(record, "text")
     raise ValueError(f"found no prompt and answer among its fields {', '.join(record)}: name them")
 
 
@@ -111,7 +124,9 @@ def encode(
             if value not in (label2id or {}):
                 raise ValueError(f"label {value!r} is not one of the model's: {', '.join(label2id or {})}")
             value = (label2id or {})[value]
-        text = tokenizer(str(record[prompt or "text"]), truncation=True, max_length=max_length)
+        if int(value) != value:
+            raise ValueError(f"label {value!r} is not a whole number")
+        text = tokenizer(text_of(record, prompt or "text"), truncation=True, max_length=max_length)
         return {"input_ids": text.input_ids, "labels": int(value)}
 
     encoders: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
