@@ -62,8 +62,9 @@ RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # Row of the table: settings of `select`.
-ROWS: dict[str, dict[str, str]] = {
+ROWS: dict[str, dict[str, Any]] = {
     "DONOD, DON min (default)": {"method": "donod", "don_goal": "min"},
+    "DONOD, DON min, classes not balanced": {"method": "donod", "don_goal": "min", "balanced": False},
     "DONOD, DON max (paper)": {"method": "donod", "don_goal": "max"},
     "DON alone, min": {"method": "don", "don_goal": "min"},
     "DON alone, max": {"method": "don", "don_goal": "max"},
@@ -92,8 +93,10 @@ class Settings:
     length: int  # tokens
 
     @property
-    def rows(self) -> dict[str, dict[str, str]]:
-        return {name: row for name, row in ROWS.items() if row["method"] != "ifd" or self.task == "gsm8k"}
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Only classes can be balanced, and only prompts have an IFD."""
+        left_out = "ifd" if self.task == "sst2" else "balanced"
+        return {name: row for name, row in ROWS.items() if left_out not in (row["method"], *row)}
 
 
 DEFAULTS = {
@@ -179,7 +182,7 @@ def score(settings: Settings, task: Task, seed: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     rows = {}
     for name, row in settings.rows.items():
-        wanted = preference(scores, **row)
+        wanted = preference(scores, **{key: value for key, value in row.items() if key != "balanced"})
         usable = wanted.isfinite()
         lowest = wanted[usable].min() - 1  # what is never kept comes last
         with warnings.catch_warnings():

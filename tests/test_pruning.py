@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import random
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import tokenizers
 import torch
 import transformers
 from conftest import SMALL, tiny_model
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -1089,3 +1090,51 @@ def test_table_shows_both_ends() -> None:
     bars = pruning.table(scores, preference(scores, "nod"), [{"text": "|" * 500}] * 20, rows=1, characters=10)
     assert bars.splitlines()[-1].endswith(" | " + "\\|" * 5 + " ... " + "\\|" * 5 + " |")
     assert len(pruning.table(scores, preference(scores, "nod"), data, rows=0).splitlines()) == 3
+
+
+def test_a_score_that_prefers_a_class_keeps_the_same_share_of_each() -> None:
+    label = torch.tensor([0.0] * 30 + [1.0] * 10 + [2.0] * 5)
+    scores = {"loss": torch.arange(45.0, dtype=torch.float64), "label": label}  # class 0 has the smallest losses
+    kept = select(scores, 0.4, "loss")
+    assert kept == [*range(12), *range(30, 34), *range(40, 42)]  # 0.4 of each class, its best
+    assert select(scores, 0.4, "loss", balanced=True) == kept
+    assert select(scores, 0.4, "loss", balanced=False) == list(range(18))
+    assert select({"loss": scores["loss"]}, 0.4, "loss") == list(range(18))
+    with pytest.raises(ValueError, match="balanced=True needs scores\\['label'\\]"):
+        select({"loss": scores["loss"]}, 0.4, "loss", balanced=True)
+
+
+@given(
+    count=st.integers(1, 60),
+    classes=st.integers(1, 4),
+    keep=st.floats(0.01, 1),
+    bad=st.integers(0, 3),
+    seed=st.integers(0),
+)
+def test_balanced_shares(count: int, classes: int, keep: float, bad: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.rand(count, generator=generator, dtype=torch.float64)
+    loss[:bad] = torch.nan
+    label = torch.randint(classes, (count,), generator=generator).double()
+    assume(loss.isfinite().any())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = select({"loss": loss, "label": label}, keep, "loss")
+        plain = select({"loss": loss}, keep, "loss")
+    assert len(kept) == len(plain) and loss[kept].isfinite().all()
+    usable = loss.isfinite()
+    share = len(kept) / int(usable.sum())
+    for value in label[usable].unique():
+        members = (label == value) & usable
+        taken = sum(bool(members[i]) for i in kept)
+        assert abs(taken - share * int(members.sum())) <= 1 + classes / 2  # rounded
+        best = loss[members].sort().values[:taken]
+        assert torch.equal(loss[[i for i in kept if members[i]]].sort().values, best)
+
+
+def test_labels_are_a_fact_of_sequence_classification_only() -> None:
+    for metrics in (["loss"], ["random"]):
+        found = score_dataset(small("bert"), classes(), pad_sequences, metrics=metrics)
+        assert list(found) == [*metrics, "label", "tokens"]
+        assert found["label"].tolist() == [float(sample["label"]) for sample in classes()]
+    assert list(score_dataset(small("llama"), rows(), pad_rows, metrics=["loss"])) == ["loss", "tokens"]

@@ -149,7 +149,7 @@ def test_classifiers_warm_up_by_default_and_are_set_back(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("count", "batch", "steps"), [(40, 4, 10), (400, 4, 50), (4000, 4, 100), (4000, 8, 50), (3, 4, 1)]
+    ("count", "batch", "steps"), [(40, 4, 10), (400, 2, 200), (800, 2, 200), (8000, 2, 400), (3, 4, 1)]
 )
 def test_length_of_the_warm_up(count: int, batch: int, steps: int) -> None:
     assert warmup_length(count, batch) == steps

@@ -29,6 +29,10 @@ def prune(
             help="Of the other scores, keep the smallest (min) or largest (max).", show_default="min; ifd: max"
         ),
     ] = None,
+    balanced: Annotated[
+        bool | None,
+        typer.Option("--balanced/--no-balanced", help="Keep the same share of each class.", show_default="classifiers"),
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the model: folder or hub id.")] = None,
     task: Annotated[
         str | None, typer.Option(help="CAUSAL_LM, SEQ_CLS or SEQ_2_SEQ_LM.", show_default="the model's")
@@ -85,7 +89,7 @@ def prune(
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            kept = pruning.select(found, keep, **ranking)
+            kept = pruning.select(found, keep, **ranking, balanced=balanced)
         for warning in caught:
             typer.echo(f"peftx: {warning.message}", err=True)
         out.write_text("".join(f"{lines[i]}\n" for i in kept), encoding="utf-8", newline="")
@@ -93,7 +97,7 @@ def prune(
             key = {
                 "data": pruning.fingerprint(lines),
                 "model": model,
-                "settings": {"keep": keep, "eta": eta, **ranking},
+                "settings": {"keep": keep, "eta": eta, "balanced": balanced, **ranking},
             }
             pruning.Selection(kept, found, key).save(scores)
         if plot:

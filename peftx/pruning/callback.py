@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .head import base_of, task_of
 from .report import shown_with, write_report
-from .scores import ETA, check_model, check_probe, length_of, score_dataset, undisturbed
+from .scores import ETA, check_model, check_probe, facts, length_of, score_dataset, undisturbed
 from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_keep, check_settings, preference, select
 from .selection import FILE_NAME, Selection, fingerprint
 from .warmup import warmed_up, warmup_length
@@ -58,12 +58,12 @@ class DonodCallback(TrainerCallback):
         keep: share of the samples, in (0, 1].
         method: `"donod"`, `"don"`, `"nod"`, `"loss"`, `"el2n"`, `"grand"`, `"grand_full"`, `"ifd"` or `"random"`; see
             `score_dataset`.
-        don_goal, goal, weights: see `select`. The paper's setting is `don_goal="max"`.
+        don_goal, goal, weights, balanced: see `select`. The paper's setting is `don_goal="max"`.
         when: `"start"`: the model scores as it is. `"warmup"`: it is trained for a moment on random samples first, and
             set back after scoring. Default: `"warmup"` for classifiers, whose head is new as a rule, else (and for
             `"random"`) `"start"`. Not in the paper.
         warmup_steps: batches of that moment, at the Trainer's batch size and learning rate. Default: a tenth of an
-            epoch, at least 50, at most an epoch.
+            epoch, at least 200, at most an epoch.
         eta, reduction, task, head: see `score_dataset`.
         batch_size: samples in a forward pass. Default: the Trainer's batch of one device; 1 with TRL's `padding_free`.
         seed: of `"random"` and of the warm-up.
@@ -86,6 +86,7 @@ class DonodCallback(TrainerCallback):
         don_goal: Goal = DON_GOAL,
         goal: Goal | None = None,
         weights: Sequence[float] = WEIGHTS,
+        balanced: bool | None = None,
         when: Literal["start", "warmup"] | None = None,
         warmup_steps: int | None = None,
         eta: float = ETA,
@@ -105,6 +106,7 @@ class DonodCallback(TrainerCallback):
             raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps!r}")
         check_probe(batch_size, eta, reduction, task)
         self.keep, self.method, self.don_goal, self.goal, self.weights = keep, method, don_goal, goal, tuple(weights)
+        self.balanced = balanced
         self.when, self.warmup_steps, self.batch_size, self.seed = when, warmup_steps, batch_size, seed
         self.eta, self.reduction, self.task, self.head = eta, reduction, task, head
         self.report, self.overwrite = report, overwrite
@@ -116,7 +118,7 @@ class DonodCallback(TrainerCallback):
 
     @property
     def ranking(self) -> dict[str, Any]:
-        """The arguments of `select` and `preference` behind the scores."""
+        """The arguments of `preference` behind the scores."""
         names = ("method", "don_goal", "goal", "weights")
         return {name: getattr(self, name) for name in names}
 
@@ -172,7 +174,7 @@ class DonodCallback(TrainerCallback):
                 "resume_from_checkpoint"
             )
         count = selection.key["data"]["samples"]
-        means = {name: float(column.nanmean()) for name, column in selection.scores.items()}
+        means = {name: float(column.nanmean()) for name, column in selection.scores.items() if name != "label"}
         logger.info(f"Training on {len(selection.indices)} of {count} samples; mean scores: {means}")
         if self._scored and args.should_save:
             selection.save(path)
@@ -217,7 +219,10 @@ class DonodCallback(TrainerCallback):
             "data": data,
             "model": f"{type(base).__name__} {getattr(base.config, '_name_or_path', '')}".strip(),
             "settings": {
-                **{name: getattr(self, name) for name in ("keep", *self.ranking, "eta", "reduction", "seed")},
+                **{
+                    name: getattr(self, name)
+                    for name in ("keep", *self.ranking, "balanced", "eta", "reduction", "seed")
+                },
                 "when": when,
                 "warmup_steps": self.warmup_steps,
                 "task": task,
@@ -230,7 +235,7 @@ class DonodCallback(TrainerCallback):
         with warnings.catch_warnings():
             if not trainer.accelerator.is_main_process:
                 warnings.simplefilter("ignore")  # one process says it
-            indices = select(scores, self.keep, **self.ranking)
+            indices = select(scores, self.keep, **self.ranking, balanced=self.balanced)
         return Selection(indices, scores, key), True
 
     def read(self, key: dict[str, Any]) -> Selection | None:
@@ -255,12 +260,13 @@ class DonodCallback(TrainerCallback):
         accelerator, model = trainer.accelerator, trainer.model
         data, collator = columns_of(trainer, dataset)
         metrics = list(dict.fromkeys([*METHODS[self.method], *shown_with(self.method)]))
+        columns = (*metrics, *facts(task))
         flat = getattr(trainer.args, "padding_free", False)  # TRL's: a batch becomes one row
         batch_size = self.batch_size or (1 if flat else trainer._train_batch_size)
         progress = accelerator.is_main_process and not trainer.args.disable_tqdm
         common: dict[str, Any] = {"seed": self.seed, "progress": progress}
         share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        table = torch.zeros(len(metrics) + 1, len(dataset), dtype=torch.float64)
+        table = torch.zeros(len(columns), len(dataset), dtype=torch.float64)
         failure: Exception | None = None
         try:
             with undisturbed(model):
@@ -291,7 +297,7 @@ class DonodCallback(TrainerCallback):
                             indices=share,
                             **common,
                         )
-            table[:, list(share)] = torch.stack([part[name] for name in (*metrics, "tokens")])
+            table[:, list(share)] = torch.stack([part[name] for name in columns])
         except Exception as error:
             if accelerator.num_processes == 1:
                 raise
@@ -302,7 +308,7 @@ class DonodCallback(TrainerCallback):
             raise failure or RuntimeError("scoring failed on another process; its error says why")
         if accelerator.num_processes > 1:
             table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
-        return dict(zip((*metrics, "tokens"), table, strict=True))
+        return dict(zip(columns, table, strict=True))
 
 
 def prune(trainer: Trainer, keep: float = 0.3, method: str = "donod", **settings: Any) -> DonodCallback:

@@ -75,7 +75,7 @@ def table(
     """
     best = torch.sort(wanted, descending=True, stable=True).indices
     order = best[wanted[best].isfinite()].tolist()
-    names = [name for name in scores if name != "tokens"] + ["tokens"] * ("tokens" in scores)
+    names = [name for name in scores if name not in ("label", "tokens")] + ["tokens"] * ("tokens" in scores)
     head = ["rank", "index", "wanted", *names, "text"]
     lines = [head, ["---:"] * (len(head) - 1) + ["---"]]
     ranked = list(enumerate(order, 1))

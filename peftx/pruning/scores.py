@@ -154,7 +154,8 @@ def score_dataset(
         progress: show a bar.
 
     Returns:
-        Metric to (n,) in float64, on the CPU, in the order of `indices`; also `tokens`, the number of supervised ones.
+        Metric to (n,) in float64, on the CPU, in the order of `indices`; also `tokens`, the number of supervised ones,
+        and for sequence classification `label`.
 
     Raises:
         ValueError: no samples, no length, unknown metric or task, no labels or labels out of range, a batch whose rows
@@ -168,7 +169,8 @@ def score_dataset(
     check_model(model, task, metrics)
     score = Scorer(model, task, tuple(metrics), eta, reduction, head)
     chosen = range(count) if indices is None else list(indices)
-    scores = {name: torch.full((len(chosen),), math.nan, dtype=torch.float64) for name in (*metrics, "tokens")}
+    columns = (*metrics, *facts(task))
+    scores = {name: torch.full((len(chosen),), math.nan, dtype=torch.float64) for name in columns}
     device = next(model.parameters()).device
     # A private generator, since a DataLoader draws a seed from the global one.
     loader = DataLoader(
@@ -197,6 +199,11 @@ def score_dataset(
     return scores
 
 
+def facts(task: str) -> tuple[str, ...]:
+    """What `score_dataset` returns beside the metrics."""
+    return ("label", "tokens") if task == "SEQ_CLS" else ("tokens",)
+
+
 class BatchError(ValueError):
     """What is wrong with a batch; the caller says which samples it holds."""
 
@@ -212,12 +219,12 @@ class Scorer:
         self.head: Head | None = None
 
     def __call__(self, batch: dict[str, Any], size: int) -> dict[str, Tensor]:
-        """Each score of the `size` samples in the batch, and `tokens`; (size,)."""
+        """Each score of the `size` samples in the batch, and their facts; (size,)."""
         labels = self.labels(batch, size)
         supervised = labels != IGNORE
-        scores = {"tokens": supervised.sum(1)}
+        scores = {"tokens": supervised.sum(1), "label": labels[:, 0]}
         if not supervised.any() or not self.metrics - {"random"}:
-            return scores
+            return {name: scores[name] for name in facts(self.task)}
         with torch.no_grad():
             h, z, logits = self.forward(batch, self.module)
             check_labels(labels[supervised], logits.shape[-1])
@@ -234,7 +241,7 @@ class Scorer:
                 scores["ifd"] = scores["loss"] / self.loss_alone(batch, supervised)
         if "grand_full" in self.metrics:
             scores["grand_full"] = self.full_gradients(batch, labels)
-        return {name: part for name, part in scores.items() if name in self.metrics | {"tokens"}}
+        return {name: scores[name] for name in (*self.metrics, *facts(self.task)) if name in scores}
 
     def labels(self, batch: Mapping[str, Any], size: int) -> Tensor:
         """(size, T), in line with the logits."""

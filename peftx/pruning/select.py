@@ -111,6 +111,7 @@ def select(
     don_goal: Goal = DON_GOAL,
     goal: Goal | None = None,
     weights: Sequence[float] = WEIGHTS,
+    balanced: bool | None = None,
 ) -> list[int]:
     """The samples to keep, as ascending indices: the `ceil(keep * n)` most wanted, ties by index.
 
@@ -126,12 +127,17 @@ def select(
         goal: for every other single score: whether its smallest or its largest values are wanted. Default: `GOALS`,
             the smallest, apart from IFD. EL2N's and GraNd's authors (arXiv:2107.07075) keep the hardest: `"max"`.
         weights: of (DON, NOD) in TOPSIS. The paper's could not be found; default: equal.
+        balanced: whether each class keeps the same share, by `scores["label"]`. Default: where that is there, that is
+            for sequence classification. Else a score may keep a single class: a model that leans to one finds all of
+            its samples easy. Not in the paper.
 
     Raises:
-        ValueError: `keep` outside (0, 1], an unknown method, goal or weights, a score that is missing, no samples, or
-            none that can be kept.
+        ValueError: `keep` outside (0, 1], an unknown method, goal or weights, a score (or, for `balanced=True`, the
+            label) that is missing, no samples, or none that can be kept.
     """
     check_keep(keep)
+    if balanced and "label" not in scores:
+        raise ValueError("balanced=True needs scores['label'], which score_dataset gives for sequence classification")
     wanted = preference(scores, method, don_goal=don_goal, goal=goal, weights=weights)
     usable = wanted.isfinite()
     count = len(wanted)
@@ -150,8 +156,21 @@ def select(
             f"{method} that is NaN, infinite or out of range{fewer}.",
             stacklevel=2,
         )
-    order = torch.sort(wanted.where(usable, -math.inf), descending=True, stable=True).indices
+    order = torch.sort(wanted.where(usable, -math.inf), descending=True, stable=True).indices[: int(usable.sum())]
+    if balanced or (balanced is None and "label" in scores):
+        order = spread(order, torch.as_tensor(scores["label"]))
     return sorted(order[:size].tolist())
+
+
+def spread(order: Tensor, label: Tensor) -> Tensor:
+    """`order` (m,) so changed that each class is spread evenly over it, in its own order: any beginning of it holds
+    about the same share of every class. `label` (n,) is that of all samples."""
+    place = torch.empty(len(order), dtype=torch.float64)
+    for value in label[order].unique():
+        members = label[order] == value
+        count = int(members.sum())
+        place[members] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return order[torch.sort(place, stable=True).indices]
 
 
 def kept_size(keep: float, count: int) -> int:
