@@ -7,6 +7,7 @@ PEFT, transformers and accelerate do with an adapter works as for PEFT's own met
 import importlib
 from typing import Any
 
+from . import compression as compression  # registers the loader of compressed models
 from .registry import MethodInfo, methods, register
 from .tuners import (
     AdapterConfig,
@@ -15,6 +16,7 @@ from .tuners import (
     ALLoRAConfig,
     BoneConfig,
     CompacterConfig,
+    FedSVDConfig,
     FloraConfig,
     GGPOCallback,
     GradNormLoRPConfig,
@@ -33,6 +35,8 @@ __all__ = [
     "BoneConfig",
     "CompacterConfig",
     "DonodCallback",
+    "FedSVDConfig",
+    "FisherCallback",
     "FloraConfig",
     "GGPOCallback",
     "GradNormLoRPConfig",
@@ -47,8 +51,9 @@ __all__ = [
     "register",
 ]
 
-_PACKAGES = ("compression", "federated", "hub", "optim", "pruning")  # imported when they are first used
-_NAMES = {"DonodCallback": "pruning", "export_lora": "hub"}  # and what of theirs is public here
+_PACKAGES = ("compression", "federated", "hub", "optim", "pruning")  # imported when they are first used,
+# and what of theirs is public here
+_NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_lora": "hub"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@ from .allora import ALLoRAConfig
 from .bone import BoneConfig, BoneLinear
 from .compacter import CompacterConfig, CompacterLinear
 from .config import AdapterConfig
+from .fedsvd import FedSVDConfig
 from .flora import FloraConfig, FloraLinear
 from .gradnormlorp import GradNormLoRPConfig
 from .layer import AdapterLayer, accumulate
@@ -19,6 +20,7 @@ __all__ = [
     "BoneLinear",
     "CompacterConfig",
     "CompacterLinear",
+    "FedSVDConfig",
     "FloraConfig",
     "FloraLinear",
     "GGPOCallback",

@@ -248,21 +248,22 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, result, x, A, B, scale, V, wide):
         h = F.linear(x, V)
-        ctx.r, ctx.scale, ctx.dtypes = len(A), scale, (A.dtype, B.dtype)
-        ctx.save_for_backward(x, h[..., : ctx.r], V, wide)
+        ctx.r, ctx.scale, ctx.dtypes, ctx.x = len(A), scale, (A.dtype, B.dtype), (x.dtype, x.shape)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h[..., : ctx.r], V, wide)  # a frozen A needs no x
         return accumulate(result, h, wide[: len(V)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, h, V, wide = ctx.saved_tensors
+        dtype, shape = ctx.x
         grad_x = grad_A = grad_B = None
         flat = g.reshape(-1, g.shape[-1])
         with torch.autocast(g.device.type, enabled=False):
             if any(ctx.needs_input_grad[1:3]):
-                inner = F.linear(flat, wide).to(x.dtype)
+                inner = F.linear(flat, wide).to(dtype)
             if ctx.needs_input_grad[1]:
-                grad_x = (inner[:, : len(V)] @ V).view_as(x)
+                grad_x = (inner[:, : len(V)] @ V).view(shape)
             if ctx.needs_input_grad[2]:
                 grad_A = (inner[:, -ctx.r :].T @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
             if ctx.needs_input_grad[3]:

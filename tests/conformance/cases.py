@@ -11,6 +11,8 @@ import peftx
 
 ONE_BASE = "the test loads the adapter into another random model, which a method tied to its base weights refuses"
 
+FROZEN = "the test wants every tensor of an adapter trained, FedSVD's A never is; tests/test_fedsvd.py has our own"
+
 FLAT = "OPT flattens its tokens before the feed-forward block, where a row is no sample and has no adapter of its own"
 
 # What a method can not do by its nature: {(method or variant, test, "test[layer type]" or "test[model]"): reason}. The
@@ -18,6 +20,9 @@ FLAT = "OPT flattens its tokens before the feed-forward block, where a row is no
 SKIP: dict[tuple[str, str], str] = {
     ("loldu", "test_loading_model_requires_grad_set_correctly"): ONE_BASE,
     ("loldu", "test_loading_model_with_modules_to_save_requires_grad_set_correctly"): ONE_BASE,
+    ("fedsvd", "test_set_requires_grad"): FROZEN,
+    ("fedsvd", "test_loading_model_requires_grad_set_correctly"): FROZEN,
+    ("fedsvd", "test_loading_model_with_modules_to_save_requires_grad_set_correctly"): FROZEN,
     ("lora_", "test_weighted_combination_of_adapters"): "the test counts on r=8 and on widths of at least 20; "
     "tests/test_transformers.py has our own",
     ("compacter", "test_only_params_are_updated"): "the test's three steps of SGD move the modules' own tensors, whose "

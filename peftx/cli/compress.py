@@ -1,0 +1,156 @@
+"""`peftx compress`: a fine-tuned model with thinner layers, recovered and measured."""
+
+import copy
+import random
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from .main import fail, quiet
+from .prune import load
+
+KEEPS = (0.9, 0.75, 0.6, 0.5)  # of the picture
+
+
+def compress(
+    model: Annotated[str, typer.Option(help="The fine-tuned model: folder or hub id.")],
+    data: Annotated[Path, typer.Option(help="One JSON object a line: for statistics, recovery and evaluation.")],
+    out: Annotated[Path, typer.Option(help="New folder for the model, its tokenizer and its card.")],
+    keep: Annotated[float, typer.Option(help="Share of the factorised layers' entries, in (0, 1).")] = 0.6,
+    method: Annotated[str, typer.Option(help="fwsvd, svd, asvd or svd-llm.")] = "fwsvd",
+    recover_epochs: Annotated[float, typer.Option(min=0, help="Fine-tuning afterwards.")] = 1.0,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter to merge first: folder or hub id.")] = None,
+    allocation: Annotated[str, typer.Option(help="uniform or global: how ranks are shared out.")] = "uniform",
+    side: Annotated[str, typer.Option(help="Fisher information of inputs (in), outputs (out) or both.")] = "in",
+    alpha: Annotated[float, typer.Option(help="asvd's exponent.")] = 0.5,
+    randomized: Annotated[bool, typer.Option("--randomized", help="Decompose by random projections.")] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="File of a FisherCallback or `collect`.", show_default="collected from --data")
+    ] = None,
+    max_samples: Annotated[int, typer.Option(min=1, help="Samples for the statistics.")] = 1024,
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out lines.", show_default="a part of --data")] = None,
+    eval_share: Annotated[float, typer.Option(help="Part of --data that is held out, in (0, 1).")] = 0.1,
+    task: Annotated[
+        str | None, typer.Option(help="CAUSAL_LM, SEQ_CLS or SEQ_2_SEQ_LM.", show_default="the model's")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Field of the prompt, or of the text to classify.", show_default="found")
+    ] = None,
+    answer: Annotated[str | None, typer.Option(help="Field of the answer.", show_default="found")] = None,
+    label: Annotated[str, typer.Option(help="Field of a classifier's label.")] = "label",
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a sample; the rest is cut off.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of the recovery.")] = 5e-5,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the held-out part and of the recovery.")] = 0,
+    layers: Annotated[bool, typer.Option("--layers", help="Print rank and error of every layer.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw all methods at 90 to 50 % kept into this PNG file: 16 more evaluations.")
+    ] = None,
+) -> None:
+    """Make a fine-tuned model smaller: linear layers become products of two thin ones, weighted by Fisher information.
+
+    Three numbers are printed and written into the card: dense, compressed, and recovered by fine-tuning. Programs load
+    the result with AutoModel*.from_pretrained after `import peftx`.
+    """
+    try:
+        from .. import compression
+        from ..compression.compress import check_settings
+        from ..compression.factorize import METHODS, NEEDS
+        from ..pruning import text
+
+        check_settings(keep, method, allocation, side, alpha)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out} exists and is not an empty folder")
+        if learning_rate <= 0:
+            raise ValueError(f"--learning-rate must be above 0, got {learning_rate}")
+        if plot:
+            import matplotlib  # noqa: F401
+        known = compression.Statistics.load(statistics) if statistics else None
+        records, held = _split(data, eval_data, eval_share, seed)
+        network, tokenizer, kind = load(model, adapter, task, dtype, device)
+        fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label, "max_length": max_length}
+        fields["label2id"] = network.config.label2id
+        train, test = (text.encode(lines, tokenizer, kind, **fields) for lines in (records, held))
+        pad = partial(text.pad, padding=tokenizer.pad_token_id or 0)  # classifiers on a decoder look for that token
+        metric = "accuracy" if kind == "SEQ_CLS" else "loss"
+
+        def score(measured: Any) -> float:
+            return compression.evaluate(measured, test, pad, batch_size=batch_size)[metric]
+
+        options: dict[str, Any] = {"allocation": allocation, "side": side, "alpha": alpha, "randomized": randomized}
+        samples = min(max_samples, len(train))
+        what = {part for name in (METHODS if plot else (method,)) for part in NEEDS[name]}
+        if known is None and what:
+            known = compression.collect(
+                network, train, pad, what=sorted(what), batch_size=batch_size, max_samples=samples, seed=seed
+            )
+        scores = {"dense": score(network)}
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for name, share in product(METHODS, sorted({*KEEPS, keep})) if plot else ():
+            trial, report = compression.compress(
+                copy.deepcopy(network), known, keep=share, method=name, progress=False, **options
+            )
+            curves.setdefault(name, []).append((report.kept, score(trial)))
+        small, report = compression.compress(network, known, keep=keep, method=method, **options)
+        scores["compressed"] = score(small)
+        if recover_epochs:
+            training: dict[str, Any] = {"epochs": recover_epochs, "learning_rate": learning_rate, "seed": seed}
+            compression.recover(small, train, pad, batch_size=batch_size, **training)
+            scores["recovered"] = score(small)
+        with quiet():
+            small.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        card = compression.card(
+            report,
+            name=out.name,
+            base_model=Path(model).name if Path(model).exists() else model,
+            loader=LOADERS[kind],
+            score=f"{metric} on {len(test)} held-out samples",
+            scores=scores,
+            calibration=f"{known.samples} samples" if known and what else "none",
+        )
+        (out / "README.md").write_text(card, encoding="utf-8")
+        if plot:
+            recovered = {method: [(report.kept, scores["recovered"])]} if recover_epochs else None
+            figure = compression.plot(curves, score=metric, dense=scores["dense"], recovered=recovered)
+            figure.savefig(plot, format="png", dpi=120)
+    except (ValueError, OSError, NotImplementedError) as error:
+        fail(" ".join(str(error).split()))
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        fail("matplotlib is missing, which --plot needs: pip install matplotlib")
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
+    for table in [report.table()] * layers + [f"| | {metric} |\n| --- | ---: |\n{rows}"]:
+        Console().print(Markdown(table))
+    typer.echo(f"{report.summary()}: {out}")
+
+
+def _split(data: Path, eval_data: Path | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Records to learn from, and held-out ones."""
+    from ..pruning.text import read_lines
+
+    records = read_lines(data)[1]
+    if eval_data:
+        return records, read_lines(eval_data)[1]
+    if not 0 < share < 1:
+        raise ValueError(f"--eval-share must be in (0, 1), got {share}")
+    random.Random(seed).shuffle(records)
+    held = max(1, round(share * len(records)))
+    if held == len(records):
+        raise ValueError(f"{data} has too few lines to hold some out: name --eval-data")
+    return records[held:], records[:held]
+
+
+LOADERS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}

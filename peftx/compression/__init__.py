@@ -1,0 +1,67 @@
+"""Low-rank compression of fine-tuned models, weighted by what their training showed (FWSVD, arXiv:2207.00112).
+
+    statistics = collect(model, dataset, collator)         # or a FisherCallback during training
+    model, report = compress(model, statistics, keep=0.6)  # an ordinary, smaller model
+    model.save_pretrained(folder)                          # which AutoModel*.from_pretrained(folder) loads
+
+Loading needs `import peftx`, and stops without it.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .compress import compress
+from .factorize import METHODS, SIDES, Factors, factorize, rank_for
+from .linear import LowRankLinear
+from .loader import LowRankConfig, materialize
+from .recover import evaluate, recover
+from .report import LayerReport, Report, card, plot
+from .statistics import LayerStatistics, Statistics, target_layers
+
+if TYPE_CHECKING:
+    from .callback import FisherCallback
+    from .collect import collect
+
+__all__ = [
+    "METHODS",
+    "SIDES",
+    "Factors",
+    "FisherCallback",
+    "LayerReport",
+    "LayerStatistics",
+    "LowRankConfig",
+    "LowRankLinear",
+    "Report",
+    "Statistics",
+    "card",
+    "collect",
+    "compress",
+    "evaluate",
+    "factorize",
+    "materialize",
+    "plot",
+    "rank_for",
+    "recover",
+    "target_layers",
+]
+
+# `import peftx` comes through here for the loader; these need transformers' Trainer, which takes a while.
+_LATER = {"FisherCallback": "callback", "collect": "collect"}
+
+
+class _Package(ModuleType):
+    """Keeps `collect` the function where Python would bind the file of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.collect if name == "collect" and isinstance(value, ModuleType) else value)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+sys.modules[__name__].__class__ = _Package

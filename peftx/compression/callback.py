@@ -1,0 +1,224 @@
+"""Collecting as an argument of a transformers `Trainer`."""
+
+import functools
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import Subset
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..pruning.callback import columns_of, trainer_above
+from .collect import SAMPLES, check_whole, chosen, gather
+from .hooks import Collector, check_settings
+from .statistics import FILE_NAME, Statistics, target_layers
+
+logger = logging.get_logger(__name__)
+
+WHEN = ("last_epoch", "train", "calibration")
+
+
+class FisherCallback(TrainerCallback):
+    """Collects what `peftx.compression.compress` needs to know, while a model is fine-tuned.
+
+        callback = peftx.FisherCallback()
+        Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
+        compress(model, callback.statistics, keep=0.6)
+
+    Row sums of squared gradients (FWSVD, arXiv:2207.00112), one vector a layer, from the very passes that train: hooks
+    see what goes in and out of every layer, so weights may be frozen under adapters, and clipping, gradient
+    accumulation, mixed precision and checkpointing change nothing. The hooks are on in the steps that count only, and
+    what is trained is the same, bit for bit. In DDP every process collects on its share, and sums are added at the end.
+
+    `callback.statistics` is there when training has ended, and so is the file in `output_dir`.
+
+    Sums are not part of checkpoints: a run that is resumed inside the steps that count starts them anew, and says so.
+
+    Args:
+        estimator: `"per_batch"` squares the gradient of a micro-batch, `"per_sample"`, which costs more, that of each
+            sample; see `collect`. Where a weight trains, `"per_batch"` reads the gradient that is there anyway.
+        when: `"last_epoch"`: of the training, since what is compressed is the fine-tuned model; `"train"`: from the
+            start; `"calibration"`: no hook during training, and one pass over training samples after it, in eval mode
+            (no dropout), as `collect` does.
+        what, directions, target_modules, exclude_modules: see `collect`.
+        max_samples: stop after so many; None for all. In training they are the first of the chosen steps.
+        every: collect in every so-manieth optimizer step: the cost falls accordingly.
+        batch_size: of the calibration pass. Default: the Trainer's batch of one device.
+        seed: of the calibration's draw, and of `directions`.
+        output: name of the file, in `output_dir`; None for none.
+
+    Raises:
+        ValueError: here for unknown settings; when training starts for a model without such layers, or one that is
+            split or replicated by FSDP, DeepSpeed or `DataParallel`, or compiled, or for a loss that the model does
+            not compute itself.
+    """
+
+    def __init__(
+        self,
+        estimator: str = "per_batch",
+        when: Literal["last_epoch", "train", "calibration"] = "last_epoch",
+        *,
+        what: Sequence[str] = ("fisher",),
+        directions: int | None = None,
+        target_modules: str | Sequence[str] | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
+        max_samples: int | None = SAMPLES,
+        every: int = 1,
+        batch_size: int | None = None,
+        seed: int = 0,
+        output: str | None = FILE_NAME,
+    ) -> None:
+        check_settings(what, estimator, directions)
+        if when not in WHEN:
+            raise ValueError(f"when must be one of {', '.join(WHEN)}, got {when!r}")
+        for name, count in (("max_samples", max_samples), ("every", every), ("batch_size", batch_size)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count!r}")
+        self.estimator, self.when, self.what, self.directions = estimator, when, tuple(what), directions
+        self.target_modules, self.exclude_modules = target_modules, exclude_modules
+        self.max_samples, self.every, self.batch_size, self.seed = max_samples, every, batch_size, seed
+        self.output = output
+        self.statistics: Statistics | None = None
+        self._collector: Collector | None = None
+        self._trainer: Any = None
+        self._first = 0  # step that counts
+
+    def close(self) -> None:
+        """Takes the hooks off, whatever happened; `Trainer.train` does it too."""
+        collector, self._collector = self._collector, None
+        if collector is not None:
+            collector.close()
+
+    def on_init_end(self, args, state, control, **kwargs):
+        trainer: Any = trainer_above(inspect.currentframe(), self)
+        if trainer is None:
+            return
+        train = trainer.train  # there is no event for a training that fails
+
+        @functools.wraps(train)
+        def train_and_close(*positional: Any, **named: Any) -> Any:
+            try:
+                return train(*positional, **named)
+            finally:
+                self.close()
+
+        trainer.train = train_and_close
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.close()  # of a training that was interrupted
+        self.statistics = None
+        self._trainer = trainer_above(inspect.currentframe(), self)
+        check_whole(model)
+        self._check(args)
+        self._collector = self._new(model)
+        if self.when == "calibration":
+            return
+        if args.load_best_model_at_end:
+            logger.warning(
+                "load_best_model_at_end: the sums will be those of the last steps, not of the best model. "
+                "FisherCallback(when='calibration') collects on the model that is loaded."
+            )
+        epochs = max(1, state.num_train_epochs)
+        self._first = state.max_steps - math.ceil(state.max_steps / epochs) if self.when == "last_epoch" else 0
+        if state.global_step > self._first:
+            logger.warning(
+                f"FisherCallback: training resumes at step {state.global_step}, and collects since step {self._first}: "
+                "the sums start anew, and miss the steps before"
+            )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        collector = self._collector
+        if collector is None or self.when == "calibration" or state.global_step < self._first:
+            return
+        share = math.inf if self.max_samples is None else math.ceil(self.max_samples / args.world_size)
+        if collector.samples < share and (state.global_step - self._first) % self.every == 0:
+            collector.attach()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._collector is not None:
+            self._collector.detach()
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        collector, trainer = self._collector, self._trainer
+        if collector is None:
+            return
+        collector.detach()
+        if args.world_size > 1:
+            self._reduce(collector, args)
+        if collector.dropped:
+            logger.warning(
+                f"FisherCallback: {collector.dropped} batches with infinite or NaN gradients do not count "
+                "(with fp16 the first ones usually have)"
+            )
+        if self.when != "calibration" and not collector.samples:
+            logger.warning(f"FisherCallback: training ended before step {self._first}, so it collects in an extra pass")
+        if not collector.samples:
+            collector = self._calibrate(args, model)
+        self.statistics = collector.statistics()
+        logger.info(f"FisherCallback: {self.statistics}")
+        self._collector = None
+        if self.output is not None:
+            if args.should_save:
+                self.statistics.save(Path(args.output_dir, self.output))
+            if trainer is not None:
+                trainer.accelerator.wait_for_everyone()
+
+    def _new(self, model: Any) -> Collector:
+        layers = target_layers(model, self.target_modules, self.exclude_modules)
+        return Collector(
+            model, layers, what=self.what, estimator=self.estimator, directions=self.directions, seed=self.seed
+        )
+
+    def _check(self, args: Any) -> None:
+        for problem, there in {
+            "FSDP": args.fsdp or getattr(self._trainer, "is_fsdp_enabled", False),
+            "DeepSpeed": args.deepspeed,
+            "DataParallel (several GPUs in one process; start it with torchrun)": args.n_gpu > 1,
+        }.items():
+            if there:
+                raise ValueError(
+                    f"FisherCallback does not work under {problem}: train with DDP or on one device, or collect on the "
+                    "trained model, with peftx.compression.collect"
+                )
+        if self.when == "calibration":
+            return
+        for problem, there in {
+            "torch_compile=True leaves hooks out": args.torch_compile,
+            "with label smoothing the loss is not the model's own": args.label_smoothing_factor,
+            "with compute_loss_func the loss is not the model's own": getattr(self._trainer, "compute_loss_func", None),
+        }.items():
+            if there:
+                raise ValueError(f"{problem}: FisherCallback(when='calibration') collects in a pass after training")
+
+    def _calibrate(self, args: Any, model: Any) -> Collector:
+        trainer = self._trainer
+        if trainer is None or trainer.train_dataset is None:
+            raise ValueError(
+                "FisherCallback found no Trainer and data for a pass after training: collect with "
+                "peftx.compression.collect"
+            )
+        data, collator = columns_of(trainer, trainer.train_dataset)
+        picked = chosen(data, self.max_samples, self.seed)
+        share = Subset(picked, range(args.process_index, len(picked), args.world_size))
+        collector = self._new(model)
+        with trainer.accelerator.autocast():
+            gather(
+                model,
+                share,
+                collator,
+                collector,
+                batch_size=self.batch_size or trainer._train_batch_size,
+                progress=trainer.accelerator.is_main_process and not args.disable_tqdm,
+            )
+        if args.world_size > 1:
+            self._reduce(collector, args)
+        return collector
+
+    def _reduce(self, collector: Collector, args: Any) -> None:
+        """Sums over processes, each of which calls it."""
+        from accelerate.utils import reduce
+
+        collector.reduce(functools.partial(reduce, reduction="sum"), args.device)

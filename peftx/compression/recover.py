@@ -1,0 +1,100 @@
+"""Before and after: how good a model is on held-out data, and fine-tuning what compression has made of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+IGNORE = -100  # label of what the loss leaves out
+
+Collator = Callable[[list], Mapping[str, Any]]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, dataset: Sequence[Any], collator: Collator, *, batch_size: int = 16, progress: bool = True
+) -> dict[str, float]:
+    """`loss`, the mean over supervised tokens (of a classifier: samples), in nats; of a classifier also `accuracy`.
+
+    In eval mode; the mode of before is put back.
+
+    Raises:
+        ValueError: nothing is supervised.
+    """
+    device, training = next(model.parameters()).device, model.training
+    shifted = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    loss = right = total = 0.0
+    classifier = False
+    model.eval()
+    try:
+        loader: Any = DataLoader(dataset, batch_size, collate_fn=collator)  # type: ignore[arg-type]
+        for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress):
+            inputs = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
+            labels = inputs["labels"]
+            output = model(**inputs)
+            classifier = labels.ndim == 1
+            supervised = labels[:, 1:] if shifted and not classifier else labels
+            count = int((supervised != IGNORE).sum())
+            if count:  # the mean over nothing is NaN
+                loss += float(output.loss) * count
+            total += count
+            if classifier:
+                right += int((output.logits.argmax(-1) == labels).sum())
+    finally:
+        model.train(training)
+    if not total:
+        raise ValueError("no held-out sample has a label")
+    return {"loss": loss / total} | ({"accuracy": right / total} if classifier else {})
+
+
+def recover(
+    model: nn.Module,
+    dataset: Sequence[Any],
+    collator: Collator,
+    *,
+    epochs: float = 1.0,
+    learning_rate: float = 5e-5,
+    batch_size: int = 8,
+    max_steps: int = -1,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """Fine-tunes all parameters of a compressed model with the transformers `Trainer`, in place, and writes no file.
+
+    AdamW, the rate falling linearly to 0 after a twentieth of the steps. The paper fine-tunes for a few epochs; how
+    the factors' rate should differ from the original one it does not say. For anything else, use a `Trainer`: the
+    compressed model is an ordinary one.
+    """
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+    from ..pruning.scores import forked_rng
+
+    model.requires_grad_(True)
+    with tempfile.TemporaryDirectory() as folder, forked_rng(model):
+        set_seed(seed)
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs,
+            max_steps=max_steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_steps=0.05,
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=not progress,
+            dataloader_pin_memory=False,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(model, arguments, collator, dataset)  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()

@@ -1,0 +1,71 @@
+"""Federated LoRA: FedSVD (arXiv:2505.12805) and the methods it is compared with, on Flower, with Opacus for privacy.
+
+The mathematics needs neither of the two: `client_state`, `load_global` and `global_state` between a model and what
+is sent, `average_B` and the other updates of a server, `refactorize`. `FedSVDStrategy`, `make_client_app` and
+`make_server_app` are the same on Flower, `DPSpec` says how private, `train_local` trains one client:
+
+    pip install 'peftx[federated]'
+"""
+
+import importlib
+from typing import Any
+
+from ..tuners.fedsvd import factored_svd, is_due, refactorize, refactorize_model
+from .state import (
+    average_AB,
+    average_B,
+    client_state,
+    fedex_lora,
+    flexlora,
+    flora,
+    fold,
+    global_state,
+    load_global,
+    refactorize_state,
+)
+
+__all__ = [
+    "DPSpec",
+    "FedSVDStrategy",
+    "InProcessGrid",
+    "admit",
+    "average_AB",
+    "average_B",
+    "client_state",
+    "factored_svd",
+    "fedex_lora",
+    "flexlora",
+    "flora",
+    "fold",
+    "global_state",
+    "is_due",
+    "load_global",
+    "make_client_app",
+    "make_server_app",
+    "refactorize",
+    "refactorize_model",
+    "refactorize_state",
+    "train_local",
+]
+
+_NAMES = {  # imported when they are first used: they need Flower or Opacus
+    "DPSpec": "privacy",
+    "FedSVDStrategy": "strategy",
+    "InProcessGrid": "grid",
+    "admit": "checks",
+    "make_client_app": "apps",
+    "make_server_app": "apps",
+    "train_local": "local",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("flwr", "opacus"):
+            raise
+        raise ImportError(f"{__name__}.{name} needs {missing}: pip install 'peftx[federated]'") from error
