@@ -49,13 +49,14 @@ def export(
 
     from .. import hub
 
+    wanted = getattr(torch, dtype.value) if dtype is not None else None
     try:
         with quiet():
             if to is Target.miss:
                 hub.export_miss(adapter, out)
                 typer.echo(f"MiSS adapter for stock PEFT: {out}")
             elif to is Target.merged:
-                hub.export_merged(adapter, out, dtype=dtype and getattr(torch, dtype.value), base_model=base_model)
+                hub.export_merged(adapter, out, dtype=wanted, base_model=base_model)
                 typer.echo(f"Merged model: {out}")
             else:
                 errors = hub.export_lora(adapter, out, rank=rank, base_model=base_model)

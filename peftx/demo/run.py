@@ -33,6 +33,8 @@ BASELINE = "lora"
 LOAD_TOLERANCE = 0.0
 MERGE_TOLERANCE = 1e-4
 LEARNING_RATE = 2e-3  # LoRA's, and of every method's head
+WARMUP = 0.05  # share of the steps
+EXAMPLES = 3  # answers that are kept
 
 Watch = Callable[[str, int, int, float], None]  # method, step, steps, training loss
 
@@ -64,7 +66,8 @@ class Contender:
 
 @dataclass(frozen=True)
 class Result:
-    """What one method did. Differences are the largest between held-out logits; None if the method cannot merge."""
+    """What one method did. Differences are the largest between held-out logits; None if the method cannot merge.
+    Examples are held-out texts, one of each length from short to long, with their family and the method's answer."""
 
     name: str
     accuracy: float
@@ -77,6 +80,7 @@ class Result:
     same_predictions: bool
     losses: list[float] = field(repr=False)
     step_seconds: list[float] = field(repr=False)
+    examples: list[tuple[str, str, str]] = field(repr=False)
 
     @property
     def equal(self) -> bool:
@@ -183,6 +187,7 @@ class Bench:
         model = get_peft_model(base, peft_config(entry, base))
         recorder = self.fit(model, entry, folder)
         trained = encoder.logits(model, self.test, self.collate)
+        (folder / "README.md").unlink(missing_ok=True)  # of an earlier run
         model.save_pretrained(str(folder))
         adapter, head = (sum(p.numel() for p in part) for part in encoder.trainable(model))
 
@@ -204,7 +209,16 @@ class Bench:
             same_predictions=all(torch.equal(answer.argmax(-1), trained.argmax(-1)) for answer in answers),
             losses=recorder.losses,
             step_seconds=recorder.seconds,
+            examples=self.examples(trained.argmax(-1)),
         )
+
+    def examples(self, answers: torch.Tensor) -> list[tuple[str, str, str]]:
+        """Text, family and answer, at fixed places of the test texts, which are sorted by length."""
+        rows = [len(self.test) * (2 * i + 1) // (2 * EXAMPLES) for i in range(EXAMPLES)]
+        return [
+            (self.test[row]["text"], self.families[self.test[row]["label"]], self.families[int(answers[row])])
+            for row in rows
+        ]
 
     def fit(self, model: PeftModel, entry: Contender, folder: Path) -> "Recorder":
         recorder = Recorder(entry.name, self.watch)
@@ -212,7 +226,7 @@ class Bench:
             output_dir=str(folder),
             num_train_epochs=self.options.epochs,
             per_device_train_batch_size=self.options.batch_size,
-            warmup_steps=0.05,
+            warmup_steps=WARMUP,
             seed=self.options.seed,
             logging_steps=1,
             save_strategy="no",

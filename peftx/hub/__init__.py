@@ -1,5 +1,6 @@
 """Adapters on their way to others: read from folders or the Hub, looked into, exported to what does not know peftx."""
 
+from .card import finish_card
 from .export import export_lora, export_merged, export_miss
 from .inspect import AdaptedModule, AdapterReport, heat_map, inspect_adapter
 from .loading import load_adapter, read_adapter
@@ -10,6 +11,7 @@ __all__ = [
     "export_lora",
     "export_merged",
     "export_miss",
+    "finish_card",
     "heat_map",
     "inspect_adapter",
     "load_adapter",

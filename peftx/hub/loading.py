@@ -12,6 +12,8 @@ import transformers
 from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import nn
 
+from ..tuners.card import labels_in
+
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -81,18 +83,10 @@ def load_base(config: Any, state: dict[str, torch.Tensor], name: str | os.PathLi
     cls = getattr(transformers, CLASSES.get(config.task_type, mapped or "AutoModel"), None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ValueError(f"transformers has no {mapped}, the class of the adapter's base model: pass the model itself.")
-    if config.task_type in ("SEQ_CLS", "TOKEN_CLS") and (labels := _labels(config, state)):
+    if labels := labels_in(config, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}):
         kwargs = {"num_labels": labels, **kwargs}
     try:
         return cls.from_pretrained(name, revision=revision, **kwargs)
     except (OSError, ValueError) as error:
         where = "" if Path(name).exists() else ", which is not a folder here,"
         raise ValueError(f"The base model {name}{where} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def _labels(config: Any, state: dict[str, torch.Tensor]) -> int | None:
-    """How many labels the saved head of a classifier has, if it was saved."""
-    heads = [f".{name}." for name in config.modules_to_save or ()]
-    saved = [tensor for key, tensor in sorted(state.items()) if any(head in key for head in heads)]
-    rows = [len(tensor) for tensor in saved if tensor.ndim == 2]
-    return rows[-1] if rows else None

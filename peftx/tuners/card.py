@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Mapping
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from ..registry import MethodInfo, info_of
+from ..registry import MethodInfo, info_of, methods
 
 UNFILLED = "# Model Card for Model ID"  # the title of the template that PEFT starts from, which says nothing yet
 LOADING = "## Load this adapter"
@@ -24,42 +30,91 @@ ALWAYS = ("r", "target_modules", "lora_alpha", "task_type")
 HIDDEN = ("peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 
 
-def complete_card(path: Path, config: Any) -> None:
+def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
     """Fills in the card at `path`, which PEFT has just written: tags, and first of all the code that loads the adapter.
 
-    A card that nobody has written yet, PEFT's template, gets a text too: method, paper, settings, size. What a user
-    wrote stays.
+    A card that nobody has written yet, the template of PEFT and transformers, gets a text too: method, paper, settings,
+    size. What a user wrote stays. For a card on its way to the Hub, `repo_id` is named in the code, and a base model
+    that is a folder here is left out of the metadata: the Hub refuses cards whose base model is no id.
     """
     card = ModelCard.load(path, ignore_metadata_errors=True)
     info = info_of(type(config))
+    weights = path.parent / SAFETENSORS_WEIGHTS_NAME
+    shapes = shapes_in(weights)
+    card.data.library_name = "peft"
     tags = {"peft", "peftx", f"peft:method:{info.name}"} | ({"lora"} if info.prefix == "lora_" else set())
     card.data.tags = sorted(tags.union(card.data.tags or ()))
     if config.base_model_name_or_path and not card.data.base_model:
         card.data.base_model = config.base_model_name_or_path
+    if repo_id and isinstance(card.data.base_model, str) and not _is_id(card.data.base_model):
+        card.data.base_model = None
     text = card.text
     if UNFILLED in text:
-        text = "\n\n".join([*description(info, config, path.parent), versions()])
+        text = "\n\n".join([*description(info, config), *size(weights, shapes), versions()])
     earlier = re.compile(rf"{LOADING}\n\n```python\nimport peftx.*?```\n*", re.DOTALL)
-    card.text = f"{loading_code(info, config)}\n\n{earlier.sub('', text).lstrip()}"
+    card.text = f"{loading_code(info, config, labels_in(config, shapes), repo_id)}\n\n{earlier.sub('', text).lstrip()}"
     card.save(path)
 
 
-def loading_code(info: MethodInfo, config: Any) -> str:
+def keep_card(model: Any) -> None:
+    """Lets the card survive being pushed: `model.push_to_hub` and `Trainer.push_to_hub` save the model first and then
+    write a card of their own over it.
+
+    The model that is being saved completes those too, from then on. Only this instance changes: PEFT's classes, and the
+    models of other methods, stay as they are.
+    """
+    if isinstance(model, peft.PeftModel):
+        vars(model).update(
+            _upload_modified_files=partial(_complete_and_upload, model),
+            create_or_update_model_card=partial(_update_and_complete, model),
+        )
+
+
+def _complete_and_upload(model: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    _complete(model, Path(working_dir, "README.md"), repo_id)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _update_and_complete(model: Any, output_dir: Any) -> None:
+    type(model).create_or_update_model_card(model, output_dir)
+    path = Path(output_dir, "README.md")
+    if UNFILLED not in path.read_text(encoding="utf-8"):  # else its config, saved later, describes it, size and all
+        _complete(model, path)
+
+
+def _complete(model: Any, path: Path, repo_id: str = "") -> None:
+    """The files of the adapter called default are those beside the card."""
+    config = model.peft_config.get("default")
+    if isinstance(config, tuple(info.config for info in methods())) and path.is_file():
+        complete_card(path, config, repo_id)
+
+
+def _is_id(name: str) -> bool:
+    """Whether `name` has the form of an id on the Hub, and is no path here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def loading_code(info: MethodInfo, config: Any, labels: int | None = None, repo_id: str = "") -> str:
     """The section whose first line of code registers the method."""
     auto = f"AutoModel{'For' if config.task_type in TITLES else ''}{TITLES.get(config.task_type, '')}"
     base = config.base_model_name_or_path
     lines = [f"import peftx  # registers {info.peft_type.value} with PEFT: pip install peftx"]
     lines += ["from peft import PeftModel"]
     if base:
-        lines += [f"from transformers import {auto}", "", f'base_model = {auto}.from_pretrained("{base}")']
+        count = f", num_labels={labels}" if labels else ""
+        lines += [f"from transformers import {auto}", "", f'base_model = {auto}.from_pretrained("{base}"{count})']
     else:
         lines += ["", "base_model = ...  # the model it was trained on"]
-    lines += ['model = PeftModel.from_pretrained(base_model, "path/or/name of this adapter")']
+    lines += [f'model = PeftModel.from_pretrained(base_model, "{repo_id or "path/or/name of this adapter"}")']
     return "\n".join([LOADING, "", "```python", *lines, "```"])
 
 
-def description(info: MethodInfo, config: Any, folder: Path) -> list[str]:
-    """What the method is, and the adapter's settings and size."""
+def description(info: MethodInfo, config: Any) -> list[str]:
+    """What the method is, and the adapter's settings."""
     base = config.base_model_name_or_path or "a model without a name"
     title = type(config).__name__.removesuffix("Config")
     address = info.paper.replace("arXiv:", "https://arxiv.org/abs/") if info.paper.startswith("arXiv:") else ""
@@ -78,7 +133,6 @@ def description(info: MethodInfo, config: Any, folder: Path) -> list[str]:
         f"{merge}{how}",
         "## Settings",
         "\n".join(["| field | value |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in settings(config).items())]),
-        *size(folder / SAFETENSORS_WEIGHTS_NAME),
     ]
 
 
@@ -90,29 +144,38 @@ def settings(config: Any) -> dict[str, str]:
         plain = value is None or value == f.default or (f.default is dataclasses.MISSING and not value)
         if f.name in HIDDEN or not f.init or (plain and (f.name not in ALWAYS or value is None)):
             continue
+        if isinstance(value, Enum):
+            value = value.value
         if isinstance(value, (set, list, tuple)):
             value = ", ".join(str(part) for part in dict.fromkeys(sorted(value, key=str)))
         shown[f.name] = f"`{value}`".replace("|", "\\|")
     return shown
 
 
-def size(weights: Path) -> list[str]:
-    """A section on the numbers of values and bytes, where there is a safetensors file to read them from."""
+def shapes_in(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each tensor in a safetensors file; nothing where there is none."""
     if not weights.is_file():
-        return []
+        return {}
     with safe_open(weights, framework="pt") as file:
-        slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
-        values = 0
-        for part in slices:
-            count = 1
-            for length in part.get_shape():
-                count *= length
-            values += count
-        dtypes = sorted({part.get_dtype() for part in slices})
-    return [
-        "## Size",
-        f"{values:,} values in {len(slices)} tensors ({', '.join(dtypes)}), {weights.stat().st_size:,} bytes.",
-    ]
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+
+
+def labels_in(config: Any, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> int | None:
+    """How many labels the saved head of a classifier has, if it was saved."""
+    heads = [f".{name}." for name in config.modules_to_save or ()]
+    saved = [shape for key, (shape, _) in sorted(shapes.items()) if any(head in key for head in heads)]
+    rows = [shape[0] for shape in saved if len(shape) == 2]
+    return rows[-1] if rows and config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+
+
+def size(weights: Path, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
+    """A section on the numbers of values and bytes, where there is a safetensors file to read them from."""
+    if not shapes:
+        return []
+    values = sum(math.prod(shape) for shape, _ in shapes.values())
+    dtypes = ", ".join(sorted({dtype for _, dtype in shapes.values()}))
+    return ["## Size", f"{values:,} values in {len(shapes)} tensors ({dtypes}), {weights.stat().st_size:,} bytes."]
 
 
 def versions() -> str:

@@ -15,6 +15,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
+from .card import keep_card
+
 if TYPE_CHECKING:
     from .layer import AdapterLayer
 
@@ -31,6 +33,11 @@ class CheckedTuner(BaseTuner):
             _take_out(model, adapter_name, self.tuner_layer_cls)
             self.peft_config.pop(adapter_name, None)
             raise
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        keep_card(model)
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
