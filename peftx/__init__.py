@@ -51,7 +51,7 @@ __all__ = [
     "register",
 ]
 
-_PACKAGES = ("compression", "federated", "hub", "optim", "pruning")  # imported when they are first used,
+_PACKAGES = ("compression", "federated", "hub", "optim", "pruning", "train")  # imported when they are first used,
 # and what of theirs is public here
 _NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_lora": "hub"}
 

@@ -3,12 +3,15 @@
 Heavy libraries are imported inside the commands that need them.
 """
 
+from .compare import compare
+from .compress import compress
 from .export import export
 from .inspect import inspect
 from .main import app
 from .prune import prune
+from .train import train
 
-for command in (prune, export, inspect):
+for command in (train, compare, prune, compress, export, inspect):
     app.command()(command)
 
 __all__ = ["app"]

@@ -1,0 +1,639 @@
+"""`peftx train` and `peftx compare`, on tiny models and data."""
+
+import csv
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import EXAMPLES, tiny_model
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import peftx
+from peftx.cli import app
+from peftx.train import CompareSettings, TrainSettings, comparison, methods, parse, read_yaml, report, run
+from peftx.train.data import hold_out, label_names, read, read_both
+from peftx.train.settings import nearest
+
+SHORT = ("--max-steps", 2, "--batch-size", 4, "--training", "use_cpu=true", "--training", "disable_tqdm=true")
+
+
+def words() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the words w1 to w62."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<pad>": 0, **{f"w{i}": i for i in range(1, 63)}, "<eos>": 63}, unk_token="<pad>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def quantisable() -> transformers.PreTrainedModel:
+    """Wide enough for bitsandbytes' CPU kernels."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64, pad_token_id=0
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models with their tokenizers; questions with answers; texts of two classes."""
+    folder = tmp_path_factory.mktemp("train")
+    for name in ("llama", "bert", "t5"):
+        tiny_model(name).save_pretrained(folder / name)
+    quantisable().save_pretrained(folder / "wide")
+    tiny_model("bert").bert.save_pretrained(folder / "encoder")
+    for name in ("llama", "bert", "t5", "wide", "encoder"):
+        words().save_pretrained(folder / name)
+    draw = random.Random(0)
+    numbers = [[draw.randrange(1, 60) for _ in range(4 + i % 3)] for i in range(40)]
+    texts = [" ".join(f"w{token}" for token in row) for row in numbers]
+    pairs = [{"question": text, "answer": text[: text.index(" ", 4 * (i % 2))]} for i, text in enumerate(texts)]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    labelled = [(text, ("even", "odd")[row[0] % 2]) for text, row in zip(texts, numbers, strict=True)]
+    for suffix, comma in ((".csv", ","), (".tsv", "\t")):
+        lines = [comma.join(line) for line in [("text", "label"), *labelled]]
+        (folder / f"classes{suffix}").write_text("\n".join(lines))
+    rows = [{"text": text, "label": label} for text, label in labelled]
+    (folder / "classes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["even", "odd"]))
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "classes.parquet")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache", raising=False)
+
+
+def call(command: str, *arguments: object) -> Any:
+    return CliRunner().invoke(app, [command, *(str(part) for part in arguments)], env={"COLUMNS": "200"})
+
+
+def trained(command: str, *arguments: object) -> dict[str, Any]:
+    """What is in metrics.json after a run that must succeed."""
+    outcome = call(command, *arguments)
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    output = arguments[arguments.index("--output") + 1]
+    return json.loads(Path(str(output), "metrics.json").read_text())
+
+
+def settings(files: Path, output: Path, **changes: Any) -> TrainSettings:
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    changes["training"] = {**training, **changes.get("training", {})}
+    model, data = changes.pop("model", "llama"), changes.pop("data", "pairs.jsonl")
+    return TrainSettings(model=str(files / model), data=str(files / data), output=str(output), **changes)
+
+
+# One run
+
+
+def test_an_adapter_is_trained_saved_and_measured(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", out, *SHORT)
+    outcome = call("train", *arguments, "--method", "loldu", "--set", "r=4", "--eval-share", 0.2)
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert outcome.stdout.startswith("loldu: 70 values, 2 steps at learning rate 0.0005, training loss")
+    assert outcome.stdout.endswith(f"{out}\n") and outcome.stdout.count("\n") == 1
+    assert metrics["trained_values"] == {"adapter": 70, "whole_modules": 0} and metrics["steps"] == 2
+    assert metrics["samples"] == {"train": 32, "trained_on": 32, "eval": 8}
+    assert metrics["method_settings"] == {"r": 4} and metrics["seed"] == 42
+    assert metrics["bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    assert {"tokenizer.json", "settings.yaml", "README.md"} <= {path.name for path in out.iterdir()}
+    assert not list(out.glob("training_args.bin"))
+    card = (out / "README.md").read_text()
+    assert "import peftx" in card and f"| loss, 8 held-out samples | {metrics['eval']['loss']:.4f} |" in card
+
+    # The loss is the mean over all held-out tokens, by the adapter as it was saved.
+    _, held = hold_out(read(str(files / "pairs.jsonl")), 0.2)
+    model, tokenizer = peftx.hub.load_adapter(out), words()
+    losses = []
+    for pair in held:
+        prompt = tokenizer(pair["question"] + "\n").input_ids
+        answer = [*tokenizer(pair["answer"]).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+        losses += (-scores.log_softmax(-1)[torch.arange(len(answer)), answer]).tolist()
+    wanted = sum(losses) / len(losses)
+    assert metrics["eval"]["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert metrics["eval"]["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-5)
+
+
+def test_flags_win_over_the_file(files: Path, tmp_path: Path) -> None:
+    page = f"""
+model: {files / "llama"}
+data: {files / "pairs.jsonl"}
+output: {tmp_path / "out"}
+method: bone
+method_settings: {{r: 4}}
+training: {{learning_rate: 1e-3, num_train_epochs: 2, max_steps: 7, warmup_steps: 1, logging_steps: 1, use_cpu: true}}
+"""
+    (tmp_path / "run.yaml").write_text(page)
+    flags = ("--epochs", 1, "--batch-size", 9, "--set", "r=2", "--seed", 5, "--bf16", "--gradient-checkpointing")
+    outcome = call("train", "--config", tmp_path / "run.yaml", *flags)
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["seed"], metrics["learning_rate"]) == (4, 5, 1e-3)
+    assert metrics["method_settings"] == {"r": 2}
+    rates = [entry["learning_rate"] for entry in metrics["history"] if "learning_rate" in entry]
+    assert rates == pytest.approx([0, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])  # one step of warm-up
+    assert "4/4" in outcome.stderr and "bone" in outcome.stderr  # the progress bar
+    kept = read_yaml(tmp_path / "out" / "settings.yaml")
+    assert kept["method_settings"] == {"r": 2} and kept["training"]["gradient_checkpointing"] is True
+    assert parse(TrainSettings, kept).training == kept["training"]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "config"),
+    [
+        ("lora", {}, {"r": 8, "use_dora": False}),
+        ("dora", {"r": 2}, {"r": 2, "use_dora": True}),
+        ("MiSS", {"r": 4}, {"r": 4}),
+        ("ia3", {}, {"feedforward_modules": ["down_proj"]}),
+        ("adalora", {"init_r": 4, "target_r": 2}, {"total_step": 2}),
+        ("lora_mgpo", {"r": 2}, {"mode": "mgpo", "auto_update": False}),
+        ("triadaptlora", {"target_r": 2}, {"target_r": 2}),
+        ("full", {}, None),
+    ],
+)
+def test_methods(files: Path, tmp_path: Path, method: str, given: dict, config: dict | None) -> None:
+    pairs = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
+    arguments = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", tmp_path / "out", *SHORT)
+    metrics = trained("train", *arguments, "--method", method, *pairs)
+    saved = tmp_path / "out"
+    assert metrics["eval"]["loss"] > 0 and metrics["learning_rate"] == methods.find(method).learning_rate
+    if config is None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(saved)
+        assert metrics["trained_values"]["adapter"] == sum(p.numel() for p in model.parameters())
+        return
+    found = json.loads((saved / "adapter_config.json").read_text())
+    assert {name: found[name] for name in config} == config
+    start = load_file(saved / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in start.values())
+    if method == "triadaptlora":
+        assert any("triadapt" in key for entry in metrics["history"] for key in entry)  # its callback was there
+
+
+@pytest.mark.parametrize(("base", "suffix"), [("encoder", ".csv"), ("llama", ".parquet")])
+def test_a_classifier_of_new_labels(files: Path, tmp_path: Path, base: str, suffix: str) -> None:
+    data = files / f"classes{suffix}"
+    arguments = ("--model", files / base, "--data", data, "--output", tmp_path / "out", *SHORT)
+    metrics = trained("train", *arguments, "--task", "SEQ_CLS", "--method", "bone", "--set", "r=4")
+    assert metrics["labels"] == ["even", "odd"] and 0 <= metrics["eval"]["accuracy"] <= 1
+    bias = 2 if base == "encoder" else 0  # it has a pooler already
+    assert metrics["trained_values"]["whole_modules"] == 2 * 16 + bias
+    model = peftx.hub.load_adapter(tmp_path / "out")
+    assert model.config.num_labels == 2
+    _, held = hold_out(read(str(data)), 0.1)
+    tokens = [words()(row["text"], return_tensors="pt").input_ids for row in held]
+    with torch.no_grad():
+        answers = [("even", "odd")[model(ids).logits.argmax()] for ids in tokens]
+    right = [answer == row["label"] for answer, row in zip(answers, held, strict=True)]
+    assert metrics["eval"]["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_data_of_every_kind(files: Path, tmp_path: Path) -> None:
+    wanted = read(str(files / "classes.jsonl"))
+    assert len(wanted) == 40 and wanted[0].keys() == {"text", "label"}
+    for suffix in (".csv", ".tsv", ".parquet"):
+        assert read(str(files / f"classes{suffix}")) == wanted
+    (tmp_path / "set").mkdir()
+    for split, rows in (("train", wanted[:30]), ("test", wanted[30:])):
+        (tmp_path / "set" / f"{split}.json").write_text(json.dumps(rows))
+    found = read_both(settings(files, tmp_path / "out", data=tmp_path / "set", eval_split="test"))
+    assert found == (wanted[:30], wanted[30:])
+    with pytest.raises(ValueError, match="cannot read .*set: .*train"):
+        read(str(tmp_path / "set"), split="tran")
+
+
+def test_a_translator_learns_from_a_prompt_of_its_own(files: Path, tmp_path: Path) -> None:
+    arguments = ("--model", files / "t5", "--data", files / "pairs.jsonl", "--output", tmp_path / "out", *SHORT)
+    virtual = ("--method", "prompt_tuning", "--set", "num_virtual_tokens=3", "--gradient-accumulation", 2)
+    metrics = trained("train", *arguments, *virtual, "--eval-data", files / "pairs.jsonl")
+    assert metrics["task"] == "SEQ_2_SEQ_LM" and metrics["samples"]["eval"] == metrics["samples"]["train"] == 40
+
+
+def test_a_models_own_labels_stay(files: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"w{i} w7", "label": i % 3} for i in range(1, 13)]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    arguments = ("--model", files / "bert", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", *SHORT)
+    metrics = trained("train", *arguments, "--eval-share", 0)
+    assert metrics["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"] and metrics["eval"] == {}
+    before = load_file(files / "bert" / "model.safetensors")["classifier.weight"]
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert 0 < (before - after).abs().max() < 0.01  # it was trained from where it was
+
+
+class Watch(transformers.TrainerCallback):
+    """Keeps what the Trainer works with."""
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.model, self.optimizer = model, getattr(optimizer, "optimizer", optimizer)
+
+
+def test_pruning_and_fisher_sums(files: Path, tmp_path: Path) -> None:
+    arguments = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", tmp_path / "out", *SHORT)
+    metrics = trained("train", *arguments, "--method", "bone", "--set", "r=4", "--prune-keep", 0.25, "--fisher")
+    assert metrics["samples"]["trained_on"] == 9 == math.ceil(0.25 * 36)
+    assert len(json.loads((tmp_path / "out" / "selection.json").read_text())["indices"]) == 9
+    from peftx.compression import Statistics
+
+    assert "model.layers.0.mlp.down_proj" in str(Statistics.load(tmp_path / "out" / "fisher.safetensors").layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "states", "bits", "rank"),
+    [
+        ("lora", True, 8, None),
+        ("lora", {"rank": 2, "optim_bits": 32}, 32, 2),
+        ("gradnormlorp", None, 8, 0.5),  # its config says so
+        ("gradnormlorp", False, None, None),
+    ],
+)
+def test_small_states(files: Path, tmp_path: Path, method: str, states: Any, bits: int | None, rank: Any) -> None:
+    watch = Watch()
+    run.train(settings(files, tmp_path / "out", method=method, small_states=states), [watch])
+    assert isinstance(watch.optimizer, peftx.optim.LowRankAdamW) is (bits is not None)
+    if bits is not None:
+        assert {group["optim_bits"] for group in watch.optimizer.param_groups} == {bits}
+        assert rank in {group["rank"] for group in watch.optimizer.param_groups}
+
+
+@pytest.mark.parametrize(("flag", "layer"), [("load_in_4bit", "Linear4bit"), ("load_in_8bit", "Linear8bitLt")])
+def test_quantised_bases(files: Path, tmp_path: Path, flag: str, layer: str) -> None:
+    watch = Watch()
+    found = run.train(settings(files, tmp_path / "out", model="wide", method="loldu", **{flag: True}), [watch])
+    base = watch.model.base_model.model.model.layers[0].mlp.up_proj.get_base_layer()
+    assert type(base).__name__ == layer and found["eval"]["loss"] > 0
+    with pytest.raises(ValueError, match="quantised model cannot be trained in full"):
+        run.train(settings(files, tmp_path / "full", model="wide", method="full", **{flag: True}))
+    assert not (tmp_path / "full").exists()
+
+
+# Resume, and the output folder
+
+
+@pytest.mark.parametrize("method", ["bone", "triadaptlora"])
+def test_a_resumed_run_equals_the_unbroken_one(files: Path, tmp_path: Path, method: str) -> None:
+    """BERT has dropout, and its classifier is new: every random number counts."""
+    out = tmp_path / "out"
+    data = ("--model", files / "encoder", "--data", files / "classes.jsonl", "--task", "SEQ_CLS", "--output", out)
+    arguments = (*data, "--method", method, "--prune-keep", 0.5, *SHORT, "--max-steps", 6)
+    trained("train", *arguments, "--training", "save_steps=3", "--training", "logging_steps=1")
+    whole = load_file(out / "adapter_model.safetensors")
+    history = json.loads((out / "metrics.json").read_text())["history"]
+    shutil.rmtree(out / "checkpoint-6")
+    for name in ("adapter_model.safetensors", "metrics.json"):
+        (out / name).unlink()
+    metrics = trained("train", "--output", out, "--resume")  # all else is in settings.yaml
+    resumed = load_file(out / "adapter_model.safetensors")
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    losses = [[entry["loss"] for entry in part if "loss" in entry] for part in (history, metrics["history"])]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+    refused = call("train", *arguments, "--resume", "--method", "lora")
+    assert refused.exit_code == 2 and f"method is 'lora', but the run to resume has {method!r}" in refused.stderr
+
+
+def test_the_output_folder(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", out, *SHORT, "--set", "r=2")
+    refused = call("train", *arguments, "--resume")
+    assert refused.exit_code == 2 and f"there is no checkpoint in {out} to resume from" in refused.stderr
+    assert not out.exists()
+    trained("train", *arguments)
+    (out / "mine.txt").write_text("mine")
+    before = (out / "adapter_model.safetensors").read_bytes()
+    refused = call("train", *arguments, "--seed", 1)
+    assert refused.exit_code == 2
+    assert refused.stderr == f"peftx: output {out} is not empty: name another folder, or say overwrite or resume\n"
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    trained("train", *arguments, "--seed", 1, "--overwrite")
+    assert (out / "adapter_model.safetensors").read_bytes() != before and (out / "mine.txt").read_text() == "mine"
+    refused = call("train", *arguments[:4], "--output", out / "mine.txt")
+    assert refused.exit_code == 2 and "is a file, not a folder" in refused.stderr
+
+
+# What the user can put right
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "loldo"], "unknown method 'loldo', did you mean loldu?"),
+        (["--set", "rr=4"], "method lora: unknown key 'rr', did you mean r?"),
+        (["--set", "r=four"], "method lora: r must be of type int, got 'four'"),
+        (["--method", "bone", "--set", "r=0"], "method bone: `r` must be a positive integer, got 0"),
+        (["--method", "full", "--set", "r=4"], "method full: unknown key 'r'"),
+        (["--set", "r"], "'r' is not KEY=VALUE"),
+        (["--method", "loldu", "--set", "r=99"], "method loldu does not fit llama: LOLDU cannot adapt the module"),
+        (["--training", "warmup_step=2"], "training: unknown key 'warmup_step', did you mean warmup_steps?"),
+        (["--training", "max_grad_norm=big"], "training: max_grad_norm must be of type float, got 'big'"),
+        (["--training", "lr_scheduler_type=liner"], "training: liner is not a valid SchedulerType"),
+        (["--training", "output_dir=x"], "training: output_dir is set by `output`"),
+        (["--data", "{tmp}/none.jsonl"], "No such file or directory: '{tmp}/none.jsonl'"),
+        (["--data", "{tmp}/none.csv"], "there is no file {tmp}/none.csv"),
+        (["--data", "{tmp}/none"], "cannot read {tmp}/none: "),
+        (["--data", "{tmp}/empty.jsonl"], "empty.jsonl is empty"),
+        (["--data", "{tmp}/one.jsonl"], "has too few samples (1) to hold some out: name eval_data"),
+        (["--data", "{tmp}/odd.jsonl"], "record 1: found no prompt and answer among its fields a, b: name them"),
+        (["--prompt", "query"], "record 1 has no field 'query', only question, answer"),
+        (["--max-length", "3"], "no sample has an answer within the first 3 tokens"),
+        (["--model", "{tmp}/nothing"], "the model {tmp}/nothing, which is not a folder here, cannot be loaded: "),
+        (["--model", "{files}/encoder"], "cannot tell the task of a BertModel: name one of CAUSAL_LM"),
+        (["--task", "SEQ_CLASS"], "task must be one of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, got SEQ_CLASS"),
+        (["--task", "SEQ_CLS"], "a classifier needs samples of at least two labels, found none in the field 'label'"),
+        (["--load-in-4bit", "--load-in-8bit"], "load_in_4bit and load_in_8bit exclude each other"),
+        (["--overwrite", "--resume"], "resume and overwrite exclude each other"),
+        (["--eval-share", "1"], "eval_share must be in [0, 1), got 1.0"),
+        (["--dtype", "float23"], "dtype must be one of auto, float32"),
+        (["--prune-keep", "1.5"], "keep must be a share of the samples in (0, 1], got 1.5"),
+        (["--config", "{tmp}/bad.yaml"], "settings: unknown key 'methode', did you mean method?"),
+        (["--config", "{tmp}/list.yaml"], "list.yaml is not a mapping of settings, but a list"),
+        (["--config", "{tmp}/torn.yaml"], "torn.yaml is not YAML"),
+        (["--config", "{tmp}/type.yaml"], "settings: eval_share must be of type float, got 'much'"),
+        (["--config", "{tmp}/prune.yaml"], "prune: unknown key 'keeps', did you mean keep?"),
+        (["--config", "{tmp}/states.yaml"], "small_states: unknown key 'ranks', did you mean rank?"),
+        (["--config", "{tmp}/none.yaml"], "No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line(files: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    pages = {
+        "empty.jsonl": "\n",
+        "one.jsonl": '{"text": "w1 w2"}\n',
+        "odd.jsonl": '{"a": 1, "b": 2}\n' * 20,
+        "bad.yaml": "methode: loldu",
+        "list.yaml": "- 1",
+        "torn.yaml": "a: [1",
+        "type.yaml": "eval_share: much",
+        "prune.yaml": "prune: {keeps: 0.5}",
+        "states.yaml": "small_states: {ranks: 2}",
+    }
+    for name, page in pages.items():
+        (tmp_path / name).write_text(page)
+    arguments = [argument.format(tmp=tmp_path, files=files) for argument in arguments]
+    given = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", tmp_path / "out", *SHORT)
+    outcome = call("train", *given, *arguments)
+    assert outcome.exit_code == 2, (outcome.output, outcome.exception)
+    assert message.format(tmp=tmp_path) in outcome.stderr
+    assert outcome.stderr.startswith("peftx: ") and outcome.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "data", "output"])
+def test_what_must_be_named(files: Path, tmp_path: Path, name: str) -> None:
+    given = {"model": files / "llama", "data": files / "pairs.jsonl", "output": tmp_path / "out"}
+    outcome = call("train", *(part for key, value in given.items() if key != name for part in (f"--{key}", value)))
+    assert outcome.exit_code == 2 and outcome.stderr.startswith(f"peftx: no {name}: name one by --{name}")
+
+
+def test_missing_datasets_is_named(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    outcome = call("train", "--model", files / "bert", "--data", files / "classes.csv", "--output", tmp_path / "out")
+    assert outcome.exit_code == 2 and "datasets is missing" in outcome.stderr and "pip install" in outcome.stderr
+
+
+def test_a_run_that_a_callback_refuses_leaves_no_trace(files: Path, tmp_path: Path) -> None:
+    training = {"torch_compile": False, "label_smoothing_factor": 0.1}
+    with pytest.raises(ValueError, match="with label smoothing the loss is not the model's own"):
+        run.train(settings(files, tmp_path / "out", fisher=True, training=training))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_small_functions() -> None:
+    assert nearest("targetmodules", ["target_modules", "r"]) == ", did you mean target_modules?"
+    assert nearest("zzz", ["target_modules", "r"]) == ": there are r, target_modules"
+    rows = [{"text": str(i)} for i in range(10)]
+    train, held = hold_out(rows, 0.3)
+    assert len(held) == 3 and sorted(row["text"] for row in train + held) == [str(i) for i in range(10)]
+    assert label_names([{"y": 2}, {"y": 0}, {}], "y") == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    with pytest.raises(ValueError, match="numbers and texts"):
+        label_names([{"y": 2}, {"y": "a"}], "y")
+    table = methods.known()
+    assert {"lora", "miss", "dora", "full", "vera"} <= table.keys()
+    assert {name for info in peftx.methods() for name in info.variants} <= table.keys()
+    assert methods.find("LoRA_GGPO").settings == {"auto_update": False}
+    assert methods.find("triadaptlora").rank_field == "target_r"
+
+
+@pytest.mark.parametrize(("model", "wanted"), [("llama", True), ("bert", False), ("t5", False)])
+def test_whose_loss_follows_the_number_of_items(model: str, wanted: bool) -> None:
+    """What the Trainer takes for granted, and what is not so for BERT and T5."""
+    ids = torch.tensor([[5, 7, 9, 11]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["labels"] = torch.tensor([1]) if model == "bert" else ids
+    assert run.scales_loss(tiny_model(model), batch) is wanted
+
+
+# Two processes
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_two_processes_train_as_one(files: Path, tmp_path: Path, model: str) -> None:
+    data = files / ("pairs.jsonl" if model == "llama" else "classes.jsonl")
+    common = ["--model", files / model, "--data", data, "--method", "bone", "--max-steps", "3", "--eval-share", "0.2"]
+    for pair in ("logging_steps=1", "use_cpu=true", "weight_decay=0.0"):
+        common += ["--training", pair]
+    # BERT has dropout, which draws other numbers in each process
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    if model == "bert":
+        still = tiny_model("bert")
+        still.config.hidden_dropout_prob = still.config.attention_probs_dropout_prob = 0.0
+        still.save_pretrained(tmp_path / "bert")
+        words().save_pretrained(tmp_path / "bert")
+        common[1] = tmp_path / "bert"
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, "-m", "peftx.cli", "train", *common, "--batch-size", "4", "--output", tmp_path / "two"]
+    two = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("\n") == 1 and two.stdout.startswith("bone: ")  # one process prints
+    found = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    wanted = trained("train", *common, "--batch-size", 8, "--output", tmp_path / "one")
+    assert (found["processes"], wanted["processes"]) == (2, 1)
+    losses = [[entry["loss"] for entry in part["history"] if "loss" in entry] for part in (found, wanted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
+    assert found["eval"] == pytest.approx(wanted["eval"], rel=1e-5)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+# Comparisons
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[TrainSettings]:
+    """Runs in this process, which is faster; the settings of those that ran."""
+    seen: list[TrainSettings] = []
+
+    def apart(function: Any, one: TrainSettings) -> dict[str, Any]:
+        seen.append(one)
+        return function(one)
+
+    monkeypatch.setattr(comparison, "apart", apart)
+    return seen
+
+
+def test_compare_at_equal_rank_goes_on_where_it_stopped(files: Path, tmp_path: Path, here: list) -> None:
+    out = tmp_path / "out"
+    given = ("--model", files / "bert", "--data", files / "classes.jsonl", "--output", out, *SHORT, "--rank", 4)
+    outcome = call("compare", *given, "--methods", "lora,bone", "--seeds", 1)
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    first = json.loads((out / "results.json").read_text())["runs"]
+    assert [(r["method"], r["method_settings"]) for r in first] == [
+        ("lora", {"r": 4, "lora_alpha": 4}),
+        ("bone", {"r": 4}),
+    ]
+    outcome = call("compare", *given, "--methods", "lora,bone", "--seeds", 2)
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    assert [one.training["seed"] for one in here] == [0, 0, 1, 1]
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert runs[:2] == first and (out / "bone" / "seed-1" / "adapter_model.safetensors").is_file()
+
+    with (out / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == ["lora", "bone"]
+    for row in table:
+        own = [run for run in runs if run["method"] == row["method"]]
+        qualities = [run["eval"]["accuracy"] for run in own]
+        assert len(own) == 2 and float(row["accuracy_mean"]) == pytest.approx(sum(qualities) / 2)
+        assert float(row["accuracy_std"]) == pytest.approx(abs(qualities[0] - qualities[1]) / math.sqrt(2))
+        assert int(row["trained_values"]) == own[0]["trained_values"]["adapter"]
+        assert int(row["file_bytes"]) == (out / row["method"] / "seed-0/adapter_model.safetensors").stat().st_size
+        assert float(row["peak_memory_process_bytes"]) >= 0
+    assert float(table[0]["step_ratio"]) == 1.0
+    page = (out / "results.md").read_text()
+    assert "| lora | r=4, lora_alpha=4 |" in page and "standard deviation over 2 seeds" in page
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+    refused = call("compare", *given, "--methods", "lora", "--learning-rate", 0.1)
+    assert refused.exit_code == 2 and "training is {" in refused.stderr and "say overwrite" in refused.stderr
+
+
+def test_compare_at_equal_budget_tells_what_does_not_run(files: Path, tmp_path: Path, here: list) -> None:
+    given = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", tmp_path / "out", *SHORT)
+    budget = ("--equal", "budget", "--rank", 2, "--seeds", 1)
+    outcome = call("compare", *given, *budget, "--methods", "lora,bone,loldu,compacter,prefix_tuning")
+    assert outcome.exit_code == 1, (outcome.output, outcome.exception)
+    runs = {r["method"]: r for r in json.loads((tmp_path / "out" / "results.json").read_text())["runs"]}
+    assert runs.keys() == {"lora", "bone", "loldu"}
+    values = {name: run["trained_values"]["adapter"] for name, run in runs.items()}
+    counts = {}  # of bone, by rank
+    for r in (3, 4, 5, 6):
+        model = peft.get_peft_model(tiny_model("llama"), peftx.BoneConfig(r=r, target_modules="all-linear"))
+        counts[r] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert values["bone"] == min(counts.values(), key=lambda count: abs(count - values["lora"]))
+    assert runs["loldu"]["method_settings"] == {"r": 8}  # the narrowest layer's
+    said = " ".join(outcome.output.split())
+    assert f"loldu comes no nearer to the budget of {values['lora']:,} values than {values['loldu']:,}" in said
+    assert "peftx: compacter did not run: method compacter does not fit llama" in outcome.stderr
+    assert "peftx: prefix_tuning did not run: " in outcome.stderr
+
+
+def test_compare_in_processes_of_their_own(files: Path, tmp_path: Path) -> None:
+    page = f"""
+model: {files / "llama"}
+data: {files / "pairs.jsonl"}
+methods: {{bone: {{r: 4}}, full: }}
+equal: none
+seeds: 1
+training: {{max_steps: 2, use_cpu: true, disable_tqdm: true}}
+"""
+    (tmp_path / "compare.yaml").write_text(page)
+    outcome = call("compare", "--config", tmp_path / "compare.yaml", "--output", tmp_path / "out")
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == ["bone", "full"]
+    assert all(run["peak_memory"] > 0 and run["step_seconds"] > 0 for run in runs)
+    assert "held-out loss" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "lora,bonne"], "unknown method 'bonne', did you mean bone?"),
+        (["--methods", ","], "methods: name at least one"),
+        (["--equal", "size"], "settings: equal must be of type Literal['rank', 'budget', 'none'], got 'size'"),
+        (["--equal", "none", "--rank", "4"], "rank is for equal: rank or budget"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--training", "seed=3"], "training: seed is set by `seeds`"),
+        (["--eval-share", "0"], "compare needs held-out samples"),
+        (["--config", "{tmp}/method.yaml"], "settings: unknown key 'method', did you mean methods?"),
+    ],
+)
+def test_bad_comparisons(files: Path, tmp_path: Path, arguments: list[str], message: str, here: list) -> None:
+    (tmp_path / "method.yaml").write_text("method: lora")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    given = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", tmp_path / "out", *SHORT)
+    outcome = call("compare", *given, *arguments)
+    assert outcome.exit_code == 2, (outcome.output, outcome.exception)
+    assert message in outcome.stderr and outcome.stderr.count("\n") == 1 and not here
+
+
+@pytest.mark.parametrize(
+    ("count", "budget", "wanted"),
+    [
+        (lambda r: 100 * r, 840, 8),
+        (lambda r: 100 * r, 860, 9),
+        (lambda r: 100 * r, 1, 1),
+        (lambda r: r + 1 if r <= 24 else None, 5000, 24),  # refused above
+        (lambda r: 10 * r if r % 4 == 0 else None, 130, 12),  # refused between
+        (lambda r: None, 130, None),
+    ],
+)
+def test_closest_rank(count: Any, budget: int, wanted: int | None) -> None:
+    rank, found = comparison.closest_rank(count, budget)
+    if wanted is None:
+        assert (rank, found) == (0, 0)
+        return
+    assert found == count(rank)
+    assert abs(found - budget) <= abs(count(wanted) - budget)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.4), (2.0, 0.7), (4.0, 0.9), (1.0, 0.3)]
+    for more, sign in ((True, 1), (False, -1)):
+        signed = [(cost, sign * quality) for cost, quality in points]
+        found = report.front(signed, more)
+        beaten = {
+            i
+            for i, (cost, quality) in enumerate(points)
+            for j, (other, better) in enumerate(points)
+            if j != i and other <= cost and better >= quality and (other, better) != (cost, quality)
+        }
+        assert set(found) == set(range(len(points))) - beaten == {0, 1, 3}
+
+
+def test_rank_keeps_the_scale() -> None:
+    lora, bone = methods.find("lora"), methods.find("bone")
+    assert comparison.with_rank(lora, {}, 32) == {"r": 32, "lora_alpha": 32}
+    assert comparison.with_rank(lora, {"lora_alpha": 16}, 32) == {"r": 32, "lora_alpha": 16}
+    assert comparison.with_rank(bone, {}, 32) == {"r": 32}
+    assert comparison.with_rank(methods.find("full"), {}, 32) == {}
+
+
+@pytest.mark.parametrize(("name", "cls"), [("train.yaml", TrainSettings), ("compare.yaml", CompareSettings)])
+def test_examples_are_settings(name: str, cls: Any) -> None:
+    found = parse(cls, {"output": "out", **read_yaml(EXAMPLES / name)})
+    entries = {found.method: found.method_settings} if cls is TrainSettings else comparison.contestants(found.methods)
+    for method, chosen in entries.items():
+        methods.check_settings(methods.find(method), chosen)
+    run.training_arguments(found, methods.find(next(iter(entries))))
