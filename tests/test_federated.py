@@ -229,6 +229,17 @@ def test_uniform_weighting_looks_at_no_numbers():
     assert [one.examples for one in admitted] == [1, 1] and not entries
 
 
+def test_a_reply_too_large_has_no_say_in_what_is_too_large():
+    """Of norms 1, 1, 20, 1000 the median is 10.5, and 1 without the last."""
+    spread = lambda node, size: Reply(
+        node, packed({n: v + size * torch.ones_like(v) / 26**0.5 for n, v in ORIGIN.items()}), {"num-examples": 1}
+    )
+    replies = [spread(node, size) for node, size in enumerate((1, 1, 20, 1000))]
+    with_it, without = (admit(some, ORIGIN, asked=range(len(some)), round=1) for some in (replies, replies[:3]))
+    assert [one.node for one in with_it[0]] == [one.node for one in without[0]] == [0, 1]
+    assert with_it[1][0] == without[1][0] and with_it[1][1].node == 3
+
+
 @pytest.mark.parametrize(
     "settings", [{"max_examples": 0}, {"max_update_norm": -1.0}, {"median_factor": float("nan")}, {"too_large": "keep"}]
 )
@@ -247,6 +258,8 @@ def test_a_client_checks_the_state_it_receives():
     assert equal(read_state(packed(state), SHAPES, orthonormal=True), state)
     with pytest.raises(Rejected, match="missing"):
         read_state(packed(random_state(0, "A")), SHAPES)
+    with pytest.raises(Rejected, match=r"b\.c\.lora_B: a value of magnitude 2e\+07"):
+        read_state(packed({**state, "b.c.lora_B": torch.full((5, R), -2e7)}), SHAPES)
 
 
 # The strategy
@@ -303,6 +316,54 @@ def test_a_round_with_a_bad_client_equals_the_round_without(row):
     alone = one_round({**answers, 3: RuntimeError("left out")})
     assert equal(strategy.state, alone.state)
     assert all(torch.isfinite(value).all() for value in strategy.state.values())
+
+
+@pytest.mark.parametrize("fault", ["in time", "a stranger", "twice", "too late"])
+def test_a_round_with_replies_too_many_or_too_few(fault):
+    answers = {node: reply(node, examples=10 * node) for node in (2, 3, 4, 5)}
+    states = []
+    for tampered in (True, False):
+        strategy = FedSVDStrategy(clients_per_round=3)
+        with InProcessGrid(answering(answers), 4) as grid:
+            send = grid.send_and_receive
+
+            def deliver(messages, timeout=None, send=send, strategy=strategy, tampered=tampered):
+                messages = list(messages)
+                if not messages:  # nobody evaluates
+                    return []
+                (other,) = set(answers) - set(strategy._asked)
+                found = send(messages)
+                if fault == "too late":
+                    return found[1:]
+                more = {"a stranger": [Message(messages[0].content, other, "train")], "twice": messages[:1]}
+                return found + send(more.get(fault, []) if tampered else [])
+
+            grid.send_and_receive = deliver
+            strategy.start(grid, to_record(random_state(0)), num_rounds=1)
+        states.append(strategy.state)
+        first = strategy._asked[0]
+        if fault == "too late":  # as if that node had failed
+            answers[first] = RuntimeError("slow")
+            assert strategy.audit == [AuditEntry(1, first, "no reply in time")]
+        elif tampered and fault != "in time":
+            (entry,) = strategy.audit
+            assert entry.node == (first if fault == "twice" else (set(answers) - set(strategy._asked)).pop())
+        else:
+            assert strategy.audit == []
+    assert equal(*states)
+
+
+def test_a_strategy_goes_on_from_its_own_state_only():
+    """It averages B with its own A: replies to another A would be products that nobody computed."""
+    answers = {node: reply(node) for node in NODES}
+    strategy = one_round(answers)
+    state = dict(strategy.state)
+    with pytest.raises(ValueError, match="goes on from round 1"):
+        one_round(answers, strategy)
+    assert equal(strategy.state, state)
+    with InProcessGrid(answering(answers), len(NODES)) as grid:
+        strategy.start(grid, to_record(strategy.sent()), num_rounds=1)
+    assert strategy.round == 2
 
 
 def test_replies_in_any_order_give_the_same_bits():
@@ -427,6 +488,9 @@ def test_clients_are_drawn_by_seed_and_round_and_not_by_the_global_generator():
         ({"weighting": "median"}, "weighting"),
         ({"min_valid": 0}, "min_valid"),
         ({"clients_per_round": 2, "min_valid": 3}, "min_valid"),
+        ({"refactorize_every": -1}, "refactorize_every"),
+        ({"refactorize_warmup": -1}, "refactorize_warmup"),
+        ({"private": True, "evaluate_clients": True}, "not noised"),
     ],
 )
 def test_settings_that_contradict_each_other(settings, word):
@@ -483,6 +547,8 @@ def test_the_grid_keeps_state_turns_exceptions_into_errors_and_leaves_no_identit
         assert grid.send_and_receive([Message(content, 2, "train")], timeout=0) == []  # too late
     assert [getattr(TaskIdentity, name) for name in ("_node_id", "_run_id", "_task_id")] == before
     with InProcessGrid(app, 2, contexts=grid.contexts) as later:
+        with pytest.raises(RuntimeError, match="open already"):
+            later.__enter__()
         (reply,) = later.send_and_receive([Message(content, 2, "train")])
         assert reply.content["metrics"]["times"] == 2
     with pytest.raises(RuntimeError, match="with InProcessGrid"):
@@ -624,6 +690,56 @@ def test_a_client_refuses_a_server_that_asks_for_A_or_sends_nonsense():
     assert equal(global_state(model), before)
 
 
+def test_clients_of_fedsvd_keep_their_base_weights():
+    """Residuals are FedEx-LoRA's: a server could write what it likes by them."""
+    model = model_of()
+    state = global_state(model)
+    name = next(iter(state)).rpartition(".")[0]
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    residual = {f"{name}.residual_{f}": torch.ones_like(state[f"{name}.lora_{f}"]) for f in "AB"}
+    with pytest.raises(Rejected, match="unexpected arrays.*residual"):
+        receive(model, packed({**state, **residual}), "default", factors="B")
+    with pytest.raises(Rejected, match="without its other factor"):
+        receive(model, packed({**state, f"{name}.residual_B": residual[f"{name}.residual_B"]}), "default")
+    assert equal(model.state_dict(), weights)
+    app = make_client_app(model_of, data_of, SETTINGS)
+    strategy = FedSVDStrategy()
+    strategy.residual = residual
+    with InProcessGrid(app, 1) as grid:
+        strategy.state = state
+        (answer,) = grid.send_and_receive(
+            strategy.configure_train(1, to_record(strategy.sent()), ConfigRecord(), grid), timeout=60
+        )
+    assert answer.has_error() and "residual" in answer.error.reason
+
+
+def test_only_what_is_sent_trains():
+    model = model_of()
+    model.add_adapter("other", model.peft_config["default"])
+    set_trainable(model, "B")
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names and all(name.endswith(".lora_B.default.weight") for name in names)
+    with pytest.raises(ValueError, match="never trains.*LoraConfig"):  # else it would, silently, be FFA-LoRA
+        set_trainable(model, "AB")
+
+
+@pytest.mark.parametrize("given", [{}, {"refactorize_every": 3}, {"refactorize_warmup": 3}])
+def test_the_adapters_config_says_when_unless_the_strategy_does(given):
+    build = partial(model_of, config=partial(peftx.FedSVDConfig, refactorize_every=2, refactorize_warmup=1))
+    turned = []
+
+    class Watched(FedSVDStrategy):
+        def _update(self, admitted, number):
+            before = self.state
+            super()._update(admitted, number)
+            turned.extend(
+                [number] * (not equal(*({n: v for n, v in s.items() if n[-1] == "A"} for s in (before, self.state))))
+            )
+
+    run(Watched(**given), 4, clients=1, build=build)
+    assert turned == {"": [2, 4], "refactorize_every": [3], "refactorize_warmup": [4]}["".join(given)]
+
+
 @pytest.mark.parametrize("method", ["fedit", "flexlora", "fedex-lora"])
 def test_methods_that_train_both_factors_run(method):
     lora = partial(model_of, config=LoraConfig)
@@ -687,6 +803,36 @@ def test_a_round_over_the_budget_is_refused_and_audited():
     assert [entry.node for entry in mixed.audit] == [2] and mixed.round == 1
 
 
+def test_errors_of_a_private_client_tell_nothing():
+    """They would name records, or count them: here delta is above 1 / 24."""
+    spec = DPSpec(noise_multiplier=1.0, delta=0.5, accountant="rdp")
+    strategy = FedSVDStrategy(private=True)
+    with pytest.raises(AggregationError):
+        run(strategy, 1, clients=1, privacy=spec)
+    assert strategy.audit == [AuditEntry(1, 2, "the client failed: an error that its own log tells")]
+
+
+def test_a_ledger_outlives_runs_and_restarts(tmp_path):
+    """Flower's state of a node is in memory and belongs to one run."""
+    ledger = lambda context: tmp_path / f"{context.node_config['partition-id']}.json"
+    for rounds in (2, 3):  # new contexts each time
+        _, _, grid = run(FedSVDStrategy(private=True), rounds, clients=2, privacy=PRIVATE, ledger=ledger)
+    assert load_history(grid.contexts[2]) == [[1.0, 1 / 3, 15]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
+    known = json.loads((tmp_path / "1.json").read_text())
+    assert known == {"history": [[1.0, 1 / 3, 15]], "epsilon": grid.contexts[3].state["privacy"]["epsilon"]}
+    before = (tmp_path / "0.json").read_bytes()
+    spec = DPSpec(epsilon=known["epsilon"] * 0.9, delta=1e-3, accountant="rdp")
+    with pytest.raises(AggregationError, match="budget"):
+        run(FedSVDStrategy(private=True), 1, clients=1, privacy=spec, ledger=tmp_path / "0.json")
+    (tmp_path / "1.json").write_text("{")
+    with pytest.raises(AggregationError, match="its own log tells"):  # rather than begin anew
+        run(FedSVDStrategy(private=True), 1, clients=1, privacy=PRIVATE, ledger=tmp_path / "1.json")
+    assert (tmp_path / "0.json").read_bytes() == before
+    with pytest.raises(ValueError, match="ledger"):
+        make_client_app(model_of, data_of, SETTINGS, ledger=tmp_path / "0.json")
+
+
 def test_the_history_survives_json():
     context = SimpleNamespace(state=RecordDict())
     assert load_history(context) is None
@@ -733,6 +879,12 @@ def test_without_flower_the_message_says_what_to_install(monkeypatch):
     assert peftx.federated.admit is admit  # needs no engine
 
 
+def test_every_public_name_is_there():
+    assert all(getattr(peftx.federated, name) is not None for name in peftx.federated.__all__)
+    assert set(peftx.federated._NAMES) < set(peftx.federated.__all__)
+    assert {"LocalSettings", "Limits", "BudgetExceeded", "run_in_process"} < set(peftx.federated.__all__)
+
+
 def test_flower_is_imported_late_and_sends_nothing():
     code = (
         "import sys, peftx.federated; assert 'flwr' not in sys.modules and 'opacus' not in sys.modules;"
@@ -749,3 +901,18 @@ def test_the_example_runs(monkeypatch, capsys):
 
     in_process.main(["--rounds", "2"])
     assert "round 2" in capsys.readouterr().out
+
+
+def test_in_the_example_a_node_sets_its_own_epsilon(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "federated"))
+    from fedsvd_app import client_app, task
+
+    config = {"method": "fedsvd", "clients": 2, "epsilon": 0.0, "rounds": 1}
+    with InProcessGrid(client_app.app, 2, run_config=config) as grid:
+        grid.contexts[2].node_config.update(epsilon=8.0, ledger=str(tmp_path / "spent.json"))
+        state = global_state(task.build_model(SimpleNamespace(run_config=config)))
+        strategy = FedSVDStrategy()
+        messages = strategy.configure_train(1, to_record(state), ConfigRecord(), grid)
+        private, plain = (dict(found.content["metrics"]) for found in grid.send_and_receive(messages))
+    assert private == {} and plain.keys() == {"num-examples", "loss"}
+    assert 7.9 < json.loads((tmp_path / "spent.json").read_text())["epsilon"] <= 8.0

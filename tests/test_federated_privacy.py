@@ -239,6 +239,31 @@ def test_without_noise_clip_and_draws_it_is_plain_training(kind, mode):
     assert distance(trained(plain), trained(private)) <= 1e-5
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_record_that_overflows_does_not_show(mode):
+    """Clipped, infinity is NaN, which a server that makes a word overflow would see."""
+    models, data = [client(), client()], rows(n=4)
+    for row in data:
+        row["input_ids"].clamp_(max=62)
+    data[2]["input_ids"][3] = 63
+    for model in models:
+        model.get_input_embeddings().weight.data[63] = math.inf
+    spec = DPSpec(noise_multiplier=0.0, mode=mode)
+    train = lambda model, data, lr, spec: train_local(
+        model, data, None, LocalSettings(steps=1, batch_size=4, learning_rate=lr), privacy=spec
+    )
+    before = trained(models[0])
+    if mode == "ghost":
+        with pytest.raises(ValueError, match="not finite"):
+            train(models[0], data, 1.0, spec)
+        assert same(before, trained(models[0]))
+    else:
+        train(models[0], data, 1.0, spec)
+        train(models[1], [*data[:2], data[3]], 0.75, spec)
+        assert distance(before, trained(models[0])) > 1e-3
+        assert distance(*map(trained, models)) <= 1e-6
+
+
 def noise_energy(model, spec, eta: float, rounds: int) -> tuple[float, float]:
     """Mean ||B' A' - B A||^2 of a noise-only step with deviation `eta`, measured and by the closed form."""
     data = rows("llama", 2)

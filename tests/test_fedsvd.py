@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+import time
 import weakref
 
 import peft
@@ -194,6 +195,9 @@ def test_nothing_of_the_size_of_the_weight_is_allocated():
             held += event.nbytes()
             peak = max(peak, held)
     assert 2 * d * r * 4 <= peak < 10 * (2 * d) * r * 4
+    start = time.process_time()
+    federated.refactorize(A, B)
+    assert time.process_time() - start < 0.1  # some 3 ms; the dense decomposition takes a minute
 
 
 # The adapter

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedsvd_app import client_app, server_app
 
-from peftx.federated.grid import run_in_process
+from peftx.federated import run_in_process
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -2,7 +2,8 @@
 
 The mathematics needs neither of the two: `client_state`, `load_global` and `global_state` between a model and what
 is sent, `average_B` and the other updates of a server, `refactorize`. `FedSVDStrategy`, `make_client_app` and
-`make_server_app` are the same on Flower, `DPSpec` says how private, `train_local` trains one client:
+`make_server_app` are the same on Flower, `run_in_process` runs them in this process, `DPSpec` says how private,
+`train_local` trains one client:
 
     pip install 'peftx[federated]'
 """
@@ -25,13 +26,20 @@ from .state import (
 )
 
 __all__ = [
+    "AuditEntry",
+    "BudgetExceeded",
     "DPSpec",
     "FedSVDStrategy",
     "InProcessGrid",
+    "Limits",
+    "LocalResult",
+    "LocalSettings",
     "admit",
     "average_AB",
     "average_B",
     "client_state",
+    "dirichlet_partition",
+    "epsilon_spent",
     "factored_svd",
     "fedex_lora",
     "flexlora",
@@ -45,16 +53,25 @@ __all__ = [
     "refactorize",
     "refactorize_model",
     "refactorize_state",
+    "run_in_process",
     "train_local",
 ]
 
-_NAMES = {  # imported when they are first used: they need Flower or Opacus
+_NAMES = {  # imported when they are first used: most need Flower or Opacus
+    "AuditEntry": "checks",
+    "BudgetExceeded": "privacy",
     "DPSpec": "privacy",
     "FedSVDStrategy": "strategy",
     "InProcessGrid": "grid",
+    "Limits": "checks",
+    "LocalResult": "local",
+    "LocalSettings": "local",
     "admit": "checks",
+    "dirichlet_partition": "partition",
+    "epsilon_spent": "privacy",
     "make_client_app": "apps",
     "make_server_app": "apps",
+    "run_in_process": "grid",
     "train_local": "local",
 }
 

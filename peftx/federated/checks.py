@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 HEADER = 256  # bytes allowed above an array's values; numpy writes 128 for any array of ours
+LARGEST = 1e6  # no factor that anybody trained comes near; what a server makes overflow shows in a client's gradients
 SUFFIX_A = ".lora_A"
 
 
@@ -37,8 +38,9 @@ class Limits:
         max_examples: the largest number of examples believed.
         max_update_norm: the largest Frobenius norm, over all layers, of a reply minus what was sent. None: only
             `median_factor` applies.
-        median_factor: the largest norm as a multiple of the round's median. None: no such limit. It cannot bite with
-            one or two replies, nor where more than half of them are zero.
+        median_factor: the largest norm as a multiple of the median, of which the largest are left out one after the
+            other until it holds: so a reply that is dropped has no say. None: no such limit. It cannot bite with one or
+            two replies, nor where more than half of them are zero.
         too_large: "drop" such a reply, or "clip" it to the limit, which is audited too.
         max_error: audit entries quote at most so many characters of a client's own words.
     """
@@ -245,9 +247,10 @@ def _check(reply: Reply, origin: Mapping[str, Tensor], limits: Limits, count_exa
 def _bound(passed: list[Admitted], limits: Limits, round: int, entries: list[AuditEntry]) -> Iterator[Admitted]:
     """Drops or clips what is further from the origin than the limit."""
     bound = limits.max_update_norm or math.inf
-    middle = median([one.norm for one in passed]) if passed else 0.0
-    if limits.median_factor and middle > 0:
-        bound = min(bound, limits.median_factor * middle)
+    norms = sorted(one.norm for one in passed if one.norm <= bound)
+    while limits.median_factor and norms and norms[-1] > (allowed := limits.median_factor * median(norms)) > 0:
+        bound = allowed
+        norms.pop()
     for one in passed:
         if one.norm <= bound:
             yield one
@@ -268,11 +271,13 @@ def read_state(
         orthonormal: the state has been refactorised, so that the rows of each `lora_A` must be orthonormal to 1e-3.
 
     Raises:
-        Rejected: names the array and what is wrong with it.
+        Rejected: names the array and what is wrong with it; values above 1e6 are, too.
     """
     check_keys(arrays.keys(), shapes.keys())
     state = {name: read_array(name, arrays[name], shape) for name, shape in shapes.items()}
     for name, value in state.items():
+        if (largest := value.abs().max().item()) > LARGEST:
+            raise Rejected(f"{name}: a value of magnitude {largest:.2g}, expected at most {LARGEST:g}")
         if orthonormal and name.endswith(SUFFIX_A):
             error = (value @ value.T - torch.eye(len(value))).abs().max().item()
             if error > 1e-3:

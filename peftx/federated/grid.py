@@ -85,6 +85,8 @@ class InProcessGrid(Grid):
         }
 
     def __enter__(self) -> "InProcessGrid":
+        if self._inside is not None:
+            raise RuntimeError("the grid is open already")
         self._inside = identity(SERVER, self._run.run_id)
         self._inside.__enter__()
         return self

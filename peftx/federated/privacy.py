@@ -47,7 +47,11 @@ class DPSpec:
     Protected is one record of one client against everyone who sees its factors. Not protected: the client as a whole,
     and whatever else it sends, since dataset sizes, losses and metrics carry no noise; `train_local` therefore
     withholds the loss and reports one sample, so that an average weighted by samples is a uniform one. The epsilon and
-    the history depend on the size of the dataset too and should stay with the client, or be shared knowingly.
+    the history depend on the size of the dataset too and should stay with the client, or be shared knowingly. The size
+    itself is no secret all the same, as usual with DP-SGD: the noise on the factors, the time a round takes and when a
+    client refuses depend on it.
+
+    A value of a record's gradient that is not finite counts as zero with "hooks"; with "ghost" the round fails.
 
     Noise and draws come from PyTorch's generators, which are not cryptographic: on the CPU they have 2^32 seeds.
     Opacus' `secure_mode` needs a package that no longer follows PyTorch, and attacks on the rounding of the noise are
@@ -310,6 +314,7 @@ class PrivateSteps:
             logits, labels = forward()
             self._check_records(len(labels))
             self.criterion(logits, labels).backward()
+            self._drop_overflows()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -321,6 +326,15 @@ class PrivateSteps:
             seen = {len(tensors[0]) for tensors in inputs}
             if seen != {records}:  # tokens or windows would be clipped one by one, not their record
                 raise ValueError(f"`{name}` saw {max(seen)} rows for {records} records: Opacus takes rows for records.")
+
+    def _drop_overflows(self) -> None:
+        """Of a gradient that is not finite no share is left by clipping, but NaN, which tells of the record."""
+        for parameter in self.optimizer.params:
+            samples = getattr(parameter, "grad_sample", None)
+            if samples is not None:
+                samples.nan_to_num_(0.0, 0.0, 0.0)
+            elif not torch.isfinite(parameter.grad).all():
+                raise ValueError('A gradient is not finite. Lower the learning rate, or use mode="hooks".')
 
     def _without_records(self) -> None:
         for parameter in self.optimizer.params:

@@ -70,7 +70,8 @@ class FedSVDStrategy(Strategy):
 
     Args:
         method: see `METHODS`.
-        refactorize_every, refactorize_warmup: as in `peftx.FedSVDConfig`. Default for FedSVD: 1 and 0.
+        refactorize_every, refactorize_warmup: as in `peftx.FedSVDConfig`. Default for FedSVD: what the adapter's config
+            says where `make_server_app` runs the rounds (see `follow`), else 1 and 0.
         clients_per_round: how many are asked, drawn by `seed` and round. Default: all that are connected.
         min_nodes: how many must be connected before a round starts; at least `clients_per_round`. Default 1.
         min_valid: a round with fewer admitted replies raises. Default 1.
@@ -98,7 +99,7 @@ class FedSVDStrategy(Strategy):
         method: Literal["fedsvd", "ffa-lora", "fedit", "flexlora", "fedex-lora"] = "fedsvd",
         *,
         refactorize_every: int | None = None,
-        refactorize_warmup: int = 0,
+        refactorize_warmup: int | None = None,
         clients_per_round: int | None = None,
         min_nodes: int = 1,
         min_valid: int = 1,
@@ -114,6 +115,11 @@ class FedSVDStrategy(Strategy):
             raise ValueError(f"unknown method {method!r}, expected one of {', '.join(METHODS)}")
         if method != "fedsvd" and refactorize_every:
             raise ValueError(f"refactorize_every={refactorize_every} belongs to fedsvd; {method} never refactorises")
+        for name, value in (("refactorize_every", refactorize_every), ("refactorize_warmup", refactorize_warmup)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if private and evaluate_clients:
+            raise ValueError("private clients do not evaluate, since metrics are not noised: no evaluate_clients")
         if private and weighting == "examples":
             raise ValueError('private clients withhold the number of their examples: use weighting="uniform"')
         if weighting not in (None, "examples", "uniform"):
@@ -125,7 +131,7 @@ class FedSVDStrategy(Strategy):
             raise ValueError(f"clients_per_round={clients_per_round} can never give min_valid={min_valid} replies")
         self.method = method
         self.factors = METHODS[method]
-        self.refactorize_every = int(method == "fedsvd") if refactorize_every is None else refactorize_every
+        self.refactorize_every = refactorize_every
         self.refactorize_warmup = refactorize_warmup
         self.clients_per_round = clients_per_round
         self.min_nodes = max(min_nodes, clients_per_round or 1)
@@ -151,8 +157,23 @@ class FedSVDStrategy(Strategy):
         log(INFO, "\t├── %s, clients send %s", self.method, " and ".join(f"lora_{f}" for f in self.factors))
         log(INFO, "\t└── average by %s, at least %d valid replies", self.weighting, self.min_valid)
 
+    def follow(self, config: Any) -> None:
+        """Takes from an adapter's config when to refactorise, as far as it says so and this strategy was not told."""
+        for name in ("refactorize_every", "refactorize_warmup"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(config, name, None))
+
     def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Any:
-        """Flower's loop; see `flwr.serverapp.strategy.Strategy.start`. After `resume` its rounds count on."""
+        """Flower's loop; see `flwr.serverapp.strategy.Strategy.start`. After `resume` its rounds count on.
+
+        Raises:
+            ValueError: the strategy holds another state than `initial_arrays`, of rounds before or a checkpoint.
+        """
+        if self.state and dict(initial_arrays) != dict(to_record(self.sent())):
+            raise ValueError(
+                f"this strategy goes on from round {self.round}, with `to_record(strategy.sent())`: start from other "
+                "arrays with a new one"
+            )
         self._first = self.round
         return super().start(grid, initial_arrays, *args, **kwargs)
 
@@ -223,7 +244,7 @@ class FedSVDStrategy(Strategy):
             else:
                 state, new = fedex_lora(self.state, parts, weighting=self.weighting)
                 residual = joined(self.residual, new)
-            due = is_due(number, self.refactorize_every, self.refactorize_warmup)
+            due = self._is_due(number)
             if due:
                 state, values = refactorize_state(state)
         except ValueError as error:
@@ -234,6 +255,10 @@ class FedSVDStrategy(Strategy):
             )
         self.state, self.residual, self.singular_values = state, residual, values
         self.refactorized |= due
+
+    def _is_due(self, number: int) -> bool:
+        every = 1 if self.refactorize_every is None else self.refactorize_every
+        return self.method == "fedsvd" and is_due(number, every, self.refactorize_warmup or 0)
 
     def sent(self) -> dict[str, Tensor]:
         """What clients receive: the factors, and FedEx-LoRA's residuals."""

@@ -23,6 +23,11 @@ SKIP: dict[tuple[str, str], str] = {
     ("fedsvd", "test_set_requires_grad"): FROZEN,
     ("fedsvd", "test_loading_model_requires_grad_set_correctly"): FROZEN,
     ("fedsvd", "test_loading_model_with_modules_to_save_requires_grad_set_correctly"): FROZEN,
+    **{
+        ("fedsvd", f"test_training{kind}_{how}"): FROZEN
+        for kind in ("", "_decoders", "_encoder_decoders")
+        for how in ("layer_indexing", "gradient_checkpointing")
+    },
     ("lora_", "test_weighted_combination_of_adapters"): "the test counts on r=8 and on widths of at least 20; "
     "tests/test_transformers.py has our own",
     ("compacter", "test_only_params_are_updated"): "the test's three steps of SGD move the modules' own tensors, whose "

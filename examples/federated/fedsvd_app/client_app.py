@@ -3,8 +3,7 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from peftx.federated import DPSpec, make_client_app
-from peftx.federated.local import LocalSettings
+from peftx.federated import DPSpec, LocalSettings, make_client_app
 
 from .task import BOTH, build_model, load_data
 
@@ -15,8 +14,8 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """The client that this run's configuration describes."""
-    epsilon = float(context.run_config["epsilon"])
+    """The client that this run's configuration describes; what the node's own says of "epsilon" and "ledger" counts."""
+    epsilon = float(context.node_config.get("epsilon", context.run_config["epsilon"]))
     both = context.run_config["method"] in BOTH
     client = make_client_app(
         build_model,
@@ -24,5 +23,6 @@ def train(message: Message, context: Context) -> Message:
         SETTINGS,
         factors="AB" if both else "B",
         privacy=DPSpec(epsilon=epsilon, also_train=("lora_A",) if both else ()) if epsilon else None,
+        ledger=context.node_config.get("ledger") if epsilon else None,
     )
     return client(message, context)

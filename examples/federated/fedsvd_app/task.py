@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 import peftx
-from peftx.federated.partition import dirichlet_partition
+from peftx.federated import dirichlet_partition
 
 TOKENS, LENGTH = 64, 12
 BOTH = ("fedit", "flexlora", "fedex-lora")  # methods whose clients train A, too
