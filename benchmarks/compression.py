@@ -36,7 +36,11 @@ TRAINING = {
 COLLECTORS: dict[str, dict[str, Any]] = {
     "per_batch": {"estimator": "per_batch"},
     "per_batch, input side": {"estimator": "per_batch", "what": ("fisher_in",)},
-    "per_batch, 32 directions, input side": {"estimator": "per_batch", "what": ("fisher_in",), "directions": 32},
+    "per_batch, 32 directions, input side (FisherCallback's default)": {
+        "estimator": "per_batch",
+        "what": ("fisher_in",),
+        "directions": 32,
+    },
     "per_sample, 32 directions, input side": {"estimator": "per_sample", "what": ("fisher_in",), "directions": 32},
     "per_sample": {"estimator": "per_sample"},
     "activations (abs)": {"what": ("abs",)},

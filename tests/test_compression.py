@@ -470,6 +470,16 @@ def test_quantised_layers_are_refused():
         compress(model, keep=0.5, method="svd")
 
 
+def test_compiled_models_are_refused():
+    """Their layers have other names, which would go into the file."""
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="compress it before torch.compile"):
+        compress(torch.compile(model, backend="eager"), keep=0.5, method="svd")
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="compress it before torch.compile"):
+        compress(model, keep=0.5, method="svd")
+
+
 def test_twice_is_refused():
     model = tiny_model("llama")
     compress(model, keep=0.5, method="svd", progress=False)

@@ -17,7 +17,8 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import SMALL, tiny_model
+from conftest import SMALL, Case, tiny_model
+from conftest import adapted as with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,10 +27,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from peftx.compression import compress
 from peftx.compression.callback import FisherCallback
 from peftx.compression.collect import collect
-from peftx.compression.hooks import Collector, square_sums
+from peftx.compression.hooks import Collector
 from peftx.compression.statistics import FILE_NAME, Statistics, base_layer, base_model, shape_of, target_layers
+from peftx.compression.sums import square_sums
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 COUNT = 10
@@ -44,11 +47,11 @@ def quiet() -> Any:
 
 
 def samples(kind: str = "llama", count: int = COUNT) -> list[dict[str, Any]]:
-    """Rows of different lengths; labels with a masked start, or a class."""
+    """Rows of different lengths; labels, most of them with a masked start, or a class."""
     draw, found = random.Random(0), []
     for i in range(count):
         ids = [draw.randrange(1, 64) for _ in range(draw.randrange(3, 12))]
-        prompt = draw.randrange(1, len(ids) - 1)
+        prompt = draw.randrange(len(ids) - 1)
         found.append({"input_ids": ids, "labels": i % 3 if kind in CLASSIFIERS else [-100] * prompt + ids[prompt:]})
     return found
 
@@ -188,6 +191,21 @@ def test_frozen_layers_under_adapters_are_all_seen(kind: str) -> None:
         for start in (0, 5):
             model(**pad(samples(kind)[start : start + 5])).loss.backward()
     assert difference(collector.statistics(), wanted) < 1e-6
+
+
+def test_sums_under_an_adapter_are_those_of_the_merged_model(mergeable: Case) -> None:
+    """What is factorised is the merged weight, and an adapter's output has its gradient, however the adapter works."""
+    model = with_adapter(tiny_model("llama").double(), mergeable, "default", "other")
+    data = samples(count=3)
+    found = collect(model, data, pad, progress=False)
+    wanted = explicit(model.merge_and_unload(), [[row] for row in data])
+    assert len(wanted) == 14 and difference(found, wanted) < 1e-4
+
+
+def test_sums_under_dora_and_beside_a_module_that_trains_whole() -> None:
+    model = adapted("llama", use_dora=True, modules_to_save=["lm_head"], target_modules="all-linear").double()
+    found = collect(model, samples(), pad, progress=False)
+    assert difference(found, explicit(model.merge_and_unload(), one_by_one("llama"))) < 1e-4
 
 
 def test_model_in_another_precision() -> None:
@@ -548,7 +566,8 @@ def test_forged_files(forgery: str, saved: Path, tmp_path: Path) -> None:
 def test_other_files(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(saved.read_bytes()[:-50])
     (tmp_path / "text").write_text("statistics")
-    for name in ("cut", "text"):
+    (tmp_path / "folder").mkdir()
+    for name in ("cut", "text", "folder"):
         with pytest.raises(ValueError, match=f"{name} holds no statistics"):
             Statistics.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
@@ -625,7 +644,7 @@ def test_training_gives_what_a_pass_does(kind: str, road: str, tmp_path: Path) -
     options = ROADS[road]
     model = without_dropout(tiny_model(kind))
     wanted = collect(model, samples(kind), pad, progress=False)
-    callback = FisherCallback("per_sample", max_samples=None)
+    callback = FisherCallback("per_sample", what="fisher", directions=None, max_samples=None)
     trainer(tmp_path, callback, model=model, kind=kind, **options).train()
     found = callback.statistics
     assert found is not None and found.samples == COUNT
@@ -683,14 +702,59 @@ def test_which_steps_count(tmp_path: Path) -> None:
 
     assert collected() == COUNT  # 3 steps an epoch: of 4, 4 and 2 samples
     assert collected(when="train") == 3 * COUNT
-    assert collected(max_samples=3) == 4  # steps are whole
+    assert collected(max_samples=2) == 2  # the last step
+    assert collected(max_samples=6) == 6
+    assert collected(max_samples=9) == COUNT
+    assert collected(when="train", max_samples=5) == 8  # steps are whole
     assert collected(every=2) == 6
+    assert collected(every=2, max_samples=4) == 4
     assert collected(when="calibration") == COUNT
     assert collected(when="calibration", max_samples=3) == 3
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(samples() * 10)
+
+
+def streaming(folder: Path, *callbacks: Any) -> Trainer:
+    run = Trainer(tiny_model("llama"), arguments(folder, max_steps=6), pad, Stream(), callbacks=list(callbacks))
+    run.remove_callback(transformers.PrinterCallback)
+    return run
+
+
+def test_a_stream_is_collected_on_in_its_last_steps(tmp_path: Path) -> None:
+    callback = FisherCallback(max_samples=5)
+    streaming(tmp_path, callback).train()
+    assert callback.statistics.samples == 6
+    run = streaming(tmp_path, FisherCallback(when="calibration"))
+    with pytest.raises(ValueError, match="has no length and indices"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_the_default_needs_nothing_but_to_be_passed(tmp_path: Path) -> None:
+    model = adapted("bert")
+    callback = FisherCallback()
+    trainer(tmp_path, callback, model=model, kind="bert", learning_rate=0.1).train()
+    small, report = compress(model, callback.statistics, keep=0.7, progress=False)
+    assert len(report.layers) == 12 and small(**pad(samples("bert"))).loss.isfinite()
+    assert FisherCallback(what="abs").what == ("abs",)
+
+
+def test_no_training_is_lost_to_its_statistics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    transformers.logging.set_verbosity_warning()
+    logging.getLogger("transformers").propagate = logging.getLogger("peftx").propagate = True
+    callback = FisherCallback(max_samples=2)
+    with caplog.at_level("WARNING"):
+        run = streaming(tmp_path, callback, Stop())  # and so is the extra pass
+        run.train()
+    assert callback.statistics is None and hooks(run.model) == 0
+    assert "has no statistics: a Stream has no length" in caplog.text
+
+
 def test_calibration_is_a_pass_over_the_trained_model(tmp_path: Path) -> None:
-    callback = FisherCallback("per_sample", "calibration", output="sums.safetensors")
+    callback = FisherCallback("per_sample", "calibration", what="fisher", directions=None, output="sums.safetensors")
     model = adapted("bert", lora_dropout=0.5)
     trainer(tmp_path, callback, model=model, kind="bert", learning_rate=0.1).train()
     assert difference(callback.statistics, collect(model, samples("bert"), pad, progress=False)) < 1e-6
@@ -765,10 +829,10 @@ def process(rank: int, folder: Path) -> None:
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=300))
     transformers.logging.set_verbosity_error()
     for kind, when in SHARES:
-        callback = FisherCallback("per_sample", when, what=("fisher", "gram"), max_samples=None)
+        callback = FisherCallback("per_sample", when, what=("fisher", "gram"), directions=None, max_samples=None)
         model = without_dropout(tiny_model(kind))
         options = {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
         trainer(folder / f"{kind} {when}", callback, model=model, kind=kind, count=8, **options).train()
@@ -795,6 +859,8 @@ def test_two_processes_add_up(tmp_path: Path) -> None:
 
 def test_bad_data() -> None:
     model = tiny_model("bert")
+    with pytest.raises(ValueError, match="the model is compiled"):
+        collect(torch.compile(model, backend="eager"), samples("bert"), pad, progress=False)
 
     def run(data: Any, collator: Any = pad, **options: Any) -> Statistics:
         return collect(model, data, collator, progress=False, **options)
@@ -829,7 +895,7 @@ def test_bad_data() -> None:
         run(samples("bert"), what="gram")
 
 
-def test_layers_that_take_no_part() -> None:
+def test_layers_that_take_no_part(caplog: pytest.LogCaptureFixture) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -843,9 +909,13 @@ def test_layers_that_take_no_part() -> None:
     def batch(rows: list) -> dict:
         return {"x": torch.ones(len(rows), 3, 4), "labels": torch.ones(len(rows))}
 
-    with pytest.raises(ValueError, match=r"1 of 2 layers took part in no .* \(layers.0.out_proj\).*exclude_modules"):
-        collect(Mixed(), range(4), batch, progress=False)
-    assert collect(Mixed(), range(4), batch, exclude_modules=["out_proj"], progress=False).samples == 4
+    logging.getLogger("peftx").propagate = True
+    with caplog.at_level("WARNING"):
+        found = collect(Mixed(), range(4), batch, progress=False)
+    assert list(found) == ["extra.0.0"] and found.samples == 4
+    assert "1 of 2 layers took part in no forward or backward pass" in caplog.text and "0.out_proj" in caplog.text
+    with pytest.raises(ValueError, match="1 of 1 layers took part in no"):
+        collect(Mixed(), range(4), batch, what="abs", target_modules=["out_proj"], progress=False)
 
 
 def test_bad_settings() -> None:
@@ -878,7 +948,8 @@ def test_trainings_that_cannot_be_collected_on(tmp_path: Path) -> None:
         def compute_loss(self, model, inputs, **kwargs):
             return model(**inputs).logits.sum()
 
-    run = Custom(tiny_model("llama"), arguments(tmp_path), pad, samples(), callbacks=[FisherCallback()])
+    options = arguments(tmp_path, num_train_epochs=3)
+    run = Custom(tiny_model("llama"), options, pad, samples(), callbacks=[FisherCallback()])
     with pytest.raises(ValueError, match="not come from the model's own loss"):
         run.train()
-    assert hooks(run.model) == 0
+    assert hooks(run.model) == 0 and run.state.global_step == 0  # not in the last epoch

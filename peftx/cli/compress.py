@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from .main import fail, quiet
-from .prune import load
+from .prune import load, padding_of
 
 KEEPS = (0.9, 0.75, 0.6, 0.5)  # of the picture
 
@@ -68,6 +68,8 @@ def compress(
         check_settings(keep, method, allocation, side, alpha)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out} exists and is not an empty folder")
+        if plot and not plot.parent.is_dir():
+            raise ValueError(f"--plot {plot}: there is no folder {plot.parent}")
         if learning_rate <= 0:
             raise ValueError(f"--learning-rate must be above 0, got {learning_rate}")
         if plot:
@@ -78,7 +80,7 @@ def compress(
         fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label, "max_length": max_length}
         fields["label2id"] = network.config.label2id
         train, test = (text.encode(lines, tokenizer, kind, **fields) for lines in (records, held))
-        pad = partial(text.pad, padding=tokenizer.pad_token_id or 0)  # classifiers on a decoder look for that token
+        pad = partial(text.pad, padding=padding_of(network, tokenizer))
         metric = "accuracy" if kind == "SEQ_CLS" else "loss"
 
         def score(measured: Any) -> float:

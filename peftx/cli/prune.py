@@ -74,13 +74,10 @@ def prune(
         network, tokenizer, kind = load(model, adapter, task, dtype, device)
         fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label, "max_length": max_length}
         samples = text.encode(records, tokenizer, kind, label2id=network.config.label2id, **fields)
-        padding = next(
-            (i for i in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id) if i is not None), 0
-        )
         found = pruning.score_dataset(
             network,
             samples,
-            partial(text.pad, padding=padding),
+            partial(text.pad, padding=padding_of(network, tokenizer)),
             metrics=tuple(dict.fromkeys((*METHODS[method], *pruning.shown_with(method)))),
             batch_size=batch_size,
             eta=eta,
@@ -112,6 +109,12 @@ def prune(
         wanted = pruning.preference(found, **ranking)
         Console().print(Markdown(pruning.table(found, wanted, records, rows=show)))
     typer.echo(f"Kept {len(kept)} of {len(lines)} samples: {out}")
+
+
+def padding_of(network: Any, tokenizer: Any) -> int:
+    """The token that rows are filled with: the model's own, since classifiers on a decoder look for it."""
+    ids = getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id
+    return next((i for i in ids if i is not None), 0)
 
 
 def load(name: str, adapter: str | None, task: str | None, dtype: str, device: str | None) -> tuple[Any, Any, str]:

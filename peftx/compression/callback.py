@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..pruning.callback import columns_of, trainer_above
+from ..utils import columns_of, trainer_above
 from .collect import SAMPLES, check_whole, chosen, gather
 from .hooks import Collector, check_settings
 from .statistics import FILE_NAME, Statistics, target_layers
@@ -19,6 +19,7 @@ from .statistics import FILE_NAME, Statistics, target_layers
 logger = logging.get_logger(__name__)
 
 WHEN = ("last_epoch", "train", "calibration")
+DIRECTIONS = 32  # a standard deviation of at most a quarter in one batch, and of 2 to 3 % in a hundred of them
 
 
 class FisherCallback(TrainerCallback):
@@ -30,22 +31,31 @@ class FisherCallback(TrainerCallback):
 
     Row sums of squared gradients (FWSVD, arXiv:2207.00112), one vector a layer, from the very passes that train: hooks
     see what goes in and out of every layer, so weights may be frozen under adapters, and clipping, gradient
-    accumulation, mixed precision and checkpointing change nothing. The hooks are on in the steps that count only, and
-    what is trained is the same, bit for bit. In DDP every process collects on its share, and sums are added at the end.
+    accumulation, mixed precision and checkpointing change nothing. The hooks are on in the steps that count, and in the
+    first one, so that what cannot be collected on is found before hours of training. What is trained is the same, bit
+    for bit. In DDP every process collects on its share, and sums are added at the end.
 
-    `callback.statistics` is there when training has ended, and so is the file in `output_dir`.
+    `callback.statistics` is there when training has ended, and so is the file in `output_dir`. If they cannot be made
+    then, an error is logged and they are None: the trained model is not lost to it.
 
     Sums are not part of checkpoints: a run that is resumed inside the steps that count starts them anew, and says so.
 
+    Memory: one vector a layer and side. In the steps that count, frozen layers hold their inputs until the backward
+    pass, which plain frozen layers need not do (an adapter's do anyway).
+
     Args:
-        estimator: `"per_batch"` squares the gradient of a micro-batch, `"per_sample"`, which costs more, that of each
-            sample; see `collect`. Where a weight trains, `"per_batch"` reads the gradient that is there anyway.
-        when: `"last_epoch"`: of the training, since what is compressed is the fine-tuned model; `"train"`: from the
-            start; `"calibration"`: no hook during training, and one pass over training samples after it, in eval mode
-            (no dropout), as `collect` does.
-        what, directions, target_modules, exclude_modules: see `collect`.
-        max_samples: stop after so many; None for all. In training they are the first of the chosen steps.
-        every: collect in every so-manieth optimizer step: the cost falls accordingly.
+        estimator: `"per_batch"` squares the gradient of a micro-batch, packed or not. Where a weight trains, it reads
+            the gradient that is there anyway. `"per_sample"` squares that of each sample, which is the definition; with
+            `directions`, frozen layers cost about the same either way. See `collect`.
+        when: `"last_epoch"`: of it the last steps, which `max_samples` are enough for, since what is compressed is the
+            fine-tuned model; `"train"`: from the start; `"calibration"`: no hook during training, and one pass over
+            training samples after it, in eval mode (no dropout), as `collect` does.
+        what: see `collect`. Default: what `compress` needs by default; its `side="both"` needs `"fisher"`.
+        directions: see `collect`. The exact sums of a frozen layer (None) cost as much as its gradient would, and this
+            estimate some per cent of it; weights that train have their gradient, so that `"per_batch"` is exact there.
+        target_modules, exclude_modules: see `collect`.
+        max_samples: stop after so many; None for all.
+        every: collect in one of so many optimizer steps: the cost falls accordingly.
         batch_size: of the calibration pass. Default: the Trainer's batch of one device.
         seed: of the calibration's draw, and of `directions`.
         output: name of the file, in `output_dir`; None for none.
@@ -61,8 +71,8 @@ class FisherCallback(TrainerCallback):
         estimator: str = "per_batch",
         when: Literal["last_epoch", "train", "calibration"] = "last_epoch",
         *,
-        what: Sequence[str] = ("fisher",),
-        directions: int | None = None,
+        what: str | Sequence[str] = ("fisher_in",),
+        directions: int | None = DIRECTIONS,
         target_modules: str | Sequence[str] | None = None,
         exclude_modules: str | Sequence[str] | None = None,
         max_samples: int | None = SAMPLES,
@@ -77,14 +87,15 @@ class FisherCallback(TrainerCallback):
         for name, count in (("max_samples", max_samples), ("every", every), ("batch_size", batch_size)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count!r}")
-        self.estimator, self.when, self.what, self.directions = estimator, when, tuple(what), directions
+        self.estimator, self.when, self.directions = estimator, when, directions
+        self.what = (what,) if isinstance(what, str) else tuple(what)
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.max_samples, self.every, self.batch_size, self.seed = max_samples, every, batch_size, seed
         self.output = output
         self.statistics: Statistics | None = None
         self._collector: Collector | None = None
         self._trainer: Any = None
-        self._first = 0  # step that counts
+        self._begin = self._first = 0  # steps: of this run, and that count
 
     def close(self) -> None:
         """Takes the hooks off, whatever happened; `Trainer.train` does it too."""
@@ -121,8 +132,7 @@ class FisherCallback(TrainerCallback):
                 "load_best_model_at_end: the sums will be those of the last steps, not of the best model. "
                 "FisherCallback(when='calibration') collects on the model that is loaded."
             )
-        epochs = max(1, state.num_train_epochs)
-        self._first = state.max_steps - math.ceil(state.max_steps / epochs) if self.when == "last_epoch" else 0
+        self._begin, self._first = state.global_step, self._first_step(args, state)
         if state.global_step > self._first:
             logger.warning(
                 f"FisherCallback: training resumes at step {state.global_step}, and collects since step {self._first}: "
@@ -131,20 +141,30 @@ class FisherCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         collector = self._collector
-        if collector is None or self.when == "calibration" or state.global_step < self._first:
+        if collector is None or self.when == "calibration":
             return
         share = math.inf if self.max_samples is None else math.ceil(self.max_samples / args.world_size)
-        if collector.samples < share and (state.global_step - self._first) % self.every == 0:
+        since = state.global_step - self._first
+        if state.global_step == self._begin or (since >= 0 and since % self.every == 0 and collector.samples < share):
             collector.attach()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self._collector is not None:
             self._collector.detach()
+            if state.global_step < self._first:
+                self._collector = self._new(model)  # that was the trial
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        collector, trainer = self._collector, self._trainer
-        if collector is None:
+        if self._collector is None:
             return
+        try:
+            self._finish(self._collector, args, model)
+        except ValueError as error:
+            logger.error(f"FisherCallback has no statistics: {error}")
+        finally:
+            self.close()
+
+    def _finish(self, collector: Collector, args: Any, model: Any) -> None:
         collector.detach()
         if args.world_size > 1:
             self._reduce(collector, args)
@@ -159,12 +179,22 @@ class FisherCallback(TrainerCallback):
             collector = self._calibrate(args, model)
         self.statistics = collector.statistics()
         logger.info(f"FisherCallback: {self.statistics}")
-        self._collector = None
         if self.output is not None:
             if args.should_save:
                 self.statistics.save(Path(args.output_dir, self.output))
-            if trainer is not None:
-                trainer.accelerator.wait_for_everyone()
+            if self._trainer is not None:
+                self._trainer.accelerator.wait_for_everyone()
+
+    def _first_step(self, args: Any, state: Any) -> int:
+        """Of those that count: the last ones of the last epoch that hold `max_samples`."""
+        if self.when == "train":
+            return 0
+        endless = state.num_train_epochs > state.max_steps  # a stream of unknown length
+        steps = state.max_steps if endless else math.ceil(state.max_steps / max(1, state.num_train_epochs))
+        if self.max_samples is not None:
+            size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            steps = min(steps, self.every * math.ceil(self.max_samples / size))
+        return max(0, state.max_steps - steps)
 
     def _new(self, model: Any) -> Collector:
         layers = target_layers(model, self.target_modules, self.exclude_modules)
@@ -184,6 +214,7 @@ class FisherCallback(TrainerCallback):
                     "trained model, with peftx.compression.collect"
                 )
         if self.when == "calibration":
+            self._data()
             return
         for problem, there in {
             "torch_compile=True leaves hooks out": args.torch_compile,
@@ -193,15 +224,18 @@ class FisherCallback(TrainerCallback):
             if there:
                 raise ValueError(f"{problem}: FisherCallback(when='calibration') collects in a pass after training")
 
-    def _calibrate(self, args: Any, model: Any) -> Collector:
-        trainer = self._trainer
-        if trainer is None or trainer.train_dataset is None:
+    def _data(self) -> tuple[Any, Any]:
+        """Samples and collator of a pass after training."""
+        if self._trainer is None or self._trainer.train_dataset is None:
             raise ValueError(
                 "FisherCallback found no Trainer and data for a pass after training: collect with "
                 "peftx.compression.collect"
             )
-        data, collator = columns_of(trainer, trainer.train_dataset)
-        picked = chosen(data, self.max_samples, self.seed)
+        data, collator = columns_of(self._trainer, self._trainer.train_dataset)
+        return chosen(data, self.max_samples, self.seed), collator
+
+    def _calibrate(self, args: Any, model: Any) -> Collector:
+        trainer, (picked, collator) = self._trainer, self._data()
         share = Subset(picked, range(args.process_index, len(picked), args.world_size))
         collector = self._new(model)
         with trainer.accelerator.autocast():

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from ..pruning.scores import undisturbed
+from ..utils import undisturbed
 from .hooks import Collector
-from .statistics import Statistics, target_layers
+from .statistics import Statistics, is_compiled, target_layers
 
 SAMPLES = 1024  # enough for row sums, which are means over many entries
 
@@ -59,7 +59,7 @@ def collect(
 
     Raises:
         ValueError: no samples, no layers, no labels or loss, gradients that are not finite, rows of a batch that are
-            not samples, layers that take no part.
+            not samples.
     """
     collector = gather(
         model,
@@ -148,8 +148,10 @@ def chosen(dataset: Any, count: int | None, seed: int) -> Any:
 
 def check_whole(model: nn.Module) -> None:
     """Raises:
-    ValueError: the weights are split over processes.
+    ValueError: the weights are split over processes, or calls of the model go past the hooks.
     """
+    if is_compiled(model):
+        raise ValueError("the model is compiled, which leaves hooks out: pass the model as it was before torch.compile")
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor":
             raise ValueError(

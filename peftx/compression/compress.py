@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .factorize import METHODS, SIDES, Factors, Weighting, allocate, rank_for, saves, solve, spectrum, weighting_for
-from .linear import LowRankLinear, shape_of
+from .linear import LowRankLinear
 from .loader import LowRankConfig
 from .report import LayerReport, Report
-from .statistics import Statistics, target_layers
+from .statistics import Statistics, base_layer, is_compiled, shape_of, target_layers
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +79,7 @@ def compress(
         statistics.check(model)
     elif method != "svd":
         raise ValueError(f"{method} needs statistics: peftx.compression.collect(model, ...), or a FisherCallback")
-    shapes = {name: shape_of(_linear(base.get_submodule(name))) for name in chosen}
+    shapes = {name: shape_of(base.get_submodule(name)) for name in chosen}
 
     def weights(name: str) -> Weighting:
         known = None if statistics is None else statistics.get(name)
@@ -118,7 +118,9 @@ def compress(
     if (config := _config(base)) is not None:
         config.quantization_config = LowRankConfig({name: low.rank for name, low in made.items()}, method, keep)
     _log(skipped)
-    return base, Report(method, keep, allocation, rows, (before, count(base)), skipped)
+    report = Report(method, keep, allocation, rows, (before, count(base)), skipped)
+    logger.info(report.summary())
+    return base, report
 
 
 @torch.no_grad()
@@ -171,6 +173,8 @@ def _bare(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it cannot be compressed.
     """
+    if is_compiled(model):
+        raise ValueError("the model is compiled: compress it before torch.compile")
     if isinstance(model, PeftModel):
         if not isinstance(model.base_model, BaseTuner):
             raise ValueError("this adapter changes no weights and cannot be merged: compress its base model")
@@ -199,7 +203,7 @@ def _choose(
     """
     chosen, skipped = [], {}
     for name in target_layers(model, target_modules, exclude_modules):
-        layer = _linear(base.get_submodule(name))
+        layer = base_layer(base.get_submodule(name))
         weight = getattr(layer, "weight", None)
         if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(
@@ -217,10 +221,6 @@ def _choose(
         why = f": {'; '.join(f'{name}: {why}' for name, why in list(skipped.items())[:3])}" if skipped else ""
         raise ValueError(f"no layer can be made smaller{why or ': no linear layer was targeted'}")
     return chosen, skipped
-
-
-def _linear(module: nn.Module) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _weight(layer: Any) -> torch.Tensor:

@@ -32,9 +32,7 @@ SIDES = ("in", "out", "both")
 
 FLOOR = 1e-8  # smallest importance, where the mean is 1: an input without any still gets a finite factor
 DAMPING = 1e-6  # smallest eigenvalue added to a Gram matrix, where the mean of its diagonal is 1
-DOUBLE = (
-    2**22
-)  # entries up to which a weight is decomposed in float64; above, float32 has digits to spare for a bf16 result
+DOUBLE = 2**22  # entries up to which a weight is decomposed in float64; for more, float32 is precise enough
 OVERSAMPLE = 16  # directions more than the rank, and
 POWERS = 2  # passes over the matrix, in a randomised decomposition
 
@@ -260,6 +258,8 @@ def randomized_svd(
 
 def _precise(weight: Tensor) -> Tensor:
     weight = weight.detach()
+    if weight.device.type == "mps":  # has no float64
+        weight = weight.cpu()
     if not bool(weight.isfinite().all()):
         raise ValueError("its weight has NaN or infinity")
     return weight.to(torch.float64 if weight.numel() <= DOUBLE else torch.float32)

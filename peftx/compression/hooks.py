@@ -6,81 +6,27 @@ backward pass, whether or not W trains, so the row sums of G_n^2 need neither `.
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
-from ..pruning.scores import is_packed
+from ..utils import is_packed
 from .statistics import ESTIMATORS, LayerStatistics, Statistics, base_layer, base_model, describe, shape_of, signature
+from .sums import BLOCK, FISHER, add_squares, exact_zeros, square_sums, widest
 
-WHAT = {"fisher": ("fisher_in", "fisher_out"), "abs": ("abs_mean",), "gram": ("gram",)}
-FISHER = WHAT["fisher"]
+logger = logging.get_logger(__name__)
+
+WHAT = {"fisher": FISHER, "abs": ("abs_mean",), "gram": ("gram",)}
 IGNORE = -100
-BLOCK = {"cpu": 2**18, "cuda": 2**24}  # entries of a gradient that are held at a time
-
-Side = Literal["fisher_in", "fisher_out"]
-Way = Literal["gram", "blocked"]
-
-
-def square_sums(
-    x: Tensor, g: Tensor, sides: Collection[str] = FISHER, way: Way | None = None, block: int | None = None
-) -> dict[str, Tensor]:
-    """Row sums of sum_n G_n^2 for G_n = g_n^T x_n, without holding any G_n.
-
-    Args:
-        x: (N, T, in_features), what went into the layer.
-        g: (N, T, out_features), gradient of the loss by what came out, same dtype.
-        sides: `"fisher_in"`, sum over outputs, and `"fisher_out"`, sum over inputs.
-        way: `"gram"`: sum_o G_oj^2 = sum_t x_tj (K x)_tj for K = g g^T, 2 T^2 (in + out) operations a side;
-            `"blocked"`: some rows of G at a time, 2 T in out operations for both. Default: the cheaper one.
-        block: entries held at a time. Default: 2^18 on a CPU, 2^24 else.
-
-    Returns:
-        Side to (in_features,) or (out_features,) in float64.
-    """
-    length, into, out = x.shape[1], x.shape[2], g.shape[2]
-    block = block or BLOCK.get(x.device.type, BLOCK["cuda"])
-    if way is None:
-        way = "gram" if len(sides) * length * (into + out) < into * out else "blocked"
-    if way == "gram":
-        pairs = {"fisher_in": (x, g), "fisher_out": (g, x)}
-        return {side: through_gram(*pairs[side], max(1, block // length**2)) for side in sides}
-    sums = {"fisher_in": exact_zeros(into, x.device), "fisher_out": exact_zeros(out, x.device)}
-    step = max(1, block // into)
-    for x_n, g_n in zip(x, g, strict=True):
-        for start in range(0, out, step):
-            add_squares(sums, g_n[:, start : start + step].T @ x_n, start, sides)
-    return {side: sums[side] for side in sides}
-
-
-def through_gram(x: Tensor, g: Tensor, count: int) -> Tensor:
-    """The input side, `count` samples at a time; with x and g exchanged, the output side."""
-    total = exact_zeros(x.shape[2], x.device)
-    for some, of_some in zip(x.split(count), g.split(count), strict=True):
-        weighted = (of_some @ of_some.mT) @ some
-        total += weighted.mul_(some).sum((0, 1))
-    return total.clamp_(min=0)
-
-
-def add_squares(sums: Mapping[str, Tensor], rows: Tensor, start: int, sides: Collection[str]) -> None:
-    """Adds the squares of some rows of a gradient, which are overwritten."""
-    rows.square_()
-    if "fisher_in" in sides:
-        sums["fisher_in"] += rows.sum(0)
-    if "fisher_out" in sides:
-        sums["fisher_out"][start : start + len(rows)] += rows.sum(1)
-
-
-def exact_zeros(size: int, device: torch.device) -> Tensor:
-    return torch.zeros(size, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
 
 
 @dataclass(eq=False)
@@ -226,7 +172,7 @@ class Collector:
         base = base_model(model)
         config = getattr(base, "config", None)
         paired = getattr(config, "is_encoder_decoder", False)
-        self._shifts = not paired and LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
+        self._shifts = shifts_labels(model)
         self._decoder = base.get_decoder() if paired and hasattr(base, "get_decoder") else None
         inside = set(self._decoder.modules()) if self._decoder is not None else set()
         self._decoding = {name for name, layer in self.layers.items() if layer in inside}
@@ -450,7 +396,7 @@ class Collector:
                 rows = rows[mask.reshape(-1)]
             sums = {}
             if "abs_mean" in self.fields:
-                sums["abs_mean"] = rows.abs().sum(0, dtype=exact_zeros(0, x.device).dtype)
+                sums["abs_mean"] = rows.abs().sum(0, dtype=widest(x.device))
             if "gram" in self.fields:
                 with torch.autocast(x.device.type, enabled=False):
                     sums["gram"] = rows.T @ rows
@@ -498,7 +444,8 @@ class Collector:
         samples = batch.samples if self.sides else batch.rows
         if not samples:
             return
-        if batch.sums and not torch.stack([part.sum() for part in batch.sums.values()]).sum().isfinite():
+        device = next((part.device for part in batch.sums.values()), None)  # layers may be on several
+        if batch.sums and not torch.stack([part.sum().to(device) for part in batch.sums.values()]).sum().isfinite():
             if self.strict:
                 name = next(name for (name, _), part in batch.sums.items() if not part.isfinite().all())
                 raise ValueError(
@@ -533,34 +480,31 @@ class Collector:
         return {"fisher_out": (out,), "gram": (into, into)}.get(part, (into,))
 
     def statistics(self) -> Statistics:
-        """What was collected.
+        """What was collected, without layers that took no part, of which a warning tells.
 
         Raises:
-            ValueError: there were no samples, a layer saw none of them, or sums are not finite.
+            ValueError: there were no samples, no layer took part, or sums are not finite.
         """
         if not self.samples:
             lost = f" ({self.dropped} batches had gradients that are not finite)" if self.dropped else ""
             raise ValueError(f"no sample with a label was collected{lost}")
-        keys = [(name, part) for name in self.layers for part in self.fields]
-        if missing := [key for key in keys if key not in self.sums]:
-            names = list(dict.fromkeys(name for name, _ in missing))
-            raise ValueError(
-                f"{len(names)} of {len(self.layers)} layers took part in no forward or backward pass ({names[0]}): "
-                "leave them out with exclude_modules"
-            )
-        for name, part in keys:
-            if not self.sums[name, part].isfinite().all():
-                raise ValueError(f"{part} of {name} is not finite: look for NaN and infinity in the activations")
+        used = {
+            name: layer for name, layer in self.layers.items() if all((name, part) in self.sums for part in self.fields)
+        }
+        if unused := [name for name in self.layers if name not in used]:
+            said = f"{len(unused)} of {len(self.layers)} layers took part in no forward or backward pass"
+            if not used:
+                raise ValueError(f"{said}: is it this model that is called?")
+            logger.warning(f"{said}, so there are no statistics of them: {', '.join(unused)}")
         layers = {}
-        for name, layer in self.layers.items():
+        for name, layer in used.items():
             found: dict[str, Any] = dict.fromkeys((*FISHER, "abs_mean", "gram"))
             for part in self.fields:
                 count = self.samples if part in FISHER else self.positions[name]
-                found[part] = (self.sums[name, part] / count).cpu()
-            if found["gram"] is not None:
-                found["gram"] = (found["gram"] + found["gram"].T) / 2
-            if found["abs_mean"] is not None:
-                found["abs_mean"] = found["abs_mean"].double()
+                mean = (self.sums[name, part] / count).cpu()
+                if not mean.isfinite().all():
+                    raise ValueError(f"{part} of {name} is not finite: look for NaN and infinity in the activations")
+                found[part] = (mean + mean.T) / 2 if part == "gram" else mean.double()
             layers[name] = LayerStatistics(**found, shape=shape_of(layer), signature=signature(layer))
         return Statistics(
             layers, samples=self.samples, tokens=self.tokens, estimator=self.estimator, model=describe(self.model)
@@ -584,6 +528,17 @@ def check_settings(what: Iterable[str], estimator: str, directions: int | None =
     if directions is not None and directions < 1:
         raise ValueError(f"directions must be a positive number or None, got {directions!r}")
     return tuple(dict.fromkeys(part for name in asked for part in known[name]))
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether labels are those of the next position, so that the loss leaves out the first of each row."""
+    base = base_model(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False
+    kind = getattr(base, "loss_type", None)
+    if kind is None and hasattr(base, "can_generate") and base.can_generate():
+        kind = "ForCausalLM"  # transformers' default, as for a `GPT2LMHeadModel`
+    return LOSS_MAPPING.get(kind or "") is ForCausalLMLoss
 
 
 def input_of(args: tuple, inputs: Mapping[str, Any]) -> Tensor:

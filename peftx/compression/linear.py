@@ -98,6 +98,5 @@ class LowRankLinear(nn.Module):
 
 
 def shape_of(layer: Any) -> tuple[int, int]:
-    """(out, in) of a `Linear` or `Conv1D`."""
-    out_features, in_features = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
-    return out_features, in_features
+    """(out_features, in_features) of a `Linear`, also a quantised one, or `Conv1D`."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)

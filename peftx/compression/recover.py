@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ def evaluate(
     Raises:
         ValueError: nothing is supervised.
     """
-    device, training = next(model.parameters()).device, model.training
-    shifted = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    from .hooks import shifts_labels
+
+    device, training, shifted = next(model.parameters()).device, model.training, shifts_labels(model)
     loss = right = total = 0.0
     classifier = False
     model.eval()
@@ -70,13 +72,15 @@ def recover(
     AdamW, the rate falling linearly to 0 after a twentieth of the steps. The paper fine-tunes for a few epochs; how
     the factors' rate should differ from the original one it does not say. For anything else, use a `Trainer`: the
     compressed model is an ordinary one.
+
+    A model in half precision trains in float32, where small steps are not rounded away, and gets its dtype back.
     """
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-    from ..pruning.scores import forked_rng
+    from ..utils import forked_rng
 
     model.requires_grad_(True)
-    with tempfile.TemporaryDirectory() as folder, forked_rng(model):
+    with tempfile.TemporaryDirectory() as folder, forked_rng(model), in_float32(model):
         set_seed(seed)
         arguments = TrainingArguments(
             output_dir=folder,
@@ -98,3 +102,17 @@ def recover(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Tensors of less than 32 bits are float32; afterwards they have their dtype again."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    narrow = {tensor: tensor.dtype for tensor in tensors if tensor.dtype.itemsize < 4}
+    try:
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in narrow.items():
+            tensor.data = tensor.data.to(dtype)

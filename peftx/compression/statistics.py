@@ -22,11 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import linear
+
 FILE_NAME = "fisher.safetensors"
 FORMAT = "peftx.statistics.1"
 ESTIMATORS = ("per_sample", "per_batch")
 PROBES = 64  # entries of a weight that recognise it
-ALIKE = 0.9  # least correlation of these entries, before and after fine-tuning
+ALIKE = 0.5  # least correlation of these entries before and after: of unrelated weights it is 0 +- 1 / 8
 HEADS = {*SEQ_CLS_HEAD_NAMES, "lm_head", "pooler", "qa_outputs", "cls"}
 ROUTERS = {"router", "gate", "shared_expert_gate"}
 
@@ -116,7 +118,9 @@ class Statistics(Mapping[str, LayerStatistics]):
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return cls(**checked(metadata, tensors))
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} holds no statistics of peftx ({reason}): collect them again") from error
 
@@ -124,7 +128,7 @@ class Statistics(Mapping[str, LayerStatistics]):
         """Whether these are statistics of `model`, as it was or fine-tuned since.
 
         Raises:
-            ValueError: a layer is missing or has another shape, or its weight correlates less than 0.9 with what it
+            ValueError: a layer is missing or has another shape, or its weight correlates less than 0.5 with what it
                 was (64 entries are compared).
         """
         found = linear_layers(base_model(model))
@@ -301,9 +305,8 @@ def tied_layers(base: nn.Module) -> dict[str, str]:
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features), also of a quantised layer."""
-    base = base_layer(layer)
-    return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+    """(out_features, in_features), also of a quantised layer, and of what an adapter is on."""
+    return linear.shape_of(base_layer(layer))
 
 
 def signature(layer: nn.Module) -> Tensor:
@@ -325,6 +328,11 @@ def correlation(first: Tensor, second: Tensor) -> float:
     if not norms > 0 or not math.isfinite(norms):
         return float(torch.equal(first, second))
     return float(a @ b) / norms
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """By `torch.compile(model)` or `model.compile()`."""
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def describe(model: nn.Module) -> str:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -20,9 +19,10 @@ from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from ..utils import columns_of, trainer_above, undisturbed
 from .head import base_of, task_of
 from .report import shown_with, write_report
-from .scores import ETA, check_model, check_probe, facts, length_of, score_dataset, undisturbed
+from .scores import ETA, check_model, check_probe, facts, length_of, score_dataset
 from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_keep, check_settings, preference, select
 from .selection import FILE_NAME, Selection, fingerprint
 from .warmup import warmed_up, warmup_length
@@ -319,13 +319,6 @@ def prune(trainer: Trainer, keep: float = 0.3, method: str = "donod", **settings
     return DonodCallback(keep, method, **settings).attach(trainer)
 
 
-def columns_of(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
-    """The data and the collator as the trainer's own loaders have them: only with columns that the model takes."""
-    if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
-        return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
-    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
-
-
 def synchronise(model: torch.nn.Module, accelerator: Any) -> None:
     """What trains gets the first process's values, as DDP will give it soon: an adapter's start is random."""
     if accelerator.num_processes > 1:
@@ -334,13 +327,3 @@ def synchronise(model: torch.nn.Module, accelerator: Any) -> None:
                 value = parameter.data.to(accelerator.device)  # DeepSpeed moves the model later
                 torch.distributed.broadcast(value, src=0)
                 parameter.data.copy_(value)
-
-
-def trainer_above(frame: FrameType | None, callback: TrainerCallback) -> Trainer | None:
-    """The trainer with this callback that is at work further up the stack."""
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
-            return owner
-        frame = frame.f_back
-    return None

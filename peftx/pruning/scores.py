@@ -7,18 +7,16 @@ moves every entry by about the learning rate, whatever the sample, so its NOD sa
 """
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import default_data_collator
 from transformers.utils import logging
 
+from ..utils import is_packed, undisturbed
 from .head import TASKS, Head, base_of, calls_of, check_head, find_head, task_of
 
 METRICS = ("don", "nod", "loss", "el2n", "grand", "grand_full", "ifd", "random")
@@ -389,16 +387,6 @@ def picked(z: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
     return equal.shape[1] - 1 - equal.flip(1).to(torch.int8).argmax(1)
 
 
-def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Whether positions start again inside a row."""
-    positions = batch.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] < 3:
-        return False
-    before = batch.get("attention_mask")
-    real = before[:, :-2] != 0 if isinstance(before, Tensor) and before.shape == positions.shape else True
-    return bool(((positions[:, 1:-1] == 0) & (positions[:, 2:] == 1) & real).any())
-
-
 def check_labels(labels: Tensor, outputs: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= outputs:
@@ -447,26 +435,3 @@ def check_model(model: nn.Module, task: str, metrics: Sequence[str], sharded: bo
         raise ValueError(f"ifd compares answers with and without their prompt: causal language models only, not {task}")
     if "grand_full" in metrics and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("grand_full is the gradient of the parameters that train, and none does")
-
-
-def forked_rng(model: nn.Module) -> Any:
-    """`torch.random.fork_rng` for the CPU and the devices that the model is on."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type in ("cuda", "xpu")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    return torch.random.fork_rng(devices=sorted(devices, key=str), device_type=kind)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards every module's mode and all random number generators are as before."""
-    training = {module: module.training for module in model.modules()}
-    python, numpy = random.getstate(), np.random.get_state()
-    with forked_rng(model):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from .scores import forked_rng
+from ..utils import forked_rng
 
 SHARE, LEAST = 0.1, 200
 

@@ -1,0 +1,68 @@
+"""What several packages need around the passes of a model, or a `Trainer`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+
+def forked_rng(model: nn.Module) -> Any:
+    """`torch.random.fork_rng` for the CPU and the devices that the model is on."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type in ("cuda", "xpu")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    return torch.random.fork_rng(devices=sorted(devices, key=str), device_type=kind)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module's mode and all random number generators are as before."""
+    training = {module: module.training for module in model.modules()}
+    python, numpy = random.getstate(), np.random.get_state()
+    with forked_rng(model):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether positions start again inside a row."""
+    positions = batch.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] < 3:
+        return False
+    before = batch.get("attention_mask")
+    real = before[:, :-2] != 0 if isinstance(before, Tensor) and before.shape == positions.shape else True
+    return bool(((positions[:, 1:-1] == 0) & (positions[:, 2:] == 1) & real).any())
+
+
+def columns_of(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
+    """The data and the collator as the trainer's own loaders have them: only with columns that the model takes."""
+    if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+        return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+
+
+def trainer_above(frame: FrameType | None, callback: TrainerCallback) -> Trainer | None:
+    """The trainer with this callback that is at work further up the stack: no event of it says which."""
+    from transformers import Trainer
+
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
