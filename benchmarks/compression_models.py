@@ -104,7 +104,8 @@ def rows_of(settings: Settings, smoke: bool) -> list[Row]:
     grid = [Row(method, keep) for method in (METHODS[:1] if smoke else METHODS) for keep in keeps]
     if settings.task == "smollm2":
         unusual = [] if smoke else [Row("svd-llm", 0.75, "global")]
-        return [Row(), *grid, *unusual, *(replace(row, recovery="short") for row in (Row(), *grid))]
+        recovered = sorted((Row(), *grid), key=lambda row: -row.keep)
+        return [Row(), *grid, *unusual, *(replace(row, recovery="short") for row in recovered)]
     grid += [Row("fwsvd", 0.75, "global"), Row("svd-llm", 0.75, "global")]
     # 0.7 of the factorised layers; 0.35 of them is 70 % of the whole MiniLM, half of which are embeddings.
     long = [] if smoke else [Row(), Row("svd-llm", 0.7), Row("svd-llm", 0.35), Row("fwsvd", 0.7)]
