@@ -53,7 +53,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import peftx
-from peftx.demo.model import classifier, default_folder, quiet
+from peftx.demo.model import classifier, default_folder
 from peftx.federated import FedSVDStrategy, global_state, load_global, make_client_app
 from peftx.federated.apps import receive
 from peftx.federated.flower import MetricRecord
@@ -62,6 +62,7 @@ from peftx.federated.local import LocalSettings
 from peftx.federated.partition import dirichlet_partition
 from peftx.federated.privacy import DPSpec
 from peftx.federated.strategy import METHODS, to_record
+from peftx.utils import quiet
 
 TUNING_SEED = 1000  # no seed of the study
 

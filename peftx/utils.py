@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -21,6 +22,24 @@ def forked_rng(model: nn.Module) -> Any:
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type in ("cuda", "xpu")}
     kind = next(iter(devices)).type if devices else "cuda"
     return torch.random.fork_rng(devices=sorted(devices, key=str), device_type=kind)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' reports and bars of loading and saving, and what it grumbles about PEFT."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager

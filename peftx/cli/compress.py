@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from .main import fail, quiet
+from ..utils import quiet
+from .main import fail
 from .prune import load, padding_of
 
 KEEPS = (0.9, 0.75, 0.6, 0.5)  # of the picture

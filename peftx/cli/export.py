@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .main import fail, quiet
+from ..utils import quiet
+from .main import fail
 
 
 class Target(str, Enum):

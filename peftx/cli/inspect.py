@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from .main import fail, quiet
+from ..utils import quiet
+from .main import fail
 
 if TYPE_CHECKING:
     from ..hub import AdapterReport

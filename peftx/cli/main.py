@@ -148,22 +148,6 @@ def fail(message: str) -> NoReturn:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars and reports of transformers' loading and saving."""
-    import transformers
-
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
-@contextmanager
 def bars(names: list[str], console: Console) -> Iterator[Callable[[str, int, int, float], None]]:
     """A progress bar for each name; yields the function that moves them."""
     columns = [

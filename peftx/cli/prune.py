@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+from ..utils import quiet
 from .main import fail
 
 
@@ -140,14 +141,8 @@ def load(name: str, adapter: str | None, task: str | None, dtype: str, device: s
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with quiet():
         network, report = classes[task].from_pretrained(name, dtype=dtype, output_loading_info=True)
-    finally:
-        transformers.logging.enable_progress_bar()
-        transformers.logging.set_verbosity(level)
     if adapter is None and report["missing_keys"]:
         raise ValueError(
             f"{name} has no trained {', '.join(sorted(report['missing_keys']))}: train it for a while first, "

@@ -1,9 +1,7 @@
 """The encoder under the demo: where it is, which layers are adapted, what it predicts."""
 
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +101,3 @@ def embeddings(model: PreTrainedModel, data: Dataset, collate: Callable) -> Tens
         return (model.base_model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
 
     return outputs(model, data, collate, mean)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' load reports and bars (the caller has its own), and its grumbles about PEFT."""
-    logging = transformers.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import peftx
 
+from ..utils import quiet
 from . import model as encoder
 from .data import load
 from .errors import DemoError
@@ -142,7 +143,7 @@ def check(options: Options) -> list[Contender]:
 def run(options: Options, watch: Watch = lambda *_: None) -> Report:
     """The whole demo. Adapters are written to `options.output/<method>`."""
     entries = check(options)
-    with encoder.quiet():
+    with quiet():
         tokenizer = encoder.tokenizer(options.model)
         data = load(tokenizer, options.texts)
         bench = Bench(options, data["train"], data["test"], DataCollatorWithPadding(tokenizer), watch)

@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..pruning.head import task_of_class
 from ..pruning.text import encode, pad
+from ..utils import quiet
 from .data import Records, label_names, read_both
 from .methods import Method, check_settings, dtype_of, find, owners, peft_config, trainable
 from .settings import Section, Settings, TrainSettings, arguments_of, checked, parse, read_yaml, section
@@ -40,23 +40,6 @@ SETTINGS, METRICS = "settings.yaml", "metrics.json"
 PACKAGES = ("peftx", "peft", "transformers", "accelerate", "torch")
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
 IGNORE = -100
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' reports and bars of loading and saving, and what it grumbles about PEFT."""
-    logging = transformers.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @quiet()
