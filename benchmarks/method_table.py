@@ -1,0 +1,94 @@
+"""The README's table of measured numbers: step time, memory, size and accuracy of every method, and what it exports to.
+
+    python benchmarks/step_time.py --aa --reference --save             # results/amd-epyc-fp32.json, or another device's
+    peftx demo --epochs 2 --methods all --output peftx-demo            # peftx-demo/results.json
+    python benchmarks/method_table.py --keep peftx-demo/results.json   # copies what it needs to results/demo.json
+    python benchmarks/method_table.py                                  # prints the table
+
+A test compares what this prints with the README.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import peftx
+from peftx.registry import MethodInfo
+
+RESULTS = Path(__file__).parent / "results"
+DEMO = RESULTS / "demo.json"
+REFERENCES = {  # row of the table: (row of the step times, row of the demo)
+    "PEFT LoRA": ("LoRA", "lora"),
+    "PEFT DoRA": ("PEFT DoRA", None),
+    "PEFT MiSS": ("PEFT MiSS", None),
+    "frozen model, no adapter": ("floor", None),
+}
+HEADS = ["", "step: Llama", "BERT", "memory: Llama", "BERT", "trained values (Llama)", "accuracy", "LoRA export"]
+
+
+def keep(path: Path) -> dict[str, Any]:
+    """The part of a demo's results.json that the table needs, without losses and step times."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    dropped = {"losses", "step_seconds", "examples"}
+    results = [{name: value for name, value in row.items() if name not in dropped} for row in report["results"]]
+    options = {name: report["options"][name] for name in ("epochs", "batch_size", "seed", "texts")}
+    return report | {"results": results, "options": options, "steps": len(report["results"][0]["losses"])}
+
+
+def cells(
+    title: str, names: list[str], models: dict[str, Any], accuracy: float | None, info: MethodInfo | None
+) -> list[str]:
+    """One line; a second name, at the method's own rank, goes into brackets."""
+
+    def both(model: str, value: Any) -> str:
+        first, *rest = [value(models[model][name]) for name in names]
+        return first + "".join(f" ({other})" for other in rest)
+
+    def step(model: str) -> str:
+        return both(model, lambda row: f"{median(row['ratios']['step']):.2f}")
+
+    def memory(model: str) -> str:
+        return both(model, lambda row: f"{row['memory'] / models[model]['LoRA']['memory']:.2f}")
+
+    return [
+        title,
+        step("llama"),
+        step("bert"),
+        memory("llama"),
+        memory("bert"),
+        both("llama", lambda row: f"{row['trainable']:,}"),
+        "" if accuracy is None else f"{accuracy:.3f}",
+        info.lora_export if info else "",
+    ]
+
+
+def table(speed: dict[str, Any], demo: dict[str, Any]) -> str:
+    models = speed["models"]
+    accuracies = {row["name"]: row["accuracy"] for row in demo["results"]}
+    lines = [HEADS, ["---", *["---:"] * (len(HEADS) - 2), "---"]]
+    for title, (row, key) in REFERENCES.items():
+        lines.append(cells(title, [row], models, accuracies.get(key), None))
+    for info in peftx.methods():
+        for variant in info.variants:
+            names = [name for name in models["llama"] if name.split(" r=")[0] == variant]
+            rank = ", ".join(name.removeprefix(variant).strip() for name in names[:1] if " r=" in name)
+            own = "".join(f" ({name.removeprefix(variant).strip()})" for name in names[1:])
+            title = f"`{variant}`{', ' if rank else ''}{rank}{own}"
+            lines.append(cells(title, names, models, accuracies.get(variant), info))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speed", type=Path, default=RESULTS / "amd-epyc-fp32.json", help="of step_time.py --save")
+    parser.add_argument("--keep", type=Path, help="results.json of a demo, to be kept as results/demo.json")
+    args = parser.parse_args()
+    if args.keep:
+        DEMO.write_text(json.dumps(keep(args.keep), indent=1) + "\n", encoding="utf-8")
+    print(table(json.loads(args.speed.read_text(encoding="utf-8")), json.loads(DEMO.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
