@@ -73,6 +73,7 @@ class Hub:
         lfs: whether a file (repository, path) goes through LFS.
         requests: method and path of each request.
         unknown: those that this server does not serve.
+        private: repositories that only the token may read.
     """
 
     endpoint: str
@@ -83,6 +84,7 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     unknown: list[tuple[str, str]] = field(default_factory=list)
+    private: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def environment(self, home: Any) -> dict[str, str]:
@@ -158,12 +160,14 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def check(self, path: str) -> None:
-        """Writers need the token; the storage refuses it, as a signed address does."""
+        """Writers need the token, a wrong one is never good; the storage refuses any, as a signed address does."""
         given = self.headers.get("Authorization")
         if path.startswith(("/storage/", "/upload/")):
             if given is not None:
                 raise Refused(400, message="credentials were sent to the storage")
-        elif self.command in ("POST", "PUT") and path != "/api/validate-yaml" and given != f"Bearer {self.hub.token}":
+        elif given == f"Bearer {self.hub.token}":
+            pass
+        elif given is not None or (self.command in ("POST", "PUT") and path != "/api/validate-yaml"):
             raise Refused(401, message="Invalid credentials in Authorization header")
 
     def body(self) -> bytes:
@@ -189,8 +193,11 @@ class Handler(BaseHTTPRequestHandler):
     # What is asked for
 
     def repo(self, name: str) -> Repo:
-        if name not in self.hub.repos:
-            raise Refused(404, "RepoNotFound", "Repository not found")
+        known = self.headers.get("Authorization") is not None
+        if name not in self.hub.repos or (name in self.hub.private and not known):
+            raise Refused(
+                404 if known else 401, "RepoNotFound", "Repository not found"
+            )  # as the Hub, which tells nothing
         return self.hub.repos[name]
 
     def commit_of(self, name: str, revision: str) -> tuple[Repo, str]:
@@ -210,6 +217,8 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.repos:
             return 409, {"error": "You already created this model repo", **answer}, {}
         self.hub.repos[name] = repo = Repo()
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(name)
         repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)})
         return 200, answer, {}
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
@@ -32,12 +33,27 @@ tokens = load_file(root / "tokens.safetensors")["tokens"]
 found = {}
 for folder in sorted(root.glob("*@*")):
     kind = folder.name.split("@")[1]
-    assert PeftConfig.from_pretrained(folder).peft_type == "LORA"
+    assert PeftConfig.from_pretrained(folder).peft_type == ("MISS" if "miss" in folder.name else "LORA")
     auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
     model = PeftModel.from_pretrained(auto.from_pretrained(root / kind), folder).eval()
     with torch.no_grad():
         found[folder.name] = model(input_ids=tokens).logits
-        found[folder.name + " merged"] = model.merge_and_unload()(input_ids=tokens).logits
+        if "adapted" not in folder.name:  # of two tied weights, PEFT would merge into both
+            found[folder.name + " merged"] = model.merge_and_unload()(input_ids=tokens).logits
+for folder in root.glob("merged-*"):
+    kind, dtype = folder.name.split("-")[1:]
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    model = auto.from_pretrained(folder).eval()
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {model.dtype} == {getattr(torch, dtype)}
+    with torch.no_grad():
+        found[folder.name] = model(input_ids=tokens).logits.float()
+for folder in root.glob("conv-*"):
+    parts = load_file(folder / "base.safetensors")
+    base = torch.nn.Sequential(torch.nn.Conv2d(4, 6, parts["0.weight"].shape[-1], padding=1))
+    base.load_state_dict({key: parts[key] for key in ("0.weight", "0.bias")})
+    with torch.no_grad():
+        found[folder.name] = PeftModel.from_pretrained(base, folder).eval()(parts["x"])
 assert "peftx" not in sys.modules
 save_file(found, root / "found.safetensors")
 """
@@ -63,6 +79,67 @@ def trained(case, kind):
     return model
 
 
+def named(variant):
+    return next(case for case in CASES if case.name == variant)
+
+
+def moved(model, case):
+    """With everything trained that is no adapter, too: biases, heads."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and case.info.prefix not in name:
+            parameter.data += 0.1
+    return model
+
+
+def others(root):
+    """Adapters that are exported in other ways, or of models with something special, by the name of their folder."""
+    found = {}
+    for variant in ("bone", "bone-bat"):
+        model = adapted(tiny_model("llama"), named(variant), target_modules=["q_proj", "down_proj"])
+        found[f"{variant} miss@llama"] = model, peftx.hub.export_miss
+        model = adapted(tiny_model("llama"), named(variant), target_modules=["q_proj", "down_proj"])
+        for layer in tuner_layers(model).values():
+            layer.scale_layer(0.5)
+        found[f"{variant} scaled miss@llama"] = model, peftx.hub.export_miss
+    model = adapted(tiny_model("llama"), named("bone-bat"), target_modules="all-linear")
+    found["bone-bat cut@llama"] = model, lambda model, path: peftx.export_lora(model, path, rank=32)
+    for variant in ("bone", "allora", "gradnormlorp"):
+        case = named(variant)
+        only = "lora_only" if case.is_lora else f"{case.info.name}_only"
+        settings = {"target_modules": ["c_attn"], "bias": only, "modules_to_save": ["ln_f"]}
+        found[f"{variant} bias@gpt2"] = moved(adapted(tiny_model("gpt2"), case, **settings), case), peftx.export_lora
+        settings = {"target_modules": ["c_attn", "lm_head"]}
+        found[f"{variant} adapted head@gpt2"] = adapted(tiny_model("gpt2"), case, **settings), peftx.export_lora
+    for variant in ("allora", "flora"):
+        model = adapted(tiny_model("llama"), named(variant), target_modules=["embed_tokens", "q_proj"])
+        found[f"{variant} embeddings@llama"] = model, peftx.export_lora
+    for variant in ("bone", "loldu", "fedsvd"):
+        folder, kind = root / f"{variant}-saved", "bert" if variant == "loldu" else "gpt2"
+        auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+        targets = {"bone": ["c_attn", "lm_head"], "fedsvd": ["c_attn"], "loldu": ["query", "value"]}[variant]
+        settings = {"target_modules": targets, "task_type": "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"}
+        if variant == "fedsvd":
+            settings["modules_to_save"] = ["lm_head"]  # which is tied
+        model = moved(adapted(auto.from_pretrained(root / kind), named(variant), **settings), named(variant))
+        model.save_pretrained(folder)
+        dtype = {"bone": torch.float32, "loldu": torch.float16, "fedsvd": torch.bfloat16}[variant]
+
+        def write(model, path, folder=folder, dtype=dtype):
+            peftx.hub.export_merged(folder, path, dtype=dtype)
+
+        found[f"merged-{kind}-{str(dtype).removeprefix('torch.')}"] = model, write
+    return found
+
+
+OTHERS = [
+    *("bone miss@llama", "bone-bat miss@llama", "bone scaled miss@llama", "bone-bat scaled miss@llama"),
+    *("bone-bat cut@llama", "allora embeddings@llama", "flora embeddings@llama"),
+    *(f"{variant} {what}@gpt2" for variant in ("bone", "allora", "gradnormlorp") for what in ("bias", "adapted head")),
+    *("merged-gpt2-float32", "merged-bert-float16", "merged-gpt2-bfloat16"),
+    *("conv-3-2", "conv-3-[4, 3, 2, 1]", "conv-1-[2, 3]"),
+]
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Logits of all exactly exported adapters as stock PEFT gives them, and as ours were."""
@@ -78,6 +155,18 @@ def exported(tmp_path_factory):
             errors = peftx.export_lora(model, root / f"{case.name}@{kind}")
             assert errors == dict.fromkeys(tuner_layers(model), 0.0)
             assert torch.equal(logits(model, tokens), wanted[f"{case.name}@{kind}"])  # the model is left alone
+    for name, (model, write) in others(root).items():
+        wanted[name] = logits(model, tokens)
+        write(model, root / name)
+    torch.manual_seed(0)
+    for size, r in ((3, 2), (3, [4, 3, 2, 1]), (1, [2, 3])):
+        base, x = nn.Sequential(nn.Conv2d(4, 6, size, padding=1)), torch.randn(2, 4, 7, 7)
+        folder = root / f"conv-{size}-{r}"
+        folder.mkdir()
+        save_file({**base.state_dict(), "x": x}, folder / "base.safetensors")
+        model = adapted(base, named("flora"), target_modules=["0"], r=r)
+        wanted[folder.name] = model(x).detach()
+        assert peftx.export_lora(model, folder) == {"0": 0.0}
     done = subprocess.run([sys.executable, "-c", LOAD, root], capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stderr
     return wanted, load_file(root / "found.safetensors")
@@ -90,6 +179,21 @@ def test_stock_peft_gives_the_same_logits_without_peftx(exported, variant, kind)
     name = f"{variant}@{kind}"
     torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[name + " merged"], wanted[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_stock_peft_reads_everything_else_too(exported, name):
+    wanted, found = exported
+    tolerance = {"float16": 3e-3, "bfloat16": 3e-2}.get(name.split("-")[-1], 1e-5)
+    torch.testing.assert_close(found[name], wanted[name], rtol=tolerance, atol=tolerance)
+    if f"{name} merged" in found:
+        torch.testing.assert_close(found[f"{name} merged"], wanted[name], rtol=1e-5, atol=1e-5)
+
+
+def test_every_folder_was_read(exported):
+    wanted, found = exported
+    assert wanted.keys() == {name.removesuffix(" merged") for name in found}
+    assert set(OTHERS) == wanted.keys() - {f"{case.name}@{kind}" for case in EXACT for kind in KINDS}
 
 
 def test_only_dora_needs_more_than_plain_lora(tmp_path):
@@ -306,6 +410,84 @@ def test_what_is_no_miss_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"one block size for all modules, this adapter has \[2, 4\]"):
         peftx.hub.export_miss(peft.get_peft_model(tiny_model("llama"), config), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_is_rounded_once(tmp_path):
+    base = tiny_model("llama").to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), named("bone"), target_modules=["q_proj"])
+    model.peft_config["default"].task_type = "CAUSAL_LM"
+    model.save_pretrained(tmp_path / "adapter")
+    merged = peftx.hub.export_merged(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float16)
+    layer = tuner_layers(model)["model.layers.0.self_attn.q_proj"]
+    exact = layer.get_base_layer().weight.float() + layer.get_delta_weight("default")
+    assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, exact.half())
+
+
+def test_a_merged_model_keeps_ties_that_nothing_broke_and_its_tokenizer(tmp_path):
+    import tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    tiny_model("gpt2").save_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base, named("bone"), target_modules=["c_attn"], task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path / "adapter")
+    merged = peftx.hub.export_merged(tmp_path / "adapter", tmp_path / "merged")
+    assert merged.lm_head.weight is merged.transformer.wte.weight and merged.config.tie_word_embeddings
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 64
+    with pytest.raises(ValueError, match="cannot hold: name another `dtype`"):
+        model.save_pretrained(tmp_path / "adapter")
+        blocks = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        save_file({k: v + 1e6 for k, v in blocks.items()}, tmp_path / "adapter" / "adapter_model.safetensors")
+        peftx.hub.export_merged(tmp_path / "adapter", tmp_path / "half", dtype=torch.float16)
+    assert not (tmp_path / "half").exists()
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path):
+    folder, _ = saved(tmp_path, named("bone"), "llama")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "link").symlink_to(folder)
+    for export in (peftx.export_lora, peftx.hub.export_miss):
+        for out in (folder, tmp_path / "link", f"{folder}/../adapter"):
+            with pytest.raises(ValueError, match="is the adapter itself, which is never changed"):
+                export(folder, out)
+    with pytest.raises(ValueError, match="holds an adapter, which transformers would put on the merged model again"):
+        peftx.hub.export_merged(folder, folder)
+    with pytest.raises(ValueError, match="is the base model itself, which is never changed"):
+        peftx.hub.export_merged(folder, tmp_path / "base")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_an_export_of_embeddings_is_silent(tmp_path):
+    model = adapted(tiny_model("gpt2"), named("allora"), target_modules=["wte", "c_attn"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftx.export_lora(model, tmp_path / "out")
+    model = adapted(tiny_model("gpt2"), named("allora"), target_modules=["c_attn"])
+    peftx.export_lora(model, tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's, of a layout that the config does not tell
+        peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("variant", ["bone", "loldu", "allora", "gradnormlorp"])
+def test_an_adapter_over_a_quantised_base(tmp_path, variant):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def base():
+        torch.manual_seed(0)
+        dense = nn.Linear(64, 64)
+        layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        layer.load_state_dict(dense.state_dict())
+        return nn.Sequential(layer.to("cpu"))
+
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    model = adapted(base(), named(variant), target_modules=["0"])
+    wanted = model(x).detach()
+    assert peftx.export_lora(model, tmp_path) == {"0": 0.0}
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base(), tmp_path)(x), wanted, rtol=1e-2, atol=1e-2)
 
 
 def call(*arguments):

@@ -1,6 +1,7 @@
 """Adapters and their cards go to a Hub and come back in another process; results on a card."""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -15,11 +16,12 @@ import peft
 import pytest
 import torch
 from conftest import CASES, randomize, tiny_model
-from hub_server import serve
+from hub_server import metadata_errors, serve
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from peftx.hub import finish_card
+from peftx import compression
+from peftx.hub import finish_card, load_adapter
 from peftx.hub.card import END, START
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # of base models that nobody has
@@ -81,6 +83,9 @@ for info in peftx.methods():
         HfApi().create_repo("user/finished")
         HfApi().upload_folder(repo_id="user/finished", folder_path=out / "finished")
         model.push_to_hub("user/finished")  # again: what is on the card stays
+        HfApi().upload_folder(repo_id="user/finished", folder_path=out / "finished", path_in_repo="deep/er")
+        HfApi().create_repo("user/secret", private=True)
+        HfApi().upload_folder(repo_id="user/secret", folder_path=out / "finished")
 
 batch = [{"input_ids": row, "labels": 0} for row in tokens]
 quiet = dict(report_to=[], disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no")
@@ -94,7 +99,13 @@ found["trained"] = logits(trainer.model.eval())
 
 small, _ = peftx.compression.compress(base(), keep=0.7, method="svd", progress=False)
 found["compressed"] = logits(small.eval())
-small.push_to_hub("user/compressed")
+small.push_to_hub("user/compressed", tags=["mine"])
+small.save_pretrained(out / "small")
+HfApi().create_repo("user/uploaded")
+HfApi().upload_folder(repo_id="user/uploaded", folder_path=out / "small")
+again = AutoModelForSequenceClassification.from_pretrained(out / "small")
+again.push_to_hub("user/again")
+peftx.compression.materialize(again).push_to_hub("user/dense")
 save_file(found, out / "pushed.safetensors")
 """
 
@@ -145,6 +156,24 @@ call("inspect", "inspect", "user/adapter-bone", "--load", "--json")
 call("export", "export", "user/adapter-bone", str(out / "exported"))
 call("inspect missing", "inspect", "user/none")
 call("export missing", "export", "user/none", str(out / "nothing"))
+call("inspect v2", "inspect", "user/adapter-bone", "--revision", "v2", "--json")
+call("export v2", "export", "user/adapter-bone", str(out / "exported v2"), "--revision", "v2")
+call("merge v2", "export", "user/adapter-bone", str(out / "merged v2"), "--revision", "v2", "--to", "merged")
+call("inspect v3", "inspect", "user/adapter-bone", "--revision", "v3")
+call("inspect deeper", "inspect", "user/finished", "--subfolder", "deep/er", "--json")
+call("inspect base", "inspect", "user/base")
+call("inspect secret", "inspect", "user/secret", "--json")
+found["exported v2"] = logits(peft.PeftModel.from_pretrained(base(), out / "exported v2"))
+found["merged v2"] = logits(AutoModelForSequenceClassification.from_pretrained(out / "merged v2"))
+found["v2 by load_adapter"] = logits(peftx.hub.load_adapter("user/adapter-bone", revision="v2"))
+found["deeper"] = logits(peftx.hub.load_adapter("user/finished", subfolder="deep/er"))
+from huggingface_hub import constants
+constants.HF_HUB_CACHE = str(out / "another cache")
+for token in (False, "hf_wrong"):
+    try:
+        peftx.hub.inspect_adapter("user/secret", token=token)
+    except ValueError as error:
+        said[f"token {token}"] = str(error)
 found["exported"] = logits(peft.PeftModel.from_pretrained(base(), out / "exported"))
 save_file(found, out / "loaded.safetensors")
 (out / "said.json").write_text(json.dumps(said))
@@ -288,6 +317,51 @@ def test_commands_take_ids_of_the_hub(logits, said):
     torch.testing.assert_close(found["exported"], wanted["bone"], rtol=1e-5, atol=1e-5)
 
 
+def test_the_card_of_a_pushed_compressed_model_says_how_to_load_it(hub, pushed):
+    config = json.loads(hub.repos["user/compressed"].files()["config.json"])["quantization_config"]
+    for repo, name in (("compressed", "user/compressed"), ("again", "user/again"), ("uploaded", "small")):
+        card = card_of(hub, f"user/{repo}")
+        code = "import peftx\nfrom transformers import BertForSequenceClassification\n\n"
+        assert code_of(card) == f'{code}model = BertForSequenceClassification.from_pretrained("{name}")\n'
+        assert {"peftx", "compressed", "low-rank", "svd"} <= set(card.data.tags)
+        assert card.data.library_name == "transformers" and "More Information Needed" not in card.text
+        assert f"Method: svd, keep 0.7 of {len(config['ranks'])} layers" in card.text and "fewer)" in card.text
+        assert card.data.base_model == (None if repo == "again" else "user/base")  # a loaded one's is not known
+    assert "mine" in card_of(hub, "user/compressed").data.tags
+    assert "import peftx" not in card_of(hub, "user/dense").text
+
+
+def test_a_revision_and_a_subfolder_are_read(logits, said):
+    wanted, found = logits
+    assert torch.equal(found["v2 by load_adapter"], wanted["v2"])
+    for how in ("exported v2", "merged v2"):
+        torch.testing.assert_close(found[how], wanted["v2"], rtol=1e-5, atol=1e-5)
+    (status, output, errors), (_, main, _) = said["inspect v2"], said["inspect"]
+    assert status == 0, errors
+    norms = [[module["parameters"] for module in json.loads(text)["modules"]] for text in (output, main)]
+    assert norms[0] == norms[1] and json.loads(output)["modules"] != json.loads(main)["modules"]
+    assert json.loads(said["inspect deeper"][1])["method"] == "BONE"
+    torch.testing.assert_close(found["deeper"], wanted["v2"])
+
+
+def test_why_nothing_came_from_the_hub_is_said(said):
+    for name, message in (
+        ("inspect v3", "user/adapter-bone holds no adapter that can be read: it has no revision 'v3'"),
+        ("inspect base", "user/base holds no adapter that can be read: it lacks adapter_config.json"),
+        ("inspect missing", "no repository on the Hub that you may read (a private one needs `hf auth login`"),
+    ):
+        status, _, errors = said[name]
+        assert status == 2 and message in errors and errors.count("\n") == 1, errors
+    assert said["inspect secret"][0] == 0
+    assert "no repository on the Hub that you may read" in said["token False"]
+    assert "the Hub refuses your token" in said["token hf_wrong"]
+
+
+def test_a_folder_has_no_revision(original):
+    with pytest.raises(ValueError, match="is a folder here, which has no revision 'v2'"):
+        load_adapter(original, revision="v2")
+
+
 @pytest.mark.parametrize("command", ["inspect", "export"])
 def test_a_missing_repository_is_one_clear_line(said, command):
     status, output, errors = said[f"{command} missing"]
@@ -308,6 +382,43 @@ def test_a_model_that_was_saved_is_copied_and_pickled_as_before(tmp_path):
         assert list(model.peft_config) == ["default"] and list(other.peft_config) == ["default", "second"]
         other.create_or_update_model_card(tmp_path / "again")
         assert other.state_dict().keys() > model.state_dict().keys()
+
+
+def test_the_card_of_a_compressed_model_goes_where_it_goes(tmp_path):
+    small, report = compression.compress(tiny_model("bert"), keep=0.6, method="svd", progress=False)
+    twin, again = copy.deepcopy(small), pickle.loads(pickle.dumps(small))
+    with torch.no_grad():
+        next(twin.parameters()).zero_()
+    for name, model in (("small", small), ("twin", twin), ("again", again)):
+        model.save_pretrained(tmp_path / name)
+        text = (tmp_path / name / "README.md").read_text()
+        assert f'from_pretrained("{name}")' in text and f"{report.parameters[0]:,} parameters became" in text
+        assert f"{report.parameters[1]:,} (" in text and f"of {len(report.layers)} layers" in text
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("small", "twin", "again")]
+    same = [all(torch.equal(weights[0][key], other[key]) for key in weights[0]) for other in weights[1:]]
+    assert same == [False, True]  # each saves itself
+    (tmp_path / "twin" / "README.md").write_text("My own words.")
+    twin.save_pretrained(tmp_path / "twin")
+    assert (tmp_path / "twin" / "README.md").read_text() == "My own words."
+    twin.save_pretrained(tmp_path / "other rank", is_main_process=False)
+    compression.materialize(small).save_pretrained(tmp_path / "dense")
+    assert not list(tmp_path.glob("other rank/README.md")) and not (tmp_path / "dense" / "README.md").exists()
+
+
+def test_the_card_of_a_command_has_no_path_and_is_taken_by_the_hub(tmp_path):
+    _, report = compression.compress(tiny_model("bert"), keep=0.6, method="svd", progress=False)
+    settings = {"loader": "AutoModel", "score": "loss", "scores": {"dense": 1.0}, "calibration": "none"}
+    text = compression.card(report, name='a "small"\none', base_model="/home/me/large", **settings)
+    assert "/home" not in text and "`large` with its linear layers" in text and not metadata_errors(text)
+    card = ModelCard(text)
+    assert card.data.base_model is None and "svd" in card.data.tags and '# a "small" one\n' in card.text
+    compile(code_of(card), "card", "exec")
+    known = dataclasses.replace(report, method="fwsvd")
+    text = compression.card(known, name="small", base_model="me/large", **settings)
+    assert (
+        "([arXiv:2207.00112](https://arxiv.org/abs/2207.00112))" in text
+        and ModelCard(text).data.base_model == "me/large"
+    )
 
 
 # --- finish_card -----------------------------------------------------------------------------------------------------
@@ -357,7 +468,8 @@ def test_a_finished_card_has_results_training_limits_and_citation(folder):
     assert card.text.index("## Size") < card.text.index("## Results") < card.text.index("### Framework versions")
     assert "| `task_type` | `SEQ_CLS` |" in card.text
     for line in before.splitlines():  # all that was there still is
-        assert line.replace("/home/me/base", "owner/base") in card.text
+        line = line.replace("path/or/name of the base model", "owner/base")
+        assert line.replace("# Bone adapter", "# Bone adapter of owner/base") in card.text
     data = card.data
     assert data.license == "apache-2.0" and data.base_model == "owner/base" and data.datasets is None
     assert data.metrics == ["accuracy", "loss"] and data.pipeline_tag == "text-classification"
@@ -370,6 +482,37 @@ def test_no_path_of_this_machine_stays_where_a_base_model_is_given(folder):
     text = (folder / "README.md").read_text()
     assert "/home/me" not in text and code_of(ModelCard(text)).count('"owner/base"') == 1
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "/home/me/base"
+
+
+def test_a_card_never_tells_a_path_of_this_machine(original, folder, tmp_path):
+    def clean(path):
+        card = ModelCard.load(path / "README.md")
+        assert "/home" not in path.joinpath("README.md").read_text() and card.data.base_model is None
+        return card
+
+    card = clean(original)
+    assert not [tag for tag in card.data.tags if tag.startswith("base_model:")]
+    assert "# Bone adapter\n" in card.text and "path/or/name of the base model" in code_of(card)
+    finish_card(folder, metrics={"accuracy": 0.5}, dataset="owner/one")
+    clean(folder)
+    model = tiny_model("bert")
+    model.config._name_or_path = model.name_or_path = "/home/me/base"
+    config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "lora")
+    finish_card(tmp_path / "lora", metrics={"accuracy": 0.5}, dataset="owner/one")
+    assert ModelCard.load(tmp_path / "lora" / "README.md").data.base_model is None
+
+
+def test_strange_names_and_values_break_neither_the_table_nor_the_code(tmp_path):
+    model = tiny_model("bert")
+    name = 'a"+exit()+"\n# b|c'
+    model.config._name_or_path = model.name_or_path = name
+    config = CASES[0].config(target_modules=r"(.*\.query|.*`value`)", task_type="SEQ_CLS", exclude_modules=["x\n| y"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert r"| `target_modules` | `` (.*\.query\|.*`value`) `` |" in card.text and r"`x \| y`" in card.text
+    compile(code_of(card), "card", "exec")
+    assert "exit" not in card.content
 
 
 def test_finishing_again_replaces(folder):
@@ -458,7 +601,8 @@ def test_the_card_of_a_compressed_model_is_finished_too(tmp_path):
     code = 'import peftx\nmodel = AutoModelForSequenceClassification.from_pretrained("small")\n'
     card = f"---\nbase_model: /home/me/base\n---\n# small\n\n`/home/me/base`, smaller.\n\n```python\n{code}```\n"
     (tmp_path / "README.md").write_text(card)
-    config = {"architectures": ["BertForSequenceClassification"], "quantization_config": {"method": "svd"}}
+    quantization = {"quant_method": "lowrank_svd", "method": "svd"}
+    config = {"architectures": ["BertForSequenceClassification"], "quantization_config": quantization}
     (tmp_path / "config.json").write_text(json.dumps(config))
     finish_card(tmp_path, metrics={"accuracy": 0.8}, dataset="owner/one", base_model="owner/base")
     card = ModelCard.load(tmp_path / "README.md")
@@ -468,7 +612,13 @@ def test_the_card_of_a_compressed_model_is_finished_too(tmp_path):
     config["quantization_config"]["method"] = "fwsvd"
     (tmp_path / "config.json").write_text(json.dumps(config))
     finish_card(tmp_path, metrics={"accuracy": 0.8}, dataset="owner/one")
-    assert "eprint = {2207.00112}" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "eprint = {2207.00112}" in text and "year = {2022}" in text and text.count("import peftx") == 1
+    (tmp_path / "README.md").write_text("---\n{}\n---\n# Written by Trainer\n")
+    finish_card(tmp_path, metrics={"accuracy": 0.8}, dataset="owner/one", name="me/small")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert code_of(card).startswith("import peftx\n") and '"me/small"' in code_of(card)
+    assert "# Written by Trainer" in card.text
 
 
 def test_an_adapter_of_peft_itself_is_finished_without_a_paper(tmp_path):
@@ -559,7 +709,7 @@ def test_the_demo_copies_the_cards_of_our_methods(outcome, tmp_path):
     from peftx.demo.errors import DemoError
 
     finished = cards.finish(outcome)[1].read_text()
-    assert str(outcome.options.model) in finished  # a model of the user's is named as the user named it
+    assert str(outcome.options.model) not in finished  # where a model of the user's is, is nobody's business
     folder = tmp_path / "new" / "cards"
     assert cards.collect(outcome, folder) == [folder / "bone.md"]
     assert (folder / "bone.md").read_text() == finished and len(list(folder.iterdir())) == 1

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..utils import quiet
+from .inspect import plain
 from .main import fail
 
 
@@ -35,6 +36,12 @@ def export(
     base_model: Annotated[
         str | None, typer.Option(help="Folder or id of the base model.", show_default="the adapter's")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the adapter's repository.", show_default="main")
+    ] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(help="Of the folder or repository, where the adapter is.", show_default="none")
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the merged model's weights.", show_default="the base model's")
     ] = None,
@@ -44,25 +51,24 @@ def export(
         fail(f"--rank is for --to lora, not for --to {to.value}")
     if dtype is not None and to is not Target.merged:
         fail(f"--dtype is for --to merged, not for --to {to.value}")
-    if Path(adapter).exists() and out.resolve() == Path(adapter).resolve():
-        fail(f"{out} is the adapter itself, which is never changed")
     import torch
 
     from .. import hub
 
+    where = {"revision": revision, "subfolder": subfolder}
     wanted = getattr(torch, dtype.value) if dtype is not None else None
     try:
         with quiet():
             if to is Target.miss:
-                hub.export_miss(adapter, out)
+                hub.export_miss(adapter, out, **where)
                 typer.echo(f"MiSS adapter for stock PEFT: {out}")
             elif to is Target.merged:
-                hub.export_merged(adapter, out, dtype=wanted, base_model=base_model)
+                hub.export_merged(adapter, out, dtype=wanted, base_model=base_model, **where)
                 typer.echo(f"Merged model: {out}")
             else:
-                errors = hub.export_lora(adapter, out, rank=rank, base_model=base_model)
-                worst = max(errors, key=errors.__getitem__)
-                lost = f"largest relative error {errors[worst]:.2g}, of {worst}" if errors[worst] else "exact"
+                errors = hub.export_lora(adapter, out, rank=rank, base_model=base_model, **where)
+                worst = max(errors, key=errors.__getitem__, default="")
+                lost = f"largest relative error {errors[worst]:.2g}, of {worst}" if errors.get(worst) else "exact"
                 typer.echo(f"LoRA adapter of {len(errors)} modules for stock PEFT, {lost}: {out}")
     except (ValueError, NotImplementedError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        fail(plain(" ".join(str(error).split())))

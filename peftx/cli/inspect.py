@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -26,6 +27,12 @@ def inspect(
     base_model: Annotated[
         str | None, typer.Option(help="Folder or id of the base model; implies --load.", show_default="the adapter's")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the repository on the Hub.", show_default="main")
+    ] = None,
+    subfolder: Annotated[
+        str | None, typer.Option(help="Of the folder or repository, where the adapter is.", show_default="none")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the norms by layer and module into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -37,33 +44,48 @@ def inspect(
 
     try:
         with quiet():
-            report = hub.inspect_adapter(path, load=load, base_model=base_model)
+            report = hub.inspect_adapter(path, load=load, base_model=base_model, revision=revision, subfolder=subfolder)
             if plot is not None:
                 hub.heat_map(report, plot)
     except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        fail(plain(" ".join(str(error).split())))
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         fail("matplotlib is missing, which --plot needs: pip install matplotlib")
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=1, default=str))
+        typer.echo(json.dumps(numbered(dataclasses.asdict(report)), indent=1, default=str))
     else:
         show(report)
     if report.problems:
         raise typer.Exit(1)
 
 
+def plain(text: str) -> str:
+    """Text from a file as a terminal may show it: what is not printable (escape sequences) stands there as code."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def numbered(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: null instead."""
+    if isinstance(value, dict):
+        return {key: numbered(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [numbered(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def show(report: "AdapterReport") -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     method = f"{report.method}, known by {report.known_by or 'neither PEFT nor peftx'}"
-    ranks = Counter(module.rank for module in report.modules)
+    ranks = Counter("none" if module.rank is None else module.rank for module in report.modules)
     facts = {
         "method": f"{method} {report.paper}".strip(),
         "base model": report.base_model or "not named",
         "task": report.task_type or "not named",
         "modules": str(len(report.modules)),
-        "rank": ", ".join(f"{rank} ({count})" if len(ranks) > 1 else f"{rank}" for rank, count in ranks.most_common()),
+        "rank": ", ".join(f"{rank} ({count})" if len(ranks) > 1 else f"{rank}" for rank, count in ranks.most_common())
+        or "none",
         "values": ", ".join([f"{report.parameters:,}", *(f"{n:,} {dtype}" for dtype, n in report.dtypes.items())]),
         "bytes": f"{report.nbytes:,}",
         "also in the file": ", ".join(f"{name} ({n:,})" for name, n in report.others.items()) or "nothing",
@@ -71,18 +93,19 @@ def show(report: "AdapterReport") -> None:
     }
     sheet = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
-        sheet.add_row(name, value)
-    console.print(sheet, markup=False)
+        sheet.add_row(name, plain(value))
+    console.print(sheet)
     if report.modules:
         delta = all(module.is_delta for module in report.modules)
         norm = "norm of the delta" if delta else "norm of its tensors"
         right = (Column(head, justify="right") for head in ("rank", "values", norm))
         table = Table("module", *right, box=box.SIMPLE_HEAD)
         for module in report.modules:
-            table.add_row(module.name, str(module.rank), f"{module.parameters:,}", f"{module.norm:.4g}")
-        console.print(table, markup=False)
+            rank = "-" if module.rank is None else str(module.rank)
+            table.add_row(plain(module.name), rank, f"{module.parameters:,}", f"{module.norm:.4g}")
+        console.print(table)
     for problem in report.problems:
-        console.print(f"problem: {problem}", markup=False, soft_wrap=True)
+        console.print(plain(f"problem: {problem}"), soft_wrap=True)
 
 
 def loads(report: "AdapterReport") -> str:

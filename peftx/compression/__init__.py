@@ -4,7 +4,7 @@
     model, report = compress(model, statistics, keep=0.6)  # an ordinary, smaller model
     model.save_pretrained(folder)                          # which AutoModel*.from_pretrained(folder) loads
 
-Loading needs `import peftx`, and stops without it.
+Loading needs `import peftx`, and stops without it; the card that `save_pretrained` and `push_to_hub` write says so.
 """
 
 import importlib

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .factorize import METHODS, SIDES, Factors, Weighting, allocate, rank_for, saves, solve, spectrum, weighting_for
 from .linear import LowRankLinear
 from .loader import LowRankConfig
+from .publish import keep_card
 from .report import LayerReport, Report
 from .statistics import Statistics, base_layer, is_compiled, shape_of, target_layers
 
@@ -117,6 +118,7 @@ def compress(
         base.set_submodule(name, low)
     if (config := _config(base)) is not None:
         config.quantization_config = LowRankConfig({name: low.rank for name, low in made.items()}, method, keep)
+        keep_card(base, str(getattr(config, "_name_or_path", "")))
     _log(skipped)
     report = Report(method, keep, allocation, rows, (before, count(base)), skipped)
     logger.info(report.summary())

@@ -97,6 +97,9 @@ class LowRankQuantizer(HfQuantizer):
                 f"the checkpoint has no {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}: {len(missing)} factors "
                 "that its config.json promises are missing, and random ones mean nothing"
             )
+        from .publish import keep_card
+
+        keep_card(model)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

@@ -118,33 +118,6 @@ def plot(
     return figure
 
 
-CARD = """\
----
-{metadata}---
-
-# {name}
-
-{base} with its linear layers as products of two thin ones: {before:,} parameters became {after:,} ({fewer:.1%} fewer).
-It needs [peftx](https://pypi.org/project/peftx/):
-
-```python
-import peftx
-from transformers import {loader}
-
-model = {loader}.from_pretrained("{name}")
-```
-
-Without `import peftx` loading stops with an error about sizes of `weight`.
-`peftx.compression.materialize(model)` makes ordinary dense layers again.
-
-| | {score} |
-| --- | ---: |
-{rows}
-
-Method: {method}, keep {keep:g} of {layers} layers, {allocation} ranks. Calibration: {calibration}.
-"""
-
-
 def card(
     report: Report,
     *,
@@ -159,33 +132,23 @@ def card(
 
     Args:
         name: repository or folder of the result.
-        base_model: of the model that was compressed.
+        base_model: of the model that was compressed: an id on the Hub, or a folder, of which only the name is told.
         loader: the class that loads it, e.g. "AutoModelForSequenceClassification".
         score: what the numbers are, e.g. "accuracy on 872 held-out samples".
         scores: by name, in the order of the table: "dense", "compressed" and, if it was fine-tuned, "recovered".
         calibration: data that the statistics come from.
     """
-    from huggingface_hub import CardData
+    from .publish import page
 
-    metadata = CardData(
-        base_model=base_model,
-        library_name="transformers",
-        tags=["peftx", "compressed", "low-rank", report.method],
-    ).to_yaml()
-    before, after = report.parameters
-    return CARD.format(
-        metadata=metadata + "\n" * (not metadata.endswith("\n")),
+    rows = "\n".join(f"| {what} | {value:.4f} |" for what, value in scores.items())
+    return page(
         name=name,
-        base=f"`{base_model}`",
-        before=before,
-        after=after,
-        fewer=1 - after / before,
+        base_model=base_model,
         loader=loader,
-        score=score,
-        rows="\n".join(f"| {what} | {value:.4f} |" for what, value in scores.items()),
+        parameters=report.parameters,
         method=report.method,
         keep=report.keep,
         layers=len(report.layers),
-        allocation=report.allocation,
-        calibration=calibration,
+        results=[f"| | {score} |\n| --- | ---: |\n{rows}"],
+        details=f", {report.allocation} ranks. Calibration: {calibration}",
     )

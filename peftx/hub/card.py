@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
 
+from ..compression.loader import QUANT_METHOD
+from ..compression.publish import PAPERS, loading
 from ..registry import MethodInfo, info_of
-from ..tuners.card import complete_card
+from ..tuners.card import complete_card, drop_paths, is_id
 from .loading import read_config
 
 START, END = "<!-- results: peftx.hub.finish_card writes from here -->", "<!-- to here -->"
@@ -42,8 +42,6 @@ CLASSES = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-# of compressed models; a plain SVD has no paper
-COMPRESSION = {"fwsvd": "arXiv:2207.00112", "asvd": "arXiv:2312.05821", "svd-llm": "arXiv:2403.07378"}
 
 
 def finish_card(
@@ -116,10 +114,20 @@ def finish_card(
         complete_card(path, named)
         card = read_card(path)
 
+    compressed = settings.get("quantization_config")
+    if (
+        isinstance(compressed, dict)
+        and compressed.get("quant_method") == QUANT_METHOD
+        and "import peftx" not in card.text
+    ):
+        (loader,) = (settings.get("architectures") or ["AutoModel"])[:1]
+        card.text = f"{loading(str(loader), name or Path(folder).resolve().name)}\n\n{card.text.lstrip()}"
+
     data = card.data
     if base_model:
         rename(card, {getattr(config, "base_model_name_or_path", None), data.base_model}, base_model)
         data.base_model = base_model
+    drop_paths(card)
     public = is_hub_id(dataset)
     data_id = dataset if public else re.sub(r"[^\w.-]+", "-", dataset.lower()).strip("-.")
     found = [
@@ -224,11 +232,7 @@ def method_of(config: Any) -> MethodInfo | None:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form owner/name of the Hub, and is no path here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not Path(name).exists()
+    return "/" in name and is_id(name)
 
 
 def results(
@@ -268,9 +272,9 @@ def citation(info: MethodInfo | None, settings: Mapping[str, Any]) -> list[str]:
     compressed = settings.get("quantization_config")
     if info is not None:
         title, paper = info.config.__name__.removesuffix("Config"), info.paper
-    elif isinstance(compressed, dict) and compressed.get("method") in COMPRESSION:
+    elif isinstance(compressed, dict) and compressed.get("method") in PAPERS:
         title = str(compressed["method"])
-        paper = COMPRESSION[title]
+        paper = PAPERS[title]
     else:
         return []
     if not paper.startswith("arXiv:"):
@@ -279,6 +283,7 @@ def citation(info: MethodInfo | None, settings: Mapping[str, Any]) -> list[str]:
     fields = {
         "eprint": number,
         "archivePrefix": "arXiv",
+        "year": f"20{number[:2]}",  # as arXiv numbers since 2007
         "url": f"https://arxiv.org/abs/{number}",
         "note": f"The method {title}",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, MissConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -34,6 +35,9 @@ def export_lora(
     rank: int | None = None,
     *,
     base_model: Any = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> dict[str, float]:
     """Writes an adapter as a plain LoRA adapter, which stock PEFT, vLLM or llama.cpp load, without peftx.
 
@@ -55,6 +59,8 @@ def export_lora(
         rank: at least 1; limited to the shorter side of each module. Default None, exact.
         base_model: of a saved adapter: a model, or where to find it; default: where the adapter's config says. Without
             `rank`, methods that are LoRA with another training rule need none.
+        revision, subfolder: of a saved adapter: branch, tag or commit of its repository, and where in it.
+        token: for the Hub; default: the one that `hf auth login` has stored.
 
     Returns:
         By the name of each adapted module, the error ||delta - B A|| / ||delta|| in the Frobenius norm; 0 if exact.
@@ -62,7 +68,7 @@ def export_lora(
     Raises:
         TypeError: `model` is neither a `PeftModel` nor a path.
         ValueError: there is no such adapter, more than one is active and none was named, or `rank` is below 1; a saved
-            adapter or its base model cannot be read.
+            adapter or its base model cannot be read; `path` is the saved adapter itself.
         NotImplementedError: the adapter is no weight delta (Compacter), or has no exact LoRA form (Bone's bat,
             some convolutions; the latter none of a given rank either), or is one of PEFT's whose weight delta is not
             the whole of what it does (`rank` with DoRA or another variant, `lora_bias`, `target_parameters`). Nothing
@@ -71,7 +77,9 @@ def export_lora(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
     if isinstance(model, (str, os.PathLike)):
-        config, state = read_adapter(model)
+        hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
+        _check_apart(model, subfolder, path)
+        config, state = read_adapter(model, **hub)
         _check_known(config)
         if rank is None and isinstance(config, LoraConfig):
             if bad := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
@@ -81,7 +89,7 @@ def export_lora(
             _write(path, state, _as_lora(config))
             names = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in state if ".lora_" in key}
             return dict.fromkeys(sorted(names), 0.0)
-        model = load_adapter(model, base_model)
+        model = load_adapter(model, base_model, **hub)
     elif not isinstance(model, PeftModel):
         raise TypeError(
             "export_lora needs a PeftModel, as `get_peft_model` returns it, or the folder of a saved adapter, got "
@@ -90,7 +98,7 @@ def export_lora(
     adapter_name = _chosen(model, adapter_name)
     config = model.peft_config[adapter_name]
     _check_known(config)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state = _state_of(model, adapter_name)
     tuner: Any = model.base_model
     layers = {
         name: layer
@@ -100,6 +108,7 @@ def export_lora(
     errors = dict.fromkeys(layers, 0.0)
     if rank is None and isinstance(config, LoraConfig):
         exported = _as_lora(config)
+        exported.fan_in_fan_out = all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
         state |= _rescaled(state, layers, adapter_name)
     else:
         if rank is None:
@@ -118,7 +127,15 @@ def export_lora(
     return errors
 
 
-def export_miss(model: PeftModel | str | os.PathLike, path: str | os.PathLike, adapter_name: str | None = None) -> None:
+def export_miss(
+    model: PeftModel | str | os.PathLike,
+    path: str | os.PathLike,
+    adapter_name: str | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> None:
     """Writes a Bone adapter as PEFT's MiSS, which computes the same, default and bat: stock PEFT loads it.
 
     Unlike plain LoRA, the training can be continued from it, and bat has this form too.
@@ -127,21 +144,25 @@ def export_miss(model: PeftModel | str | os.PathLike, path: str | os.PathLike, a
         model: the `PeftModel`, which is not changed; or a saved adapter, a folder or an id on the Hub.
         path: folder for `adapter_config.json` and `adapter_model.safetensors`; made if missing.
         adapter_name: default: the active adapter.
+        revision, subfolder, token: of a saved adapter, as for `export_lora`.
 
     Raises:
         TypeError: `model` is neither a `PeftModel` nor a path.
         ValueError: the adapter is no Bone, or has blocks of several sizes, which MiSS has no setting for; no such
-            adapter.
+            adapter; `path` is the saved adapter itself.
     """
     if isinstance(model, (str, os.PathLike)):
-        config, state = read_adapter(model)
+        _check_apart(model, subfolder, path)
+        config, state = read_adapter(model, revision=revision, subfolder=subfolder, token=token)
     elif isinstance(model, PeftModel):
         adapter_name = _chosen(model, adapter_name)
-        config, state = model.peft_config[adapter_name], get_peft_model_state_dict(model, adapter_name=adapter_name)
+        config, state = model.peft_config[adapter_name], _state_of(model, adapter_name)
     else:
         raise TypeError(f"export_miss needs a PeftModel or the folder of a saved adapter, got {type(model).__name__}.")
     if not isinstance(config, BoneConfig):
         raise ValueError(f"Only Bone adapters are MiSS adapters too, not {config.peft_type.value}.")
+    if isinstance(model, PeftModel):
+        state |= _rescaled_blocks(model, state, adapter_name)
     blocks = {key: tensor for key, tensor in state.items() if key.endswith(".bone_block")}
     if len(sizes := {tensor.shape[-1] if tensor.ndim == 3 else len(tensor) for tensor in blocks.values()}) > 1:
         raise ValueError(f"MiSS has one block size for all modules, this adapter has {sorted(sizes)} (`rank_pattern`).")
@@ -159,35 +180,93 @@ def export_merged(
     *,
     dtype: torch.dtype | None = None,
     base_model: Any = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
 ) -> nn.Module:
     """Writes the base model with a saved adapter merged into it: any tool loads it, no PEFT needed.
+
+    Where the adapter changes one of two tied weights (a head that is the input embeddings too), they are untied.
 
     Args:
         adapter: folder, or id of a repository on the Hub.
         path: folder for the model and, where there is one, its tokenizer; made if missing.
         dtype: of the written weights; default: the base model's. Deltas are added in fp32 at least, and cast once.
         base_model: a model, which is merged into, or where to find it; default: where the adapter's config says.
+        revision, subfolder, token: of the adapter, as for `export_lora`.
 
     Returns:
         The merged model.
 
     Raises:
-        ValueError: the adapter or its base model cannot be read, or the merged weights are not finite.
+        ValueError: the adapter or its base model cannot be read, or the merged weights are not finite in `dtype`; the
+            base model is quantised and `dtype` is given; there is an adapter in `path`, which transformers would put
+            on the merged model again. Nothing is written then.
         NotImplementedError: the adapter is no weight delta (Compacter).
     """
-    model = load_adapter(adapter, base_model, **({"dtype": dtype} if dtype == torch.float32 else {}))
+    if Path(path, CONFIG_NAME).exists():
+        raise ValueError(
+            f"{path} holds an adapter, which transformers would put on the merged model again: name another folder."
+        )
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    model: Any = load_adapter(adapter, base_model, subfolder=subfolder, **hub)
+    base = model.get_base_model()
+    if Path(path).is_dir() and Path(path).resolve() == Path(str(base.config._name_or_path)).resolve():
+        raise ValueError(f"{path} is the base model itself, which is never changed: name another folder.")
+    if dtype is not None and dtype != base.dtype:
+        if getattr(base, "is_quantized", False):
+            raise ValueError(f"The base model is quantised: its weights have no {dtype}. Name a dense `base_model`.")
+        model = model.to(torch.float32)  # so that the sums are rounded once
+    _untie(model)
     merged = model.merge_and_unload(safe_merge=True)
     if dtype is not None:
         merged = merged.to(dtype)
+        bad = next((name for name, weight in merged.named_parameters() if not torch.isfinite(weight).all()), None)
+        if bad is not None:
+            raise ValueError(f"{bad} has values that {dtype} cannot hold: name another `dtype`.")
     merged.save_pretrained(str(path))
-    for source in (adapter, merged.config._name_or_path):
+    for source, options in ((adapter, hub), (merged.config._name_or_path, {"token": token})):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source))
+            tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
         except (OSError, ValueError):
             continue
         tokenizer.save_pretrained(str(path))
         break
     return merged
+
+
+def _untie(model: PeftModel) -> None:
+    """Gives every adapted layer a weight of its own: merging into a tied one would change both places."""
+    base: Any = model.get_base_model()
+    places = Counter(id(weight) for _, weight in base.named_parameters(remove_duplicate=False))
+    for layer in [layer for layer in base.modules() if isinstance(layer, BaseTunerLayer)]:
+        inner = layer.get_base_layer()
+        weight = getattr(inner, "weight", None)
+        if isinstance(weight, nn.Parameter) and places[id(weight)] > 1:
+            places[id(weight)] -= 1
+            inner.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            base.config.tie_word_embeddings = False
+
+
+def _state_of(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
+    """What PEFT would save of an adapter; its remark that adapted embeddings are saved whole is left out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True`")
+        return get_peft_model_state_dict(model, adapter_name=adapter_name)
+
+
+def _rescaled_blocks(model: Any, state: dict[str, torch.Tensor], adapter_name: str | None) -> dict[str, Any]:
+    """Bone's blocks times the scale that `scale_layer` or `set_scale` gave them: MiSS has no scale."""
+    modules = model.base_model.model.named_modules()
+    layers = {f"base_model.model.{name}.bone_block": layer for name, layer in modules}
+    return {key: layers[key].scaling[adapter_name] * block for key, block in state.items() if key in layers}
+
+
+def _check_apart(source: str | os.PathLike, subfolder: str | None, path: str | os.PathLike) -> None:
+    """Raises ValueError where an export would write over the adapter that it reads."""
+    folder = Path(source, subfolder or "")
+    if folder.is_dir() and folder.resolve() == Path(path).resolve():
+        raise ValueError(f"{path} is the adapter itself, which is never changed: name another folder.")
 
 
 def _write(path: str | os.PathLike, state: dict[str, torch.Tensor], config: Any) -> None:

@@ -9,7 +9,18 @@ from typing import Any
 import peft
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftConfig, PeftModel, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from ..tuners.card import labels_in
@@ -24,36 +35,138 @@ CLASSES = {
 }
 
 
-def read_adapter(path: str | os.PathLike) -> tuple[Any, dict[str, torch.Tensor]]:
+def fetch_adapter(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """The folder of a saved adapter on this machine: `path` itself, or the cache's after a download.
+
+    Args:
+        path: folder, or id of a repository on the Hub.
+        revision: branch, tag or commit of the repository; default: its main branch.
+        subfolder: of the folder or the repository, where the adapter is.
+        token: for the Hub; default: the one that `hf auth login` has stored.
+
+    Raises:
+        ValueError: there is no adapter, with the reason: no such repository, no such revision, no right to read it, no
+            connection, no config or weights in it; or a revision of a folder is asked for.
+    """
+    local = Path(path)
+    if local.is_dir():
+        if revision is not None:
+            raise ValueError(f"{path} is a folder here, which has no revision {revision!r}: leave `revision` out.")
+        folder = local / (subfolder or "")
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{folder} holds no adapter that can be read: no {CONFIG_NAME} in it.")
+        if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            raise ValueError(f"{folder} holds no adapter that can be read: no {SAFETENSORS_WEIGHTS_NAME} in it.")
+        return folder
+
+    def download(name: str, revision: str | None) -> Path:
+        try:
+            return Path(hf_hub_download(str(path), name, subfolder=subfolder, revision=revision, token=token))
+        except LocalEntryNotFoundError:  # also one of the next, but what is on the Hub is not known
+            raise
+        except EntryNotFoundError:
+            if name == SAFETENSORS_WEIGHTS_NAME:
+                return download(WEIGHTS_NAME, revision)
+            raise
+
+    try:
+        config = download(CONFIG_NAME, revision)
+        commit = config.parents[len(Path(subfolder or "").parts)].name
+        return download(SAFETENSORS_WEIGHTS_NAME, commit).parent
+    except Exception as error:  # of the Hub, of the connection, of the disk
+        where = f"{path}/{subfolder}" if subfolder else path
+        reason = _reason(error, revision)
+        raise ValueError(f"{where} holds no adapter that can be read: {reason}.") from error
+
+
+def _reason(error: BaseException, revision: str | None) -> str:
+    """Why nothing came from the Hub, in a few words."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        return _reason(error.__cause__, revision)
+    reasons: list[tuple[type[BaseException], str]] = [
+        (HFValidationError, "it is no folder here, and cannot be the name of a repository"),
+        (GatedRepoError, "its owner grants access to it on its page, and yours is missing"),
+        (
+            RepositoryNotFoundError,
+            "it is no folder here, and no repository on the Hub that you may read (a private one needs "
+            "`hf auth login`, or HF_TOKEN)",
+        ),
+        (RevisionNotFoundError, f"it has no revision {revision!r}"),
+        (LocalEntryNotFoundError, "it is no folder here, not in the cache, and the Hub cannot be reached"),
+        (EntryNotFoundError, f"it lacks {CONFIG_NAME} or {SAFETENSORS_WEIGHTS_NAME}"),
+    ]
+    for kind, reason in reasons:
+        if isinstance(error, kind):
+            return reason
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return "the Hub refuses your token"
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def read_adapter(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """Config and tensors, on the CPU, of a saved adapter; no base model is needed.
 
     Args:
         path: folder, or id of a repository on the Hub.
+        revision, subfolder, token: as for `fetch_adapter`.
 
     Raises:
         ValueError: there is no adapter, or its config or tensors cannot be read, or neither PEFT nor peftx knows its
             method.
     """
-    config = read_config(path)
-    try:
-        return config, load_peft_weights(str(path), device="cpu")
-    except Exception as error:
-        raise ValueError(f"The tensors of the adapter {path} cannot be read: {error}") from error
+    folder = fetch_adapter(path, revision=revision, subfolder=subfolder, token=token)
+    return read_config(folder, shown=path), read_tensors(folder, shown=path)
 
 
-def read_config(path: str | os.PathLike) -> Any:
-    """The config of a saved adapter; arguments and errors as for `read_adapter`."""
+def read_config(folder: str | os.PathLike, shown: str | os.PathLike | None = None) -> Any:
+    """The config of a saved adapter in a folder, called `shown` in errors.
+
+    Raises:
+        ValueError: there is none, or it cannot be read, or neither PEFT nor peftx knows its method.
+    """
+    shown = folder if shown is None else shown
+    if not Path(folder, CONFIG_NAME).is_file():
+        raise ValueError(f"{shown} holds no adapter that can be read: no {CONFIG_NAME} in it.")
     try:
-        return PeftConfig.from_pretrained(str(path))
+        return PeftConfig.from_pretrained(str(folder))
     except KeyError as error:
         raise ValueError(
-            f"The adapter {path} is of the type {error}, which neither PEFT {peft.__version__} nor peftx knows."
+            f"The adapter {shown} is of the type {error}, which neither PEFT {peft.__version__} nor peftx knows."
         ) from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no adapter that can be read: {error}") from error
+    except Exception as error:  # whatever the config classes of PEFT make of values that nobody has checked
+        raise ValueError(f"{shown} holds no adapter that can be read: {error}") from error
 
 
-def load_adapter(path: str | os.PathLike, base_model: Any = None, **kwargs: Any) -> PeftModel:
+def read_tensors(folder: str | os.PathLike, shown: str | os.PathLike | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter in a folder, on the CPU; errors as for `read_adapter`."""
+    try:
+        return load_peft_weights(str(folder), device="cpu")
+    except Exception as error:
+        raise ValueError(f"The tensors of the adapter {shown or folder} cannot be read: {error}") from error
+
+
+def load_adapter(
+    path: str | os.PathLike,
+    base_model: Any = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> PeftModel:
     """A saved adapter on its base model.
 
     As `peft.AutoPeftModel`, but for every task in one function; the number of a classifier's labels is found in the
@@ -62,15 +175,19 @@ def load_adapter(path: str | os.PathLike, base_model: Any = None, **kwargs: Any)
     Args:
         path: folder, or id of a repository on the Hub.
         base_model: a model, or where to find it; default: where the adapter's config says.
+        revision, subfolder: of the adapter, as for `fetch_adapter`. The base model's revision is in the config.
+        token: for the Hub, for adapter and base model.
         kwargs: for `from_pretrained` of the base model, e.g. `dtype`.
 
     Raises:
         ValueError: as for `read_adapter`, or the base model cannot be found.
     """
-    config, state = read_adapter(path)
+    folder = fetch_adapter(path, revision=revision, subfolder=subfolder, token=token)
+    config = read_config(folder, shown=path)
     if not isinstance(base_model, nn.Module):
-        base_model = load_base(config, state, base_model, **kwargs)
-    return PeftModel.from_pretrained(base_model, str(path), config=config)
+        state = read_tensors(folder, shown=path)
+        base_model = load_base(config, state, base_model, **({} if token is None else {"token": token}), **kwargs)
+    return PeftModel.from_pretrained(base_model, str(folder), config=config)
 
 
 def load_base(config: Any, state: dict[str, torch.Tensor], name: str | os.PathLike | None, **kwargs: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ UNFILLED = "# Model Card for Model ID"  # the title of the template that PEFT st
 LOADING = "## Load this adapter"
 TITLES = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "CAUSAL_LM": "CausalLM"}
 TITLES |= {"SEQ_2_SEQ_LM": "Seq2SeqLM", "QUESTION_ANS": "QuestionAnswering"}
+OF_BASE = "base_model:adapter:"  # how PEFT begins a tag
 # fields of a config that are shown whatever their value
 ALWAYS = ("r", "target_modules", "lora_alpha", "task_type")
 # fields that are no settings of the training, or stand elsewhere on the card
@@ -34,8 +36,8 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
     """Fills in the card at `path`, which PEFT has just written: tags, and first of all the code that loads the adapter.
 
     A card that nobody has written yet, the template of PEFT and transformers, gets a text too: method, paper, settings,
-    size. What a user wrote stays. For a card on its way to the Hub, `repo_id` is named in the code, and a base model
-    that is a folder here is left out of the metadata: the Hub refuses cards whose base model is no id.
+    size. What a user wrote stays. For a card on its way to the Hub, `repo_id` is named in the code. A base model that
+    is a folder here appears nowhere with its path, which is nobody's business and which the Hub refuses as metadata.
     """
     card = ModelCard.load(path, ignore_metadata_errors=True)
     info = info_of(type(config))
@@ -46,14 +48,25 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
     card.data.tags = sorted(tags.union(card.data.tags or ()))
     if config.base_model_name_or_path and not card.data.base_model:
         card.data.base_model = config.base_model_name_or_path
-    if repo_id and isinstance(card.data.base_model, str) and not _is_id(card.data.base_model):
-        card.data.base_model = None
+    drop_paths(card)
     text = card.text
     if UNFILLED in text:
         text = "\n\n".join([*description(info, config), *size(weights, shapes), versions()])
+    else:  # of another base model, it may be, than when it was written
+        title = re.compile(rf"^# {re.escape(_title(config, ''))}(?: of \S+)?$", re.MULTILINE)
+        text = title.sub(lambda _: f"# {_title(config)}", text, count=1)
     earlier = re.compile(rf"{LOADING}\n\n```python\nimport peftx.*?```\n*", re.DOTALL)
     card.text = f"{loading_code(info, config, labels_in(config, shapes), repo_id)}\n\n{earlier.sub('', text).lstrip()}"
     card.save(path)
+
+
+def drop_paths(card: Any) -> None:
+    """Takes a base model that is no id of the Hub out of a card's metadata, and out of its tags."""
+    named = card.data.base_model
+    if isinstance(named, str) and not is_id(named):
+        card.data.base_model = None
+    tags = [tag for tag in card.data.tags or () if not tag.startswith(OF_BASE) or is_id(tag.removeprefix(OF_BASE))]
+    card.data.tags = tags or None
 
 
 def keep_card(model: Any) -> None:
@@ -89,7 +102,7 @@ def _complete(model: Any, path: Path, repo_id: str = "") -> None:
         complete_card(path, config, repo_id)
 
 
-def _is_id(name: str) -> bool:
+def is_id(name: str) -> bool:
     """Whether `name` has the form of an id on the Hub, and is no path here."""
     try:
         validate_repo_id(name)
@@ -102,20 +115,21 @@ def loading_code(info: MethodInfo, config: Any, labels: int | None = None, repo_
     """The section whose first line of code registers the method."""
     auto = f"AutoModel{'For' if config.task_type in TITLES else ''}{TITLES.get(config.task_type, '')}"
     base = config.base_model_name_or_path
+    named = json.dumps(base if is_id(base) else "path/or/name of the base model", ensure_ascii=False) if base else ""
     lines = [f"import peftx  # registers {info.peft_type.value} with PEFT: pip install peftx"]
     lines += ["from peft import PeftModel"]
     if base:
         count = f", num_labels={labels}" if labels else ""
-        lines += [f"from transformers import {auto}", "", f'base_model = {auto}.from_pretrained("{base}"{count})']
+        lines += [f"from transformers import {auto}", "", f"base_model = {auto}.from_pretrained({named}{count})"]
     else:
         lines += ["", "base_model = ...  # the model it was trained on"]
-    lines += [f'model = PeftModel.from_pretrained(base_model, "{repo_id or "path/or/name of this adapter"}")']
+    here = json.dumps(repo_id or "path/or/name of this adapter", ensure_ascii=False)
+    lines += [f"model = PeftModel.from_pretrained(base_model, {here})"]
     return "\n".join([LOADING, "", "```python", *lines, "```"])
 
 
 def description(info: MethodInfo, config: Any) -> list[str]:
     """What the method is, and the adapter's settings."""
-    base = config.base_model_name_or_path or "a model without a name"
     title = type(config).__name__.removesuffix("Config")
     address = info.paper.replace("arXiv:", "https://arxiv.org/abs/") if info.paper.startswith("arXiv:") else ""
     paper = f"[{info.paper}]({address})" if address else info.paper
@@ -127,13 +141,19 @@ def description(info: MethodInfo, config: Any) -> list[str]:
     }[info.lora_export]
     merge = "`merge_and_unload()` adds it to the base model's weights: no cost at inference. " if info.mergeable else ""
     return [
-        f"# {title} adapter of {base}",
+        f"# {_title(config)}",
         f"Trained with [PEFT](https://github.com/huggingface/peft) and peftx. {title}: {info.summary.rstrip('.')} "
         f"({paper}).",
         f"{merge}{how}",
         "## Settings",
         "\n".join(["| field | value |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in settings(config).items())]),
     ]
+
+
+def _title(config: Any, base: str | None = None) -> str:
+    name = config.base_model_name_or_path or ""
+    base = (f" of {name}" if is_id(name) else "") if base is None else base
+    return f"{type(config).__name__.removesuffix('Config')} adapter{base}"
 
 
 def settings(config: Any) -> dict[str, str]:
@@ -148,8 +168,14 @@ def settings(config: Any) -> dict[str, str]:
             value = value.value
         if isinstance(value, (set, list, tuple)):
             value = ", ".join(str(part) for part in dict.fromkeys(sorted(value, key=str)))
-        shown[f.name] = f"`{value}`".replace("|", "\\|")
+        shown[f.name] = code(str(value)).replace("|", "\\|")
     return shown
+
+
+def code(text: str) -> str:
+    """Inline code of Markdown, in one line."""
+    text = " ".join(text.split())
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def shapes_in(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -1,0 +1,155 @@
+"""The model card of a compressed model, which goes with it to folders and to the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..tuners.card import UNFILLED, is_id
+from .linear import LowRankLinear
+from .loader import LowRankConfig
+
+# of a method; a plain SVD has no paper
+PAPERS = {"fwsvd": "arXiv:2207.00112", "asvd": "arXiv:2312.05821", "svd-llm": "arXiv:2403.07378"}
+TAGS = ("compressed", "low-rank", "peftx")
+
+
+def keep_card(model: Any, base_model: str = "") -> None:
+    """Lets a compressed model carry its card: `save_pretrained` writes one where there is none, and `push_to_hub`
+    replaces transformers' empty template by it.
+
+    Only this instance changes; once `materialize` made it dense, it saves as before. A `Trainer` writes its own card
+    over it when it pushes: `peftx.hub.finish_card` on its folder adds the code that loads the model.
+
+    Args:
+        model: of transformers; others have no files and no card.
+        base_model: id or folder of the dense model, "" where nobody knows it any more.
+    """
+    if hasattr(model, "push_to_hub"):
+        vars(model).update(
+            save_pretrained=partial(_save, model, base_model),
+            _upload_modified_files=partial(_upload, model, base_model),
+        )
+
+
+def _save(model: Any, base_model: str, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    path, main = Path(save_directory, "README.md"), args[0] if args else kwargs.get("is_main_process", True)
+    if main and _is_compressed(model) and (path.parent / "config.json").is_file() and not path.exists():
+        path.write_text(card_of(model, path.parent.resolve().name, base_model), encoding="utf-8")
+
+
+def _upload(model: Any, base_model: str, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    path = Path(working_dir, "README.md")
+    if _is_compressed(model) and path.is_file():
+        _complete(path, card_of(model, repo_id, base_model), loading(_loader(model), repo_id))
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _is_compressed(model: Any) -> bool:
+    config = getattr(model.config, "quantization_config", None)
+    return isinstance(config, LowRankConfig) and not getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _complete(path: Path, text: str, code: str) -> None:
+    """Makes the card at `path` that of a compressed model.
+
+    transformers' empty template is replaced by `text`; what somebody wrote stays, with the `code` that loads the model
+    before it where it has none. The tags of both are kept.
+    """
+    from huggingface_hub import ModelCard
+
+    old: Any = ModelCard.load(path, ignore_metadata_errors=True)
+    new: Any = ModelCard(text)
+    tags = sorted({*(old.data.tags or ()), *(new.data.tags or ())})
+    if UNFILLED in old.text:
+        old = new
+    elif "import peftx" not in old.text:
+        old.text = f"{code}\n\n{old.text.lstrip()}"
+    old.data.tags = tags
+    old.save(path)
+
+
+def _loader(model: Any) -> str:
+    import transformers
+
+    name = type(model).__name__
+    return name if hasattr(transformers, name) else "AutoModel"
+
+
+def loading(loader: str, name: str) -> str:
+    """The code that loads a compressed model, whose first line registers how."""
+    return (
+        "It needs [peftx](https://pypi.org/project/peftx/):\n\n```python\nimport peftx\n"
+        f"from transformers import {loader}\n\n"
+        f"model = {loader}.from_pretrained({json.dumps(name, ensure_ascii=False)})\n```"
+    )
+
+
+def card_of(model: Any, name: str, base_model: str = "") -> str:
+    """The README.md of a compressed model, as far as the model itself tells.
+
+    Args:
+        name: repository or folder of the result.
+        base_model: of the model that was compressed.
+    """
+    config = model.config.quantization_config
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    after = sum(parameter.numel() for parameter in model.parameters())
+    less = sum(low.in_features * low.out_features - low.rank * (low.in_features + low.out_features) for low in layers)
+    return page(
+        name=name,
+        base_model=base_model,
+        loader=_loader(model),
+        parameters=(after + less, after),
+        method=config.method or "",
+        keep=config.keep,
+        layers=len(layers),
+    )
+
+
+def page(
+    *,
+    name: str,
+    base_model: str,
+    loader: str,
+    parameters: tuple[int, int],
+    method: str,
+    keep: float | None,
+    layers: int,
+    results: Sequence[str] = (),
+    details: str = "",
+) -> str:
+    """The text of a card with its metadata; of a base model that is a folder only the name is told.
+
+    Args:
+        loader: the class of transformers that loads it.
+        parameters: before and after.
+        results: paragraphs after the code.
+        details: after the method's sentence.
+    """
+    from huggingface_hub import CardData
+
+    known = is_id(base_model)
+    tags = sorted({*TAGS, *([method] if method else [])})
+    metadata = CardData(base_model=base_model if known else None, library_name="transformers", tags=tags)
+    shown = f"`{base_model if known else Path(base_model).name}`" if base_model else "A model"
+    before, after = parameters
+    paper = PAPERS.get(method, "")
+    cited = f" ([{paper}]({paper.replace('arXiv:', 'https://arxiv.org/abs/')}))" if paper else ""
+    share = "" if keep is None else f", keep {keep:g}"
+    parts = [
+        f"---\n{metadata.to_yaml().rstrip()}\n---",
+        f"# {' '.join(name.split())}",
+        f"{shown} with its linear layers as products of two thin ones: {before:,} parameters became {after:,} "
+        f"({1 - after / before:.1%} fewer).",
+        loading(loader, name),
+        "Without `import peftx` loading stops with an error about sizes of `weight`.\n"
+        "`peftx.compression.materialize(model)` makes ordinary dense layers again.",
+        *results,
+        f"Method: {method or 'not told'}{cited}{share} of {layers} layers{details}.",
+    ]
+    return "\n\n".join(parts) + "\n"
