@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 QUICK_TEXTS = 800
 QUICK_METHODS = 2
@@ -76,7 +76,8 @@ def demo(
         Path | None, typer.Option(help="Folder of an encoder.", show_default="MiniLM-L6, from peftx[demo]")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Variants to set beside LoRA, by comma.", show_default="the first of each method")
+        str | None,
+        typer.Option(help="Variants to set beside LoRA, by comma, or all.", show_default="the first of each method"),
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the texts.", show_default="8 by all methods, at most 2 each")
@@ -86,7 +87,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of head, batches and adapters.")] = 0,
     model_cards: Annotated[
         Path | None,
-        typer.Option(help="Folder for a copy of each method's finished card, <method>.md.", show_default="none"),
+        typer.Option(help="Folder for a copy of each method's finished card, METHOD.md.", show_default="none"),
     ] = None,
 ) -> None:
     """Fine-tune a real encoder with LoRA and with the methods of peftx, offline, and compare them.
@@ -98,8 +99,12 @@ def demo(
         from ..demo import cards, report, run
         from ..demo.model import default_folder
 
-        chosen = tuple(name.strip() for name in methods.split(",")) if methods else ()
-        chosen = chosen or run.first_variants(QUICK_METHODS if quick else None)
+        if methods == "all":
+            chosen = tuple(entry.name for entry in run.contenders())
+        elif methods:
+            chosen = tuple(name.strip() for name in methods.split(","))
+        else:
+            chosen = run.first_variants(QUICK_METHODS if quick else None)
         passes = 1.0 if quick else min(2.0, PASSES / len(run.contenders(chosen)))
         options = run.Options(
             model or default_folder(),
