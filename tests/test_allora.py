@@ -198,6 +198,24 @@ def test_embedding_and_convolution_follow_the_rule():
     torch.testing.assert_close(B.grad.flatten(1), s[:, None] * (G.flatten(1) @ flat[1].T))
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_a_grouped_convolution_follows_the_rule():
+    model, layer = wrap(nn.Conv2d(4, 6, 3, groups=2), r=4)
+    A, B = factors(layer)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    delta = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    model(x).backward(delta)
+    half = [(B.detach()[3 * g : 3 * g + 3].flatten(1), A.detach()[2 * g : 2 * g + 2].flatten(1)) for g in range(2)]
+    s = torch.cat([row_scale(*pair) for pair in half])
+    h = nn.functional.conv2d(x, A.detach())
+    torch.testing.assert_close(
+        B.grad,
+        torch.autograd.functional.vjp(
+            lambda w: nn.functional.conv2d(h, w, groups=2), B.detach(), delta * s.view(-1, 1, 1)
+        )[1],
+    )
+
+
 def test_a_watched_module_is_called_and_the_gradients_stay_the_same():
     model, layer = wrap(nn.Linear(7, 5))
     x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)

@@ -79,10 +79,12 @@ class ALLoRA(Variant):
         A, B = (at_least_fp32(w) for w in self._weights(module, adapter_name))
         if self.config.norm_of == "b":
             norm = B.flatten(1).norm(dim=1)
-        elif A.ndim > 2:
-            norm = at_least_fp32(module.get_delta_weight(adapter_name)).flatten(1).norm(dim=1)
-        else:  # ||B_i A||^2 = B_i (A A^T) B_i^T
-            norm = ((B @ (A @ A.T)) * B).sum(dim=1).clamp(min=0).sqrt() * abs(module.scaling[adapter_name])
+        else:  # ||B_i A||^2 = B_i (A A^T) B_i^T; a grouped convolution's row has the ranks of its group only
+            B = B.flatten(1)
+            A = A.flatten(1).view(-1, B.shape[1], A[0].numel())
+            B = B.view(len(A), -1, B.shape[1])
+            norm2 = ((B @ (A @ A.mT)) * B).sum(dim=2).flatten()
+            norm = norm2.clamp(min=0).sqrt() * abs(module.scaling[adapter_name])
         return (norm + self.config.eta**-2).rsqrt()
 
     def forward(  # type: ignore[override]
