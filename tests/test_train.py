@@ -1,6 +1,7 @@
 """`peftx train` and `peftx compare`, on tiny models and data."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -214,7 +215,9 @@ def test_data_of_every_kind(files: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for split, rows in (("train", wanted[:30]), ("test", wanted[30:])):
         (tmp_path / "set" / f"{split}.json").write_text(json.dumps(rows))
-    found = read_both(settings(files, tmp_path / "out", data=tmp_path / "set", eval_split="test"))
+    given = settings(files, tmp_path / "out", data=tmp_path / "set")
+    assert read_both(given) == (wanted[:30], None)
+    found = read_both(dataclasses.replace(given, eval_split="test"))
     assert found == (wanted[:30], wanted[30:])
     with pytest.raises(ValueError, match="cannot read .*set: .*train"):
         read(str(tmp_path / "set"), split="tran")
@@ -284,6 +287,82 @@ def test_quantised_bases(files: Path, tmp_path: Path, flag: str, layer: str) -> 
     assert not (tmp_path / "full").exists()
 
 
+@pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
+def test_a_new_classifier_of_a_quantised_base(files: Path, tmp_path: Path, flag: str) -> None:
+    """The classifier, and the pooler that the checkpoint lacks, are trained and so not quantised."""
+    lacking = transformers.BertModel(tiny_model("bert").config, add_pooling_layer=False)
+    lacking.save_pretrained(tmp_path / "bert")
+    words().save_pretrained(tmp_path / "bert")
+    watch = Watch()
+    given: dict[str, Any] = {"model": tmp_path / "bert", "data": "classes.jsonl", "task": "SEQ_CLS", flag: True}
+    found = run.train(settings(files, tmp_path / "out", method="bone", method_settings={"r": 4}, **given), [watch])
+    assert found["labels"] == ["even", "odd"]
+    heads = {n: p for n, p in watch.model.named_parameters() if "classifier" in n or "pooler" in n}
+    assert {p.dtype for p in heads.values()} == {torch.float32} and len(heads) == 8  # and their originals
+    assert found["trained_values"]["whole_modules"] == 2 * 17 + 16 * 17
+
+
+def test_an_evaluation_does_not_end_the_gradients_of_a_4_bit_base(files: Path, tmp_path: Path) -> None:
+    """On some CPUs bitsandbytes packs the weights for good in eval mode, and has no gradient for packed ones."""
+    watch = Watch()
+    training = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
+    given: dict[str, Any] = {"model": "wide", "method_settings": {"r": 4}, "load_in_4bit": True}
+    broken = run.train(settings(files, tmp_path / "out", training=training, **given), [watch])
+    layers = [m for m in watch.model.modules() if type(m).__name__ == "Linear4bit"]
+    assert layers and not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in layers)
+    training = {"max_steps": 4, "logging_steps": 1}
+    whole = run.train(settings(files, tmp_path / "whole", training=training, **given))
+    losses = [[entry["loss"] for entry in part["history"] if "loss" in entry] for part in (broken, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_classifier_of_tokens(files: Path, tmp_path: Path) -> None:
+    """A word's first piece has its label; the loss and the accuracy are over all words, by the saved adapter."""
+    pieces = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3, "a": 4, "b": 5, "##c": 6, "##d": 7}
+    tokenizer = transformers.BertTokenizer(vocab=pieces)
+    tokenizer.save_pretrained(tmp_path / "bert")
+    tiny_model("bert").bert.save_pretrained(tmp_path / "bert")
+    draw = random.Random(0)
+    rows = []
+    for _ in range(60):
+        tokens = [draw.choice(["a", "b", "acd", "bd"]) for _ in range(draw.randrange(2, 6))]
+        rows.append({"tokens": tokens, "labels": [{"a": "first", "b": "second"}[token[0]] for token in tokens]})
+    (tmp_path / "tags.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ("--model", tmp_path / "bert", "--data", tmp_path / "tags.jsonl", "--output", tmp_path / "out", *SHORT)
+    learn = ("--max-steps", 60, "--learning-rate", 0.01, "--training", "logging_steps=1", "--set", "r=4")
+    metrics = trained("train", *given, "--task", "TOKEN_CLS", *learn)
+    assert metrics["labels"] == ["first", "second"]
+    losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    model = peftx.hub.load_adapter(tmp_path / "out")
+    assert type(model.get_base_model()).__name__ == "BertForTokenClassification"
+    _, held = hold_out(rows, 0.1)
+    wanted, right = [], []
+    for row in held:
+        ids, first = [1], []
+        for token in row["tokens"]:
+            first.append(len(ids))
+            ids += [pieces[token[0]], *(pieces[f"##{letter}"] for letter in token[1:])]
+        with torch.no_grad():
+            scores = model(torch.tensor([[*ids, 2]])).logits[0, first].double()
+        classes = torch.tensor([("first", "second").index(label) for label in row["labels"]])
+        wanted += torch.nn.functional.cross_entropy(scores, classes, reduction="none").tolist()
+        right += (scores.argmax(-1) == classes).tolist()
+    assert metrics["eval"]["loss"] == pytest.approx(sum(wanted) / len(wanted), rel=1e-4)
+    assert metrics["eval"]["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [("llama", "pairs.jsonl"), ("t5", "pairs.jsonl"), ("bert", "classes.jsonl")]
+)
+def test_the_loss_falls(files: Path, tmp_path: Path, model: str, data: str) -> None:
+    training = {"max_steps": 80, "learning_rate": 0.01, "logging_steps": 10, "save_strategy": "no"}
+    given: dict[str, Any] = {"model": model, "data": data, "method": "full", "eval_share": 0.0}
+    found = run.train(settings(files, tmp_path / "out", training=training, **given))
+    losses = [entry["loss"] for entry in found["history"] if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 # Resume, and the output folder
 
 
@@ -322,6 +401,9 @@ def test_the_output_folder(files: Path, tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert refused.stderr == f"peftx: output {out} is not empty: name another folder, or say overwrite or resume\n"
     assert (out / "adapter_model.safetensors").read_bytes() == before
+    given = (*arguments, "--overwrite", "--data", files / "nothing.jsonl")
+    assert call("train", *given).exit_code == 2  # found before anything is replaced
+    assert (out / "adapter_model.safetensors").read_bytes() == before
     trained("train", *arguments, "--seed", 1, "--overwrite")
     assert (out / "adapter_model.safetensors").read_bytes() != before and (out / "mine.txt").read_text() == "mine"
     refused = call("train", *arguments[:4], "--output", out / "mine.txt")
@@ -355,7 +437,7 @@ def test_the_output_folder(files: Path, tmp_path: Path) -> None:
         (["--max-length", "3"], "no sample has an answer within the first 3 tokens"),
         (["--model", "{tmp}/nothing"], "the model {tmp}/nothing, which is not a folder here, cannot be loaded: "),
         (["--model", "{files}/encoder"], "cannot tell the task of a BertModel: name one of CAUSAL_LM"),
-        (["--task", "SEQ_CLASS"], "task must be one of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, got SEQ_CLASS"),
+        (["--task", "SEQ_CLASS"], "task must be one of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, got SEQ_CLASS"),
         (["--task", "SEQ_CLS"], "a classifier needs samples of at least two labels, found none in the field 'label'"),
         (["--load-in-4bit", "--load-in-8bit"], "load_in_4bit and load_in_8bit exclude each other"),
         (["--overwrite", "--resume"], "resume and overwrite exclude each other"),
@@ -369,6 +451,21 @@ def test_the_output_folder(files: Path, tmp_path: Path) -> None:
         (["--config", "{tmp}/prune.yaml"], "prune: unknown key 'keeps', did you mean keep?"),
         (["--config", "{tmp}/states.yaml"], "small_states: unknown key 'ranks', did you mean rank?"),
         (["--config", "{tmp}/none.yaml"], "No such file or directory"),
+        (["--config", "{tmp}/twice.yaml"], "twice.yaml is not YAML: 'r' is said twice"),
+        (["--batch-size", "0"], "training: per_device_train_batch_size must be at least 1, got 0"),
+        (["--gradient-accumulation", "0"], "training: gradient_accumulation_steps must be at least 1, got 0"),
+        (["--learning-rate", "-1"], "training: learning_rate must be a number of at least 0, got -1.0"),
+        (["--max-steps", "0"], "training: num_train_epochs must be above 0, and max_steps at least 1"),
+        (["--eval-split", "test"], "eval_split is 'test', but {files}/pairs.jsonl is a single file, which has none"),
+        (["--split", "test"], "split is 'test', but {files}/pairs.jsonl is a single file"),
+        (["--data", "{tmp}/torn.csv"], "cannot read {tmp}/torn.csv: "),
+        (["--data", "{tmp}/chat.jsonl"], "record 1: its messages are not a list of objects with role and content"),
+        (["--data", "{tmp}/foreign.jsonl"], "no sample has a word that the tokenizer of {files}/llama knows within"),
+        (["--task", "SEQ_CLS", "--data", "{tmp}/huge.jsonl"], "to be numbered 0, 1, ..., but one is 10000000000"),
+        (["--task", "SEQ_CLS", "--data", "{tmp}/null.jsonl"], "record 21: label None is neither a name nor a whole"),
+        (["--task", "SEQ_CLS", "--data", "{tmp}/nan.jsonl"], "record 21: label nan is neither a name nor a whole"),
+        (["--task", "TOKEN_CLS", "--data", "{tmp}/uneven.jsonl"], "tokens and labels are not two lists of the same"),
+        (["--model", "{tmp}/torn"], "the model {tmp}/torn cannot be loaded: "),
     ],
 )
 def test_bad_input_is_one_line(files: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -382,14 +479,24 @@ def test_bad_input_is_one_line(files: Path, tmp_path: Path, arguments: list[str]
         "type.yaml": "eval_share: much",
         "prune.yaml": "prune: {keeps: 0.5}",
         "states.yaml": "small_states: {ranks: 2}",
+        "twice.yaml": "method_settings: {r: 2, r: 3}",
+        "torn.csv": "question,answer\nw1,w2\nw3,w4,w5\n",
+        "chat.jsonl": '{"messages": "hello"}\n' * 20,
+        "foreign.jsonl": '{"question": "what", "answer": "that"}\n' * 20,
+        "uneven.jsonl": '{"tokens": ["w1", "w2"], "labels": [0]}\n' * 10 + '{"tokens": ["w1"], "labels": [1]}\n' * 10,
     }
+    for name, value in (("huge", "10000000000"), ("null", "null"), ("nan", "NaN")):
+        rows = [f'{{"text": "w1", "label": {label}}}\n' for label in (0, 1)] * 10
+        pages[f"{name}.jsonl"] = "".join([*rows, f'{{"text": "w1", "label": {value}}}\n'])
+    shutil.copytree(files / "llama", tmp_path / "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn" * 8)
     for name, page in pages.items():
         (tmp_path / name).write_text(page)
     arguments = [argument.format(tmp=tmp_path, files=files) for argument in arguments]
     given = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", tmp_path / "out", *SHORT)
     outcome = call("train", *given, *arguments)
     assert outcome.exit_code == 2, (outcome.output, outcome.exception)
-    assert message.format(tmp=tmp_path) in outcome.stderr
+    assert message.format(tmp=tmp_path, files=files) in outcome.stderr
     assert outcome.stderr.startswith("peftx: ") and outcome.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -546,6 +653,65 @@ def test_compare_at_equal_budget_tells_what_does_not_run(files: Path, tmp_path: 
     assert f"loldu comes no nearer to the budget of {values['lora']:,} values than {values['loldu']:,}" in said
     assert "peftx: compacter did not run: method compacter does not fit llama" in outcome.stderr
     assert "peftx: prefix_tuning did not run: " in outcome.stderr
+
+
+def test_all_leaves_out_what_does_not_fit(files: Path, tmp_path: Path, here: list) -> None:
+    given = ("--model", files / "llama", "--data", files / "pairs.jsonl", *SHORT, "--max-steps", 1, "--seeds", 1)
+    given = (*given, "--rank", 2)
+    outcome = call("compare", *given, "--output", tmp_path / "all", "--methods", "all")
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    runs = json.loads((tmp_path / "all" / "results.json").read_text())["runs"]
+    assert [run["method"] for run in runs] == [name for name in methods.first_variants() if name != "compacter"]
+    assert "compacter is left out: method compacter does not fit llama: " in outcome.stdout
+    page = (tmp_path / "all" / "results.md").read_text()
+    assert "- compacter is left out: " in page and "compacter has no rank" not in page and "; one seed" in page
+
+    outcome = call("compare", *given, "--output", tmp_path / "two", "--methods", "lora,compacter")
+    assert outcome.exit_code == 1 and "peftx: compacter did not run: method compacter does not fit" in outcome.stderr
+    assert "| lora |" in (tmp_path / "two" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "{tmp}/nothing"], "the model {tmp}/nothing, which is not a folder here, cannot be loaded"),
+        (["--data", "{tmp}/odd.jsonl"], "record 1: found no prompt and answer among its fields a: name them"),
+    ],
+)
+def test_what_no_run_could_do_is_said_once(
+    files: Path, tmp_path: Path, arguments: list[str], message: str, here: list
+) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"a": 1}\n' * 20)
+    given = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", tmp_path / "out", *SHORT)
+    outcome = call("compare", *given, *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert outcome.exit_code == 2 and message.format(tmp=tmp_path) in outcome.stderr
+    assert outcome.stderr.count("\n") == 1 and not here and not (tmp_path / "out").exists()
+
+
+def test_contestants() -> None:
+    assert comparison.contestants("lora, LoRA,lora_ggpo") == {"lora": {}, "lora-ggpo": {}}
+    assert comparison.contestants({"all": None, "bone": {"r": 2}})["bone"] == {"r": 2}
+    with pytest.raises(ValueError, match="LoRA is named twice, with different settings"):
+        comparison.contestants({"lora": {"r": 2}, "LoRA": {"r": 4}})
+
+
+def test_memory_is_of_the_training(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the evaluation after it."""
+    asked: list[str] = []
+    monkeypatch.setattr(comparison, "peak_memory", lambda before: asked.append("memory") or {"peak_memory": 7})
+    evaluate = transformers.Trainer.evaluate
+    monkeypatch.setattr(transformers.Trainer, "evaluate", lambda self: asked.append("evaluation") or evaluate(self))
+    assert comparison.measured(settings(files, tmp_path / "out"))["peak_memory"] == 7
+    assert asked == ["memory", "evaluation"]
+
+
+def test_a_seed_that_is_missing_is_told() -> None:
+    common = {"method_settings": {}, "learning_rate": 1e-3, "trained_values": {"adapter": 8, "whole_modules": 0}}
+    common |= {"eval": {"loss": 1.0}, "peak_memory": 1e6, "memory_of": "the process", "bytes": 32, "steps": 2}
+    common |= {"samples": {"eval": 4}, "step_seconds": 0.5}
+    runs = [{**common, "method": name, "seed": seed} for name, seed in (("lora", 0), ("lora", 1), ("bone", 0))]
+    notes = report.notes(report.rows(runs), runs)
+    assert "bone has 1 of 2 seeds" in notes and "over 2 seeds" in notes[0]
 
 
 def test_compare_in_processes_of_their_own(files: Path, tmp_path: Path) -> None:

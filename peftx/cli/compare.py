@@ -10,8 +10,9 @@ from .train import with_options
 def compare(settings: CompareSettings) -> None:
     """Train several methods on the same data, at equal rank or number of values, and set them side by side.
 
-    Written to the output folder: a table (results.md, results.csv), a picture of quality against values, memory and
-    step time (pareto.png), all numbers (results.json), and the adapters. Started again, it goes on where it stopped.
+    Methods of `all` that do not fit the model are left out. Written to the output folder: a table (results.md,
+    results.csv), a picture of quality against values, memory and step time (pareto.png), all numbers (results.json),
+    and the adapters. Started again, it goes on where it stopped.
     """
     from rich import box
     from rich.console import Console
@@ -28,13 +29,16 @@ def compare(settings: CompareSettings) -> None:
     if outcome.runs:
         found = report.rows(outcome.runs)
         heads, body = report.cells(found, outcome.runs)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-        table.caption = "\n".join([*report.notes(found, outcome.runs), *outcome.notes])
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for head in heads:
-            table.add_column(head, justify="left" if head in ("method", "settings") else "right")
+            text = head in ("method", "settings")
+            lines = head.replace(" ", "\n").replace("/\n", "/ ")
+            table.add_column(lines, justify="left" if text else "right", no_wrap=head != "settings", overflow="fold")
         for line in body:
             table.add_row(*line)
         Console().print(table)
+        for note in [*report.notes(found, outcome.runs), *outcome.notes]:
+            typer.echo(note)
         typer.echo(f"Written: {', '.join(str(path) for path in outcome.paths)}")
     if outcome.failures:
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ from rich.markdown import Markdown
 from ..utils import quiet
 from .main import fail
 from .prune import load, padding_of
+from .train import data_option
 
 KEEPS = (0.9, 0.75, 0.6, 0.5)  # of the picture
 
@@ -39,15 +40,13 @@ def compress(
     task: Annotated[
         str | None, typer.Option(help="CAUSAL_LM, SEQ_CLS or SEQ_2_SEQ_LM.", show_default="the model's")
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Field of the prompt, or of the text to classify.", show_default="found")
-    ] = None,
-    answer: Annotated[str | None, typer.Option(help="Field of the answer.", show_default="found")] = None,
-    label: Annotated[str, typer.Option(help="Field of a classifier's label.")] = "label",
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a sample; the rest is cut off.")] = 512,
+    prompt: Annotated[str | None, data_option("prompt")] = None,
+    answer: Annotated[str | None, data_option("answer")] = None,
+    label: Annotated[str | None, data_option("label")] = None,
+    max_length: Annotated[int, data_option("max_length")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Of the recovery.")] = 5e-5,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[str, data_option("dtype")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the held-out part and of the recovery.")] = 0,
     layers: Annotated[bool, typer.Option("--layers", help="Print rank and error of every layer.")] = False,
@@ -113,7 +112,7 @@ def compress(
         card = compression.card(
             report,
             name=out.name,
-            base_model=Path(model).name if Path(model).exists() else model,
+            base_model=model,
             loader=LOADERS[kind],
             score=f"{metric} on {len(test)} held-out samples",
             scores=scores,

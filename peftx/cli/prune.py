@@ -11,6 +11,7 @@ from rich.markdown import Markdown
 
 from ..utils import quiet
 from .main import fail
+from .train import data_option
 
 
 def prune(
@@ -38,15 +39,13 @@ def prune(
     task: Annotated[
         str | None, typer.Option(help="CAUSAL_LM, SEQ_CLS or SEQ_2_SEQ_LM.", show_default="the model's")
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Field of the prompt, or of the text to classify.", show_default="found")
-    ] = None,
-    answer: Annotated[str | None, typer.Option(help="Field of the answer.", show_default="found")] = None,
-    label: Annotated[str, typer.Option(help="Field of a classifier's label.")] = "label",
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a sample; the rest is cut off.")] = 1024,
+    prompt: Annotated[str | None, data_option("prompt")] = None,
+    answer: Annotated[str | None, data_option("answer")] = None,
+    label: Annotated[str | None, data_option("label")] = None,
+    max_length: Annotated[int, data_option("max_length")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a forward pass.")] = 8,
     eta: Annotated[float, typer.Option(help="Step of the probe.")] = 1e-3,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[str, data_option("dtype")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cuda if there is one")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of random.")] = 0,
     show: Annotated[int, typer.Option(min=0, help="Print so many of the most and the least wanted samples.")] = 3,

@@ -103,6 +103,13 @@ def options(cls: type[Settings], left_out: tuple[str, ...]) -> list[inspect.Para
     return [p for p in [*found, *sections] if p.name not in left_out]
 
 
+def data_option(name: str) -> Any:
+    """The option of a setting of the data, for a command that has no settings of its own."""
+    metadata = next(f.metadata for f in dataclasses.fields(Settings) if f.name == name)
+    least = 2 if name == "max_length" else None
+    return typer.Option(min=least, help=metadata["help"], show_default=metadata["shown"] or True)
+
+
 def alternatives(hint: Any) -> list[Any]:
     """The types in a union, None left out."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -160,8 +167,9 @@ def train(settings: TrainSettings) -> None:
     """Fine-tune a model on your data by any method of peftx or PEFT.
 
     Fields of the data are found: messages; prompt and completion; question and answer; instruction, input and output;
-    or text. Of a classifier: text and label. Of a causal LM only the answer is learned. The output folder gets the
-    adapter, tokenizer, card and metrics.json. `accelerate launch -m peftx.cli train ...` uses several devices.
+    or text. Of a classifier: text and label; of one of tokens (TOKEN_CLS): tokens and labels, lists of words and of
+    their labels. Of a causal LM only the answer is learned. The output folder gets the adapter, tokenizer, card and
+    metrics.json. `accelerate launch -m peftx.cli train ...` and `torchrun` use several devices or processes.
     """
     from ..train.run import train as run
 

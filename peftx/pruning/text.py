@@ -62,6 +62,8 @@ def prompt_and_answer(
         return text_of(record, prompt) if prompt else "", text_of(record, answer or "text")
     if "messages" in record:
         messages = record["messages"]
+        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError("its messages are not a list of objects with role and content")
         if not messages or messages[-1].get("role") != "assistant":
             raise ValueError("the last of its messages is not the assistant's")
         try:
@@ -82,6 +84,22 @@ def prompt_and_answer(
     raise ValueError(f"found no prompt and answer among its fields {', '.join(record)}: name them")
 
 
+def class_of(value: Any, label2id: Mapping[str, int] | None) -> int:
+    """The number of a label, given as its name or as the number itself."""
+    if isinstance(value, str):
+        if value not in (label2id or {}):
+            raise ValueError(f"label {value!r} is not one of the model's: {', '.join(label2id or {})}")
+        return (label2id or {})[value]
+    if not isinstance(value, int | float) or not float(value).is_integer():
+        raise ValueError(f"label {value!r} is neither a name nor a whole number")
+    return int(value)
+
+
+def label_field(task: str, label: str | None) -> str:
+    """The field of the labels: the named one, else `label`, or `labels` where each token has one."""
+    return label or ("labels" if task == "TOKEN_CLS" else "label")
+
+
 def encode(
     records: Sequence[Mapping[str, Any]],
     tokenizer: Any,
@@ -89,11 +107,14 @@ def encode(
     *,
     prompt: str | None = None,
     answer: str | None = None,
-    label: str = "label",
+    label: str | None = None,
     label2id: Mapping[str, int] | None = None,
     max_length: int = 1024,
 ) -> list[dict[str, Any]]:
     """`input_ids` and `labels` of each record. Of a causal LM only the answer, with its end token, has labels.
+
+    For TOKEN_CLS a record has a list of words (field `prompt`, else `tokens`) and as many labels; of a word that the
+    tokenizer splits, the first piece has the label, and the others have none, as in transformers' examples.
 
     Raises:
         ValueError: a record lacks a field; its number (from 1) is in the message.
@@ -119,21 +140,29 @@ def encode(
         }
 
     def classified(record: Mapping[str, Any]) -> dict[str, Any]:
-        value = record[label]
-        if isinstance(value, str):
-            if value not in (label2id or {}):
-                raise ValueError(f"label {value!r} is not one of the model's: {', '.join(label2id or {})}")
-            value = (label2id or {})[value]
-        if int(value) != value:
-            raise ValueError(f"label {value!r} is not a whole number")
         text = tokenizer(text_of(record, prompt or "text"), truncation=True, max_length=max_length)
-        return {"input_ids": text.input_ids, "labels": int(value)}
+        return {"input_ids": text.input_ids, "labels": class_of(record[field], label2id)}
+
+    def tagged(record: Mapping[str, Any]) -> dict[str, Any]:
+        words, tags = record[prompt or "tokens"], record[field]
+        if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
+            raise ValueError(f"{prompt or 'tokens'} and {field} are not two lists of the same length")
+        if not tokenizer.is_fast:
+            raise ValueError("the tokenizer does not tell which word a piece is of: a fast one is needed")
+        text = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+        numbers = [IGNORE if tag == IGNORE else class_of(tag, label2id) for tag in tags]
+        of = text.word_ids()
+        pairs = zip([None, *of], of, strict=False)
+        labels = [IGNORE if word is None or word == before else numbers[word] for before, word in pairs]
+        return {"input_ids": text.input_ids, "labels": labels}
 
     encoders: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "CAUSAL_LM": causal,
         "SEQ_2_SEQ_LM": translated,
         "SEQ_CLS": classified,
+        "TOKEN_CLS": tagged,
     }
+    field = label_field(task, label)
     if task not in encoders:
         raise ValueError(f"{task}: lines of JSON are for {', '.join(encoders)}; use peftx.pruning.score_dataset")
     samples = []

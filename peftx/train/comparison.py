@@ -9,10 +9,9 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,20 +23,19 @@ import transformers
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from .data import label_names, read_both
 from .methods import Method, check_settings, find, first_variants, key, peft_config, trainable
 from .report import write
 from .run import (
     CLASSES,
+    DoesNotFitError,
+    Plan,
     as_dict,
     extra_callbacks,
-    head_options,
-    loading,
     optimizer_options,
-    owners,
     plain,
+    prepared,
     quiet,
-    task_for,
+    skeleton,
     train,
     training_arguments,
 )
@@ -47,24 +45,35 @@ RESULTS = "results.json"
 RANK = 8
 LARGEST = 14  # power of 2, above which no rank is tried
 Count = Callable[[Method, Section], int | None]
+Methods = str | list[str] | Mapping[str, Section | None]
 Watch = Callable[[str, int, int], None]  # method, run, runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a comparison came to: the results of all runs, the files, and what could not be run, with the reason."""
+    """What a comparison came to: the results of all runs, the files, and what could not be run, with the reason.
+
+    `left_out` are those of `all` that do not fit the model, `failures` all others that did not run.
+    """
 
     runs: list[dict[str, Any]]
     paths: list[Path]
     notes: list[str]
     failures: dict[str, str]
+    left_out: dict[str, str]
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each optimizer step: of the GPU and all it waits for, or CPU time of the process without one."""
+    """Seconds of each optimizer step: of the GPU and all it waits for, or CPU time of the process without one.
+
+    And the peak of the memory until the training ends, so that an evaluation after it, whose batches may be larger,
+    does not count.
+    """
 
     def __init__(self) -> None:
+        self.before = psutil.Process().memory_info().rss
         self.seconds: list[float] = []
+        self.memory: dict[str, Any] = {}
         self.started = 0.0
 
     def now(self) -> float:
@@ -78,6 +87,9 @@ class Stopwatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(self.now() - self.started)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.memory = peak_memory(self.before)
 
 
 def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcome:
@@ -103,17 +115,22 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     check(settings, entries)
     folder = Path(settings.output)
     runs = earlier(settings, folder)
-    entries, notes = sized(settings, entries)
-    plan = [(name, chosen, seed) for seed in range(settings.seeds) for name, chosen in entries.items()]
+    with quiet():
+        plan, *_ = prepared(settings)  # what every run would find of model and data is found before the first one
+        entries, sizes = sized(settings, entries, plan)
+    queue = [(name, chosen, seed) for seed in range(settings.seeds) for name, chosen in entries.items()]
     failures: dict[str, str] = {}
-    for number, (name, chosen, seed) in enumerate(plan, 1):
-        watch(name, number, len(plan))
-        if name in failures or any(same(run, name, chosen, seed) for run in runs):
+    left_out: dict[str, str] = {}
+    asked = set(contestants(without_all(settings.methods)))
+    for number, (name, chosen, seed) in enumerate(queue, 1):
+        watch(name, number, len(queue))
+        if name in failures or name in left_out or any(same(run, name, chosen, seed) for run in runs):
             continue
         try:
             found = apart(measured, run_settings(settings, name, chosen, seed))
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            failures[name] = " ".join(str(error).split())
+            unasked = isinstance(error, DoesNotFitError) and name not in asked
+            (left_out if unasked else failures)[name] = " ".join(str(error).split())
             continue
         runs.append(found)
         store(settings, folder, runs)
@@ -124,27 +141,42 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
         for s in range(settings.seeds)
         if same(run, name, chosen, s)
     ]
-    return Outcome(shown, write(shown, folder, notes, failures) if shown else [], notes, failures)
+    trained = {run["method"] for run in shown}
+    notes = [note for name, note in sizes.items() if name in trained]
+    notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
+    paths = write(shown, folder, notes, failures) if shown else []
+    return Outcome(shown, paths, notes, failures, left_out)
 
 
-def contestants(methods: str | list[str] | Mapping[str, Section | None]) -> dict[str, Section]:
-    """Names with their settings. `all` stands for LoRA and the first variant of each method of peftx.
+def contestants(methods: Methods) -> dict[str, Section]:
+    """Names, as `find` has them, with their settings.
+
+    `all` stands for LoRA and the first variant of each method of peftx.
 
     Raises:
-        ValueError: an unknown method, a setting its config does not have, or no method.
+        ValueError: an unknown method, a setting its config does not have, or a method with two settings.
     """
-    if isinstance(methods, str):
-        methods = methods.split(",")
-    given = dict(methods) if isinstance(methods, Mapping) else dict.fromkeys(m.strip() for m in methods if m.strip())
-    if "all" in given:
-        given = {**dict.fromkeys(first_variants()), **{name: s for name, s in given.items() if name != "all"}}
-    if not given:
-        raise ValueError("methods: name at least one")
-    entries = {}
-    for name, chosen in given.items():
-        check_settings(find(name), chosen or {})
-        entries[name] = dict(chosen or {})
-    return entries
+    given = as_mapping(methods)
+    entries: dict[str, Section] = {name: {} for name in first_variants()} if "all" in given else {}
+    said: dict[str, Section] = {}
+    for name, chosen in without_all(methods).items():
+        method = find(name)
+        check_settings(method, chosen or {})
+        if said.setdefault(method.name, dict(chosen or {})) != (chosen or {}):
+            raise ValueError(f"methods: {name} is named twice, with different settings")
+    return {**entries, **said}
+
+
+def as_mapping(methods: Methods) -> dict[str, Section | None]:
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    names = methods.split(",") if isinstance(methods, str) else methods
+    return dict.fromkeys(name.strip() for name in names if name.strip())
+
+
+def without_all(methods: Methods) -> dict[str, Section | None]:
+    """Those that are named one by one."""
+    return {name: chosen for name, chosen in as_mapping(methods).items() if name != "all"}
 
 
 def check(settings: CompareSettings, entries: Mapping[str, Section]) -> None:
@@ -153,6 +185,8 @@ def check(settings: CompareSettings, entries: Mapping[str, Section]) -> None:
     Raises:
         ValueError: see `train`.
     """
+    if not entries:
+        raise ValueError("methods: name at least one")
     if "seed" in settings.training:
         raise ValueError("training: seed is set by `seeds`: leave it out")
     for name, chosen in entries.items():
@@ -224,30 +258,32 @@ def store(settings: CompareSettings, folder: Path, runs: list[dict[str, Any]]) -
     draft.replace(folder / RESULTS)
 
 
-def sized(settings: CompareSettings, entries: dict[str, Section]) -> tuple[dict[str, Section], list[str]]:
-    """The entries with ranks as `settings.equal` says, and notes on those that cannot be made equal."""
+def sized(
+    settings: CompareSettings, entries: dict[str, Section], plan: Plan
+) -> tuple[dict[str, Section], dict[str, str]]:
+    """The entries with ranks as `settings.equal` says, and notes on those that cannot be made equal, by name."""
     if settings.equal == "none":
-        return entries, []
-    notes = [f"{name} has no rank: it has its own size" for name in entries if find(name).rank_field is None]
+        return entries, {}
+    notes = {name: f"{name} has no rank: it has its own size" for name in entries if find(name).rank_field is None}
     if settings.equal == "rank":
         rank = settings.rank or RANK
         return {name: with_rank(find(name), chosen, rank) for name, chosen in entries.items()}, notes
     names = list(entries)
     first = with_rank(find(names[0]), entries[names[0]], settings.rank) if settings.rank else entries[names[0]]
     result = {**entries, names[0]: first}
-    with quiet(), counter(settings) as count:
-        budget = count(find(names[0]), first)
-        if budget is None:
-            raise ValueError(f"method {names[0]} does not fit the model, so there is no budget: name another first")
-        for name in names[1:]:
-            method = find(name)
-            if method.rank_field is None:
-                continue
-            rank, found = closest_rank(partial(values, count, method, entries[name]), budget)
-            if rank:  # else the method does not fit, which its run will say
-                result[name] = with_rank(method, entries[name], rank)
-                if abs(found - budget) > 0.1 * budget:
-                    notes.append(f"{name} comes no nearer to the budget of {budget:,} values than {found:,}")
+    count = counter(settings, plan)
+    budget = count(find(names[0]), first)
+    if budget is None:
+        raise ValueError(f"method {names[0]} does not fit the model, so there is no budget: name another first")
+    for name in names[1:]:
+        method = find(name)
+        if method.rank_field is None:
+            continue
+        rank, found = closest_rank(partial(values, count, method, entries[name]), budget)
+        if rank:  # else the method does not fit, which its run will say
+            result[name] = with_rank(method, entries[name], rank)
+            if abs(found - budget) > 0.1 * budget:
+                notes[name] = f"{name} comes no nearer to the budget of {budget:,} values than {found:,}"
     return result, notes
 
 
@@ -291,34 +327,21 @@ def closest_rank(count: Callable[[int], int | None], budget: int) -> tuple[int, 
     return min(valid, default=(0, 0, 0))[1:]
 
 
-@contextmanager
-def counter(settings: CompareSettings) -> Iterator[Count]:
-    """Yields what counts the values that a method trains on the model; None where the method does not fit.
+def counter(settings: CompareSettings, plan: Plan) -> Count:
+    """What counts the values that a method trains on the model, without a new classifier; None if it does not fit.
 
     The model is on the meta device, without its weights. A method that needs weights to start (LoLDU) gets random ones.
     """
-    with loading(settings.model):
-        config = transformers.AutoConfig.from_pretrained(settings.model)
-    task = task_for(settings, config)
-    options = {}
-    if task == "SEQ_CLS":
-        records, held = read_both(run_settings(settings, "lora", {}, 0))
-        options = head_options(config, label_names(records + held, settings.label))
-    cls = getattr(transformers, CLASSES[task])
-    with loading(settings.model):
-        network, report = cls.from_pretrained(
-            settings.model, device_map={"": "meta"}, output_loading_info=True, **options
-        )
-    new_modules = owners(report["missing_keys"], network)
-    config = network.config
+    network, new_modules = skeleton(settings, plan)
+    cls = getattr(transformers, CLASSES[plan.task])
 
     def count(method: Method, chosen: Section) -> int | None:
         if method.config is None:
             return sum(p.numel() for p in network.parameters())
         for device in ("meta", "cpu"):
             with torch.random.fork_rng(devices=[]), torch.device(device):
-                base = cls.from_config(config)
-            adapter = peft_config(method, check_settings(method, chosen), task, new_modules)
+                base = cls.from_config(network.config)
+            adapter = peft_config(method, check_settings(method, chosen), plan.task, new_modules)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -328,7 +351,7 @@ def counter(settings: CompareSettings) -> Iterator[Count]:
                     return None
         return None
 
-    yield count
+    return count
 
 
 def apart(function: Callable[[TrainSettings], dict[str, Any]], settings: TrainSettings) -> dict[str, Any]:
@@ -346,9 +369,8 @@ def apart(function: Callable[[TrainSettings], dict[str, Any]], settings: TrainSe
 def measured(settings: TrainSettings) -> dict[str, Any]:
     """A run with the median of its step times, and the peak of its memory."""
     watch = Stopwatch()
-    before = psutil.Process().memory_info().rss
     metrics = train(settings, [watch])
-    return {**metrics, "step_seconds": statistics.median(watch.seconds or [0.0]), **peak_memory(before)}
+    return {**metrics, "step_seconds": statistics.median(watch.seconds or [0.0]), **watch.memory}
 
 
 def peak_memory(before: int) -> dict[str, Any]:
@@ -361,4 +383,4 @@ def peak_memory(before: int) -> dict[str, Any]:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"peak_memory": max(0, peak - before), "memory_of": "process, above its start"}
+    return {"peak_memory": max(0, peak - before), "memory_of": "the process, above its start"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..pruning.scores import IGNORE
 from ..pruning.text import read_lines
 from .settings import Settings
 
@@ -16,10 +19,10 @@ BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"
 Records = list[dict[str, Any]]
 
 
-def read(source: str, *, subset: str | None = None, split: str = "train", label: str = "label") -> Records:
+def read(source: str, *, subset: str | None = None, split: str = "train") -> Records:
     """All rows of a file (.jsonl, .json, .csv, .tsv, .parquet) or of a data set that `datasets.load_dataset` knows.
 
-    Numbers of a `ClassLabel` become its names.
+    Numbers of a `ClassLabel`, alone or in a list, become its names.
 
     Raises:
         ValueError: nothing is there, it cannot be read, or it has no rows; or `datasets` is missing.
@@ -33,7 +36,6 @@ def read(source: str, *, subset: str | None = None, split: str = "train", label:
         if error.name != "datasets":
             raise
         raise ValueError(f"datasets is missing, which reads {source} (all but .jsonl): pip install datasets") from None
-    datasets.utils.logging.disable_progress_bar()
     if path.suffix in BUILDERS:
         if not path.is_file():
             raise ValueError(f"there is no file {source}")
@@ -42,55 +44,92 @@ def read(source: str, *, subset: str | None = None, split: str = "train", label:
     else:
         arguments = {"path": source, "name": subset, "split": split}
     try:
-        table = datasets.load_dataset(**arguments)
+        with silent(datasets.utils.logging):
+            table = datasets.load_dataset(**arguments)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # of a file that cannot be parsed
         raise ValueError(f"cannot read {source}: {' '.join(str(cause).split())}") from error
     rows = list(table)
     if not rows:
         raise ValueError(f"{source} is empty")
-    feature = table.features.get(label)
-    if isinstance(feature, datasets.ClassLabel):
-        rows = [row if row[label] < 0 else {**row, label: feature.int2str(row[label])} for row in rows]
+    for field, feature in table.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.ClassLabel):
+            rows = [{**row, field: named(row[field], inner.int2str)} for row in rows]
     return rows
 
 
-def read_both(settings: Settings) -> tuple[Records, Records]:
-    """What is trained on, and what is held out: other data, another split, or a share of the training data."""
-    common: dict[str, Any] = {"subset": settings.subset, "label": settings.label}
-    records = read(settings.data, split=settings.split, **common)
-    if settings.eval_data is None and settings.eval_split is None:
-        return hold_out(records, settings.eval_share, settings.data)
+def named(value: Any, name: Callable[[int], str]) -> Any:
+    """A class's name for its number, also in lists; what stands for no class stays."""
+    if isinstance(value, list):
+        return [named(part, name) for part in value]
+    return value if value is None or value < 0 else name(value)
+
+
+@contextmanager
+def silent(logging: Any) -> Iterator[None]:
+    """Without the bars of `datasets`, and without its report of an error that we report."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_both(settings: Settings) -> tuple[Records, Records | None]:
+    """The data, and what is held out where it is other data or another split; None where it is a share of the data.
+
+    Raises:
+        ValueError: see `read`; or a split or configuration of a single file is asked for.
+    """
     source = settings.eval_data or settings.data
-    return records, read(source, split=settings.eval_split or settings.split, **common)
+    split = settings.split if settings.split != "train" else None
+    said = {"subset": (settings.subset, settings.data), "split": (split, settings.data)}
+    for name, (value, where) in (said | {"eval_split": (settings.eval_split, source)}).items():
+        if value is not None and Path(where).suffix in (*LINES, *BUILDERS):
+            raise ValueError(f"{name} is {value!r}, but {where} is a single file, which has none: leave it out")
+    records = read(settings.data, subset=settings.subset, split=settings.split)
+    if settings.eval_data is None and settings.eval_split is None:
+        return records, None
+    return records, read(source, subset=settings.subset, split=settings.eval_split or settings.split)
 
 
-def hold_out(records: Records, share: float, name: str = "data") -> tuple[Records, Records]:
+def hold_out(samples: Records, share: float, name: str = "data") -> tuple[Records, Records]:
     """Two parts in their order; the second one is drawn, the same way whatever the seed of the training."""
     if share == 0:
-        return records, []
-    count = max(1, round(share * len(records)))
-    if count >= len(records):
-        raise ValueError(f"{name} has too few samples ({len(records)}) to hold some out: name eval_data")
-    held = set(random.Random(0).sample(range(len(records)), count))
-    return [r for i, r in enumerate(records) if i not in held], [r for i, r in enumerate(records) if i in held]
+        return samples, []
+    count = max(1, round(share * len(samples)))
+    if count >= len(samples):
+        raise ValueError(f"{name} has too few samples ({len(samples)}) to hold some out: name eval_data")
+    held = set(random.Random(0).sample(range(len(samples)), count))
+    return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
 
 
 def label_names(records: Sequence[Mapping[str, Any]], field: str) -> list[str]:
     """Names of the classes: the texts that occur, or `LABEL_0` to the highest number. Records without are left out.
 
+    A record has one label, or a list of them, where -100 is none.
+
     Raises:
-        ValueError: there are fewer than two classes, or numbers and texts.
+        ValueError: there are fewer than two classes, or numbers and texts, or a number that is none of a class.
     """
-    values = {record[field] for record in records if isinstance(record.get(field), str | int | float)}
-    if values and all(isinstance(value, str) for value in values):
-        names = sorted(values)
-    elif any(isinstance(value, str) for value in values):
+    given = [record.get(field) for record in records]
+    parts = [[part for part in value if part != IGNORE] if isinstance(value, list) else [value] for value in given]
+    values = {part for one in parts for part in one if isinstance(part, str | int | float)}
+    names = sorted(value for value in values if isinstance(value, str))
+    numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    if names and numbers:
         raise ValueError(f"the labels in the field {field!r} are numbers and texts: make them one of these")
-    else:
-        names = [f"LABEL_{i}" for i in range(int(max(values, default=-1)) + 1)]
-        if any(value < 0 for value in values):
-            raise ValueError(f"labels in the field {field!r} must not be negative, got {min(values)}")
+    if numbers:
+        if min(numbers) < 0:
+            raise ValueError(f"labels in the field {field!r} must not be negative, got {min(numbers)}")
+        if (highest := int(max(numbers))) >= max(1000, len(records)):
+            raise ValueError(f"labels in the field {field!r} are to be numbered 0, 1, ..., but one is {highest}")
+        names = [f"LABEL_{i}" for i in range(highest + 1)]
     if len(names) < 2:
         found = f"only {names[0]}" if names else f"none in the field {field!r}"
         raise ValueError(f"a classifier needs samples of at least two labels, found {found}")

@@ -90,7 +90,7 @@ def cells(table: Sequence[Row], runs: Runs) -> tuple[list[str], list[list[str]]]
     name, _ = quality_of(runs)
     first = table[0].method
     heads = ["method", "settings", "lr", "trained values", f"held-out {name}"]
-    heads += [f"peak memory, MB ({runs[0]['memory_of']})", f"step / {first}", "file, kB"]
+    heads += ["peak memory, MB", f"step / {first}", "file, kB"]
     body = [
         [
             row.method,
@@ -111,11 +111,15 @@ def notes(table: Sequence[Row], runs: Runs) -> list[str]:
     """How to read the table."""
     name, more = quality_of(runs)
     clock = "wall time" if runs[0]["memory_of"].startswith("CUDA") else "CPU time of the process"
+    seeds = max(row.seeds for row in table)
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     found = [
         f"{name}: on {runs[0]['samples']['eval']:,} held-out samples after {runs[0]['steps']:,} steps, "
-        f"{'the more' if more else 'the less'} the better; mean ± standard deviation over {table[0].seeds} seeds",
+        f"{'the more' if more else 'the less'} the better; {over}",
+        f"peak memory: of {runs[0]['memory_of']}, by loading and training, median",
         f"step: {clock} of an optimizer step over {table[0].method}'s with the same seed, median",
     ]
+    found += [f"{row.method} has {row.seeds} of {seeds} seeds" for row in table if row.seeds < seeds]
     if table[0].whole_values:
         found.append(f"every adapter has {table[0].whole_values:,} values of new modules beside it, in the file too")
     return found
@@ -155,7 +159,7 @@ def plot(runs: Runs, path: Path) -> None:
     name, more = quality_of(runs)
     costs = {
         "trained values": [float(row.trained_values) for row in table],
-        f"peak memory, MB ({runs[0]['memory_of']})": [row.memory / 1e6 for row in table],
+        f"peak memory of {runs[0]['memory_of']}, MB": [row.memory / 1e6 for row in table],
         f"step time / {table[0].method}'s": [row.step for row in table],
     }
     qualities = [row.quality for row in table]

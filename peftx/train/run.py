@@ -18,6 +18,8 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from peft import get_peft_model, prepare_model_for_kbit_training
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -25,9 +27,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..pruning.head import task_of_class
-from ..pruning.text import encode, pad
+from ..pruning.text import encode, label_field, pad
 from ..utils import quiet
-from .data import Records, label_names, read_both
+from .data import Records, hold_out, label_names, read_both
 from .methods import Method, check_settings, dtype_of, find, owners, peft_config, trainable
 from .settings import Section, Settings, TrainSettings, arguments_of, checked, parse, read_yaml, section
 
@@ -35,7 +37,9 @@ CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
 }
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 SETTINGS, METRICS = "settings.yaml", "metrics.json"
 PACKAGES = ("peftx", "peft", "transformers", "accelerate", "torch")
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
@@ -67,12 +71,11 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     arguments = training_arguments(settings, method)
     optimizer = optimizer_options(settings)
     main = arguments.process_index == 0
-    checkpoint = prepare_folder(settings) if main or settings.resume else None
-    records, held = read_both(settings)
+    checkpoint = check_folder(settings) if main or settings.resume else None
+    plan, samples, held_samples = prepared(settings, show=main and not arguments.disable_tqdm)
+    task, tokenizer = plan.task, plan.tokenizer
     transformers.set_seed(arguments.seed)
-    network, tokenizer, task, new_modules = load(settings, records + held, str(arguments.device))
-    samples = encoded(settings, records, tokenizer, task, network, show=main and not arguments.disable_tqdm)
-    held_samples = encoded(settings, held, tokenizer, task, network, show=False)
+    network, new_modules = load(settings, plan, str(arguments.device))
     collate = functools.partial(pad, padding=padding_of(network, tokenizer))
     if arguments.world_size > 1 or arguments.gradient_accumulation_steps > 1:
         network.accepts_loss_kwargs = task != "SEQ_CLS" and scales_loss(network, collate(samples[:1]))
@@ -88,7 +91,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         samples,
         held_samples or None,
         processing_class=tokenizer,
-        compute_metrics=accuracy if task == "SEQ_CLS" else mean_loss,
+        compute_metrics=accuracy if task == "SEQ_CLS" else token_metrics,
         preprocess_logits_for_metrics=classes if task == "SEQ_CLS" else functools.partial(token_losses, task),
         callbacks=[*([method.callback()] if method.callback else []), *extras, *callbacks],
         **small_states(arguments, optimizer),
@@ -99,9 +102,11 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         trainer.add_callback(Progress(settings.method))
     trainer.add_callback(Record(settings))  # the last one: what the others refuse leaves no trace
     adapter, whole = trainable(model)
+    if main and settings.overwrite:
+        clear(Path(settings.output))
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    evaluation = trainer.evaluate() if held_samples else {}
     trainer.save_model(settings.output)
+    evaluation = trainer.evaluate() if held_samples else {}
     metrics = {
         "model": settings.model,
         "task": task,
@@ -117,7 +122,9 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         "train_loss": outcome.training_loss,
         "train_seconds": outcome.metrics["train_runtime"],
         "eval": evaluation_metrics(evaluation, task),
-        "labels": [network.config.id2label[i] for i in range(network.config.num_labels)] if task == "SEQ_CLS" else None,
+        "labels": [network.config.id2label[i] for i in range(network.config.num_labels)]
+        if task in CLASSIFIERS
+        else None,
         "history": trainer.state.log_history,
     }
     if main:
@@ -170,6 +177,13 @@ def training_arguments(settings: TrainSettings, method: Method) -> TrainingArgum
     for name, instead in (("output_dir", "output"), ("resume_from_checkpoint", "resume")):
         if name in given:
             raise ValueError(f"training: {name} is set by `{instead}`: leave it out")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if given.get(name, 1) < 1:
+            raise ValueError(f"training: {name} must be at least 1, got {given[name]}")
+    if given.get("max_steps") == 0 or given.get("num_train_epochs", 1) <= 0:
+        raise ValueError("training: num_train_epochs must be above 0, and max_steps at least 1")
+    if not 0 <= given.get("learning_rate", 0) < math.inf:
+        raise ValueError(f"training: learning_rate must be a number of at least 0, got {given['learning_rate']}")
     defaults: dict[str, Any] = {
         "learning_rate": method.learning_rate,
         "logging_steps": 10,
@@ -189,8 +203,8 @@ def training_arguments(settings: TrainSettings, method: Method) -> TrainingArgum
         raise ValueError(f"training: {error}") from error
 
 
-def prepare_folder(settings: TrainSettings) -> str | None:
-    """The checkpoint to resume from, if that is asked for; else the folder is new, or emptied of an earlier run.
+def check_folder(settings: TrainSettings) -> str | None:
+    """The checkpoint to resume from, if that is asked for; else the folder is new, or may be overwritten.
 
     Raises:
         ValueError: it is a file, or holds what nobody asked to replace; nothing to resume, or another run.
@@ -204,15 +218,18 @@ def prepare_folder(settings: TrainSettings) -> str | None:
             raise ValueError(f"there is no checkpoint in {folder} to resume from")
         check_same_run(settings, folder / SETTINGS)
         return checkpoint
-    if folder.exists() and any(folder.iterdir()):
-        if not settings.overwrite:
-            raise ValueError(f"output {folder} is not empty: name another folder, or say overwrite or resume")
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        ours = ("adapter_*", "model*.safetensors", "selection.*", "fisher.safetensors", SETTINGS, METRICS)
-        for path in (path for pattern in ours for path in folder.glob(pattern)):
-            path.unlink()
+    if folder.exists() and any(folder.iterdir()) and not settings.overwrite:
+        raise ValueError(f"output {folder} is not empty: name another folder, or say overwrite or resume")
     return None
+
+
+def clear(folder: Path) -> None:
+    """Removes what an earlier run has left; other files stay."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    ours = ("adapter_*", "model*.safetensors", "*config.json", "selection.*", "fisher.safetensors", SETTINGS, METRICS)
+    for path in (path for pattern in ours for path in folder.glob(pattern)):
+        path.unlink()
 
 
 def check_same_run(settings: TrainSettings, path: Path) -> None:
@@ -255,39 +272,82 @@ def write_settings(settings: TrainSettings) -> None:
     Path(settings.output, SETTINGS).write_text(yaml.safe_dump(shown, sort_keys=False), encoding="utf-8")
 
 
-def load(settings: TrainSettings, records: Records, device: str) -> tuple[Any, Any, str, list[str]]:
-    """Model, tokenizer, task, and the modules that the checkpoint has no weights for (a new classifier).
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a run before its weights are loaded. `options` are `from_pretrained`'s, for a new classifier."""
 
-    Raises:
-        ValueError: there is no such model, its task is unknown, or its weights do not fit.
-    """
+    task: str
+    tokenizer: Any
+    config: Any
+    options: dict[str, Any]
+
+
+def planned(settings: Settings, records: Records) -> Plan:
+    """Raises ValueError where there is no such model, its task is unknown, or the records have no labels for it."""
     name = settings.model
     with loading(name):
         config = transformers.AutoConfig.from_pretrained(name)
     task = task_for(settings, config)
     options: dict[str, Any] = {}
-    if task == "SEQ_CLS":
-        options = head_options(config, label_names(records, settings.label))
-    if settings.load_in_4bit or settings.load_in_8bit:
-        options |= {"quantization_config": quantization(settings), "device_map": {"": device}}
+    if task in CLASSIFIERS:
+        options = head_options(config, task, label_names(records, label_field(task, settings.label)))
     with loading(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        network, report = getattr(transformers, CLASSES[task]).from_pretrained(
+        if task == "TOKEN_CLS" and "ByteLevel" in str(getattr(tokenizer, "backend_tokenizer", None)):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # each word alone
+    return Plan(task, tokenizer, config, options)
+
+
+def skeleton(settings: Settings, plan: Plan) -> tuple[Any, list[str]]:
+    """The model on the meta device, without its weights, and the modules that the checkpoint has no weights for."""
+    with loading(settings.model):
+        network, report = getattr(transformers, CLASSES[plan.task]).from_pretrained(
+            settings.model, device_map={"": "meta"}, output_loading_info=True, **plan.options
+        )
+    return network, unfilled(network, report)
+
+
+def unfilled(network: Any, report: Mapping[str, Any]) -> list[str]:
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
+    return owners([*report["missing_keys"], *mismatched], network)
+
+
+def load(settings: TrainSettings, plan: Plan, device: str) -> tuple[Any, list[str]]:
+    """The model, and the modules that the checkpoint has no weights for (a new classifier).
+
+    Raises:
+        ValueError: its weights do not fit or cannot be read.
+    """
+    name, options = settings.model, dict(plan.options)
+    if settings.load_in_4bit or settings.load_in_8bit:
+        whole = None  # the output layer of a language model stays as it is by default
+        if plan.task in CLASSIFIERS:  # what is trained whole cannot be quantised
+            whole = [*SEQ_CLS_HEAD_NAMES, *skeleton(settings, plan)[1]]
+        options |= {"quantization_config": quantization(settings, whole), "device_map": {"": device}}
+    with loading(name):
+        network, report = getattr(transformers, CLASSES[plan.task]).from_pretrained(
             name, dtype=dtype_of(settings.dtype), output_loading_info=True, **options
         )
-    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
+    for module in network.modules():
+        # On a CPU bitsandbytes packs 4-bit weights for good in the first pass in eval mode (of an evaluation, or of
+        # scoring samples), and gradients do not flow through packed ones.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if network.config.pad_token_id is None:
-        network.config.pad_token_id = padding_of(network, tokenizer)
-    return network, tokenizer, task, owners([*report["missing_keys"], *mismatched], network)
+        network.config.pad_token_id = padding_of(network, plan.tokenizer)
+    return network, unfilled(network, report)
 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         where = "" if Path(name).exists() else ", which is not a folder here,"
-        raise ValueError(f"the model {name}{where} cannot be loaded: {error}") from error
+        message = str(error).split("Model type should be one of")[0]  # and some hundred names
+        raise ValueError(f"the model {name}{where} cannot be loaded: {message}") from error
 
 
 def task_for(settings: Settings, config: Any) -> str:
@@ -301,10 +361,10 @@ def task_for(settings: Settings, config: Any) -> str:
     return task
 
 
-def head_options(config: Any, names: Sequence[str]) -> dict[str, Any]:
+def head_options(config: Any, task: str, names: Sequence[str]) -> dict[str, Any]:
     """Nothing where the model's own classifier knows all labels; else a new one is made for them."""
     own = set((config.id2label or {}).values())
-    is_classifier = task_of_class(next(iter(config.architectures or ()), "")) == "SEQ_CLS"
+    is_classifier = task_of_class(next(iter(config.architectures or ()), "")) == task
     numbered = all(name.startswith("LABEL_") for name in names)
     if is_classifier and (own.issuperset(names) or (numbered and len(names) <= config.num_labels)):
         return {}
@@ -312,16 +372,20 @@ def head_options(config: Any, names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": ids, "label2id": {v: k for k, v in ids.items()}, "ignore_mismatched_sizes": True}
 
 
-def quantization(settings: TrainSettings) -> BitsAndBytesConfig:
-    """QLoRA's 4 bits (arXiv:2305.14314): NF4, its constants quantised too; or LLM.int8 (arXiv:2208.07339)."""
+def quantization(settings: TrainSettings, whole: list[str] | None) -> BitsAndBytesConfig:
+    """QLoRA's 4 bits (arXiv:2305.14314): NF4, its constants quantised too; or LLM.int8 (arXiv:2208.07339).
+
+    The modules `whole` are not quantised.
+    """
     if settings.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     compute = torch.bfloat16 if settings.dtype == "auto" else dtype_of(settings.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=whole,  # whatever its name says
     )
 
 
@@ -331,19 +395,47 @@ def padding_of(network: Any, tokenizer: Any) -> int:
     return next((i for i in ids if i is not None), 0)
 
 
-def encoded(
-    settings: TrainSettings, records: Records, tokenizer: Any, task: str, network: Any, *, show: bool
-) -> list[dict[str, Any]]:
-    """The records as token ids and labels."""
+def prepared(settings: Settings, *, show: bool = False) -> tuple[Plan, Records, Records]:
+    """All that needs no weights: the plan, and the samples to train on and the held-out ones.
+
+    Raises:
+        ValueError: the data, the model's config or tokenizer, or one does not fit the other.
+        OSError: a file cannot be read.
+    """
+    records, others = read_both(settings)
+    plan = planned(settings, records + (others or []))
+    samples = encoded(settings, records, plan, settings.data, show=show)
+    if others is None:  # after encoding, so that a bad record is named by its place in the file
+        return plan, *hold_out(samples, settings.eval_share, settings.data)
+    return plan, samples, encoded(settings, others, plan, settings.eval_data or settings.data)
+
+
+def encoded(settings: Settings, records: Records, plan: Plan, source: str, *, show: bool = False) -> Records:
+    """The records as token ids and labels.
+
+    Raises:
+        ValueError: a record lacks a field, or the tokenizer or the length leaves nothing of any of them.
+    """
     rows = tqdm(records, desc="Tokenising", leave=False, disable=not show)
     fields: dict[str, Any] = {"prompt": settings.prompt, "answer": settings.answer, "label": settings.label}
-    limits = (settings.max_length, tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None))
+    fields["label2id"] = plan.options.get("label2id", plan.config.label2id)
+    tokenizer = plan.tokenizer
+    limits = (settings.max_length, tokenizer.model_max_length, getattr(plan.config, "max_position_embeddings", None))
     length = min(limit for limit in limits if limit)
-    samples = encode(rows, tokenizer, task, label2id=network.config.label2id, max_length=length, **fields)
-    if task != "SEQ_CLS":
-        silent = [i for i, sample in enumerate(samples) if all(label == IGNORE for label in sample["labels"])]
-        if silent and len(silent) == len(samples):
-            raise ValueError(f"no sample has an answer within the first {length} tokens")
+    try:
+        samples = encode(rows, tokenizer, plan.task, max_length=length, **fields)
+    except ValueError as error:
+        raise ValueError(f"{source}, {error}") from error
+    special = set(tokenizer.all_special_ids)
+    if not any(set(sample["input_ids"]) - special for sample in samples):
+        raise ValueError(
+            f"no sample has a word that the tokenizer of {settings.model} knows within the first {length} tokens: "
+            "are its files there?"
+        )
+    supervised = (plan.task == "SEQ_CLS" or any(y != IGNORE for y in sample["labels"]) for sample in samples)
+    if not any(supervised):
+        what = "a label" if plan.task == "TOKEN_CLS" else "an answer"
+        raise ValueError(f"no sample has {what} within the first {length} tokens")
     return samples
 
 
@@ -385,7 +477,11 @@ def adapt(
     try:
         return get_peft_model(network, config), config
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
-        raise ValueError(f"method {method.name} does not fit {network.config.model_type}: {error}") from error
+        raise DoesNotFitError(f"method {method.name} does not fit {network.config.model_type}: {error}") from error
+
+
+class DoesNotFitError(ValueError):
+    """The method cannot adapt this model; another one may."""
 
 
 def classes(logits: Any, labels: Tensor) -> Tensor:
@@ -397,7 +493,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def token_losses(task: str, logits: Any, labels: Tensor) -> Tensor:
-    """Sum of the losses, and number of the tokens, of each sample: (samples, 2).
+    """Sum of the losses, number of the tokens, and how many of them were right, of each sample: (samples, 3).
 
     The Trainer's own evaluation loss is a mean of means of batches, which depends on how samples are batched.
     """
@@ -405,21 +501,24 @@ def token_losses(task: str, logits: Any, labels: Tensor) -> Tensor:
     if task == "CAUSAL_LM":
         scores, labels = scores[:, scores.shape[1] - labels.shape[1] :][:, :-1], labels[:, 1:]
     losses = nn.functional.cross_entropy(scores.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-    return torch.stack([losses.sum(-1), (labels != IGNORE).sum(-1).float()], dim=-1)
+    parts = losses, labels != IGNORE, scores.argmax(-1) == labels
+    return torch.stack([part.sum(-1).float() for part in parts], dim=-1)
 
 
-def mean_loss(prediction: Any) -> dict[str, float]:
-    total, count = prediction.predictions.astype("float64").sum(0)
-    return {"token_loss": float(total / max(1, count))}
+def token_metrics(prediction: Any) -> dict[str, float]:
+    total, count, right = prediction.predictions.astype("float64").sum(0)
+    return {"token_loss": float(total / max(1, count)), "token_accuracy": float(right / max(1, count))}
 
 
 def evaluation_metrics(found: Mapping[str, float], task: str) -> dict[str, float]:
-    """`loss`, and `accuracy` or `perplexity`."""
+    """`loss`, and `accuracy` or `perplexity`; of TOKEN_CLS over all tokens that have a label."""
     if not found:
         return {}
     if task == "SEQ_CLS":
         return {"loss": found["eval_loss"], "accuracy": found["eval_accuracy"]}
     loss = found["eval_token_loss"]
+    if task == "TOKEN_CLS":
+        return {"loss": loss, "accuracy": found["eval_token_accuracy"]}
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 

@@ -35,7 +35,7 @@ class Settings:
     model: str = setting("Model: folder or hub id.", "")
     data: str = setting("Training data: .jsonl, .json, .csv or .parquet file, or hub id of a data set.", "")
     output: str = setting("New folder for what comes out.", "")
-    task: str | None = setting("CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS.", shown="the model's")
+    task: str | None = setting("CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS.", shown="the model's")
     subset: str | None = setting("Configuration of a hub data set.")
     split: str = setting("Split of a hub data set.", "train")
     eval_data: str | None = setting("Held-out data, as --data.", shown="a part of --data")
@@ -43,7 +43,7 @@ class Settings:
     eval_share: float = setting("Part of --data that is held out where no other is named; 0 for none.", 0.1)
     prompt: str | None = setting("Field of the prompt, or of the text to classify.", shown="found")
     answer: str | None = setting("Field of the answer.", shown="found")
-    label: str = setting("Field of a classifier's label.", "label")
+    label: str | None = setting("Field of a classifier's label.", shown="found")
     max_length: int = setting("Tokens of a sample, if the model takes so many; the rest is cut off.", 512)
     dtype: str = setting("Of the base model's weights: auto, float32, bfloat16, float16.", "auto")
     load_in_4bit: bool = setting("Quantise the base model to 4 bits (NF4) by bitsandbytes.", False)
@@ -186,7 +186,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file.
 
     Raises:
-        ValueError: it is not YAML, or not a mapping.
+        ValueError: it is not YAML, or not a mapping, or says a key twice.
         OSError: it cannot be read.
     """
     import yaml
@@ -213,11 +213,18 @@ def read_value(text: str) -> Any:
 
 
 def _loader() -> Any:
-    """The safe loader, which also reads `1e-4` as a number, as YAML 1.2 and JSON do."""
+    """The safe loader, which also reads `1e-4` as a number, as YAML 1.2 and JSON do, and refuses a key said twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node, deep=False):
+            said = set()
+            for key, _ in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge") else key
+                if name in said:
+                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is said twice", key.start_mark)
+                said.add(name)
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
