@@ -31,7 +31,15 @@ from peftx.compression import compress
 from peftx.compression.callback import FisherCallback
 from peftx.compression.collect import collect
 from peftx.compression.hooks import Collector
-from peftx.compression.statistics import FILE_NAME, Statistics, base_layer, base_model, shape_of, target_layers
+from peftx.compression.statistics import (
+    FILE_NAME,
+    Statistics,
+    base_layer,
+    base_model,
+    shape_of,
+    signature,
+    target_layers,
+)
 from peftx.compression.sums import square_sums
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -953,3 +961,25 @@ def test_trainings_that_cannot_be_collected_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not come from the model's own loss"):
         run.train()
     assert hooks(run.model) == 0 and run.state.global_step == 0  # not in the last epoch
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_reading_a_quantised_weight_leaves_the_layer_usable(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(64, 32, bias=False)
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32)
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    layer.load_state_dict(dense.state_dict())
+    layer = layer.to("cpu").eval()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        before = layer(x)
+    places = torch.linspace(0, 32 * 64 - 1, 64, dtype=torch.float64).round().long()
+    for _ in range(2):
+        read = signature(layer)
+        torch.testing.assert_close(read, dense.weight.detach().flatten()[places], atol=0.03, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), before, atol=2e-2, rtol=0)

@@ -17,11 +17,13 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import Bnb8bitBackend
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..tuners.layer import unpack
 from . import linear
 
 FILE_NAME = "fisher.safetensors"
@@ -309,9 +311,17 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     return linear.shape_of(base_layer(layer))
 
 
+def dense_weight(base: nn.Module) -> Tensor:
+    """The weight, dequantised if need be; the layer stays as it is."""
+    unpack(base)
+    if type(base.weight).__name__ == "Int8Params":  # on a CPU `dequantize_module_weight` would lose the layer's scales
+        return Bnb8bitBackend().get_base_weight(base)
+    return dequantize_module_weight(base)
+
+
 def signature(layer: nn.Module) -> Tensor:
     """(min(64, entries),), float32: entries of the base weight at even distances, as it is stored, row after row."""
-    weight = dequantize_module_weight(base_layer(layer)).detach()
+    weight = dense_weight(base_layer(layer)).detach()
     if weight.device.type == "meta" or type(weight).__name__ == "DTensor" or not weight.numel():
         raise ValueError(
             "the weights are not here (on the meta device, or split by FSDP or DeepSpeed): load them whole"
