@@ -55,7 +55,7 @@ from peftx.compression import (
 )
 from peftx.compression.compress import count
 from peftx.demo.model import default_folder
-from peftx.pruning.text import encode, pad
+from peftx.text import encode, pad
 
 KEEPS = (0.9, 0.75, 0.6, 0.5)
 

@@ -55,8 +55,8 @@ from transformers import (
 
 from peftx.demo.model import default_folder
 from peftx.pruning import METHODS, preference, score_dataset, select
-from peftx.pruning.text import encode, pad
 from peftx.pruning.warmup import warmed_up, warmup_length
+from peftx.text import encode, pad
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
 
+IGNORE = -100  # label of what has no loss, as torch and transformers have it
+
+
 def forked_rng(model: nn.Module) -> Any:
     """`torch.random.fork_rng` for the CPU and the devices that the model is on."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type in ("cuda", "xpu")}

@@ -29,7 +29,7 @@ from peftx.cli import app
 from peftx.pruning import don_nod, gradient_square, head_statistics, preference, score_dataset, select, topsis
 from peftx.pruning.head import calls_of, check_head, find_head
 from peftx.pruning.scores import gradient_way, residual
-from peftx.pruning.text import encode
+from peftx.text import encode
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ETA = 1e-3

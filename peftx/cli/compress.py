@@ -60,10 +60,9 @@ def compress(
     the result with AutoModel*.from_pretrained after `import peftx`.
     """
     try:
-        from .. import compression
+        from .. import compression, text
         from ..compression.compress import check_settings
         from ..compression.factorize import METHODS, NEEDS
-        from ..pruning import text
 
         check_settings(keep, method, allocation, side, alpha)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -137,7 +136,7 @@ def compress(
 
 def _split(data: Path, eval_data: Path | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Records to learn from, and held-out ones."""
-    from ..pruning.text import read_lines
+    from ..text import read_lines
 
     records = read_lines(data)[1]
     if eval_data:

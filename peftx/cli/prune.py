@@ -58,8 +58,7 @@ def prune(
     classifier: text and label. Of a causal LM only the answer counts.
     """
     try:
-        from .. import pruning
-        from ..pruning import text
+        from .. import pruning, text
         from ..pruning.select import METHODS, check_keep, check_settings
 
         for option, path in (("--out", out), ("--scores", scores), ("--plot", plot)):

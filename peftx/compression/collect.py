@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from ..utils import undisturbed
+from ..utils import IGNORE, undisturbed
 from .hooks import Collector
 from .statistics import Statistics, is_compiled, target_layers
 
@@ -109,7 +109,7 @@ def gather(
 def supervised(batch: Mapping[str, Any]) -> bool:
     """Whether there is anything to learn: a mean over no token is NaN."""
     labels = batch.get("labels")
-    return not isinstance(labels, Tensor) or labels.is_floating_point() or bool((labels != -100).any())
+    return not isinstance(labels, Tensor) or labels.is_floating_point() or bool((labels != IGNORE).any())
 
 
 @contextmanager

@@ -19,14 +19,13 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..utils import is_packed
+from ..utils import IGNORE, is_packed
 from .statistics import ESTIMATORS, LayerStatistics, Statistics, base_layer, base_model, describe, shape_of, signature
 from .sums import BLOCK, FISHER, add_squares, exact_zeros, square_sums, widest
 
 logger = logging.get_logger(__name__)
 
 WHAT = {"fisher": FISHER, "abs": ("abs_mean",), "gram": ("gram",)}
-IGNORE = -100
 
 
 @dataclass(eq=False)

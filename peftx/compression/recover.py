@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-IGNORE = -100  # label of what the loss leaves out
+from ..utils import IGNORE
 
 Collator = Callable[[list], Mapping[str, Any]]
 

@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import default_data_collator, get_scheduler
 
+from ..utils import IGNORE
 from .privacy import BudgetExceeded, DPSpec, attached, base_of, check_private, checked_history, epsilon_spent, head_of
 from .privacy import sample_rate as poisson_rate
 
@@ -264,7 +265,7 @@ def _items(model: nn.Module, labels: torch.Tensor) -> int:
         return len(labels)
     if head_of(base_of(model))[1]:
         labels = labels[:, 1:]
-    return int((labels != -100).sum())
+    return int((labels != IGNORE).sum())
 
 
 def _shuffled(rows: int, settings: LocalSettings, seed: int) -> Iterator[list[int]]:

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..utils import IGNORE
+
 ACCOUNTANTS = ("prv", "rdp")  # Opacus' "gdp" can say less than was spent
 MODES = ("hooks", "ghost")
 
@@ -273,7 +275,7 @@ class SampleLoss(nn.Module):
             if self.shifted:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-            losses = losses.sum(dim=1) / (labels != -100).sum(dim=1).clamp(min=1)
+            losses = losses.sum(dim=1) / (labels != IGNORE).sum(dim=1).clamp(min=1)
         else:
             losses = self._sequence_losses(logits, labels)
         return losses if self.reduction == "none" else losses.mean()

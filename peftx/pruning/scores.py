@@ -16,12 +16,11 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from ..utils import is_packed, undisturbed
+from ..utils import IGNORE, is_packed, undisturbed
 from .head import TASKS, Head, base_of, calls_of, check_head, find_head, task_of
 
 METRICS = ("don", "nod", "loss", "el2n", "grand", "grand_full", "ifd", "random")
 OF_HEAD = {"don", "nod", "grand"}
-IGNORE = -100
 ETA = 1e-3
 POSITIONS = 64
 BLOCK = 2**20  # entries of a gradient that is built some rows at a time

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..pruning.scores import IGNORE
-from ..pruning.text import read_lines
+from ..text import read_lines
+from ..utils import IGNORE
 from .settings import Settings
 
 LINES = (".jsonl", ".ndjson")  # what the standard library reads

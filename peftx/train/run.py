@@ -27,8 +27,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..pruning.head import task_of_class
-from ..pruning.text import encode, label_field, pad
-from ..utils import quiet
+from ..text import encode, label_field, pad
+from ..utils import IGNORE, quiet
 from .data import Records, hold_out, label_names, read_both
 from .methods import Method, check_settings, dtype_of, find, owners, peft_config, trainable
 from .settings import Section, Settings, TrainSettings, arguments_of, checked, parse, read_yaml, section
@@ -43,7 +43,6 @@ CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 SETTINGS, METRICS = "settings.yaml", "metrics.json"
 PACKAGES = ("peftx", "peft", "transformers", "accelerate", "torch")
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
-IGNORE = -100
 
 
 @quiet()

@@ -1,4 +1,4 @@
-"""Lines of JSON as samples for a tokenizer: the data of `peftx prune`."""
+"""Lines of JSON as samples for a tokenizer: the data of the commands."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scores import IGNORE
+from .utils import IGNORE
 
 # Field names by which a prompt and its answer are known; joined by a line break where there is more than one.
 PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (
