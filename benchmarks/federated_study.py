@@ -95,7 +95,7 @@ class Settings:
 
 
 TARGETS = ["value", "attention.output.dense", "output.dense"]
-RATES = {"sgd": (0.5, 1.5, 5.0, 15.0, 45.0), "adamw": (3e-4, 1e-3, 3e-3)}
+RATES = {"sgd": (0.15, 0.5, 1.5, 5.0, 15.0, 45.0), "adamw": (3e-4, 1e-3, 3e-3)}
 SMOKE = Settings(rounds=2, steps=2, batch=4, size=200, public=40, validation=16, test=16, every=1)
 
 

@@ -135,6 +135,7 @@ def arguments() -> argparse.Namespace:
     option("--markdown", action="store_true", help="print Markdown")
     option("--json", type=Path, metavar="OUT", help="write everything that was measured")
     option("--save", action="store_true", help="write results/<device>.md and .json beside this file")
+    option("--add", action="store_true", help="with --save: puts its rows into the saved results")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
@@ -153,6 +154,8 @@ def main() -> None:
         "python": platform.python_version(),
         "date": date.today().isoformat(),
     }
+    stem = re.sub(r"\W+", "-", f"{environment['device']} {args.dtype}".lower())
+    earlier = json.loads((RESULTS / f"{stem}.json").read_text()) if args.add else {"models": {}}
     models, pages = {}, [", ".join(f"{key} {value}" for key, value in environment.items())]
     for model in TARGETS if args.model == "all" else (args.model,):
         setup = Setup(model, args.small, args.device, args.dtype, args.threads)
@@ -160,6 +163,8 @@ def main() -> None:
         configs |= references(model) if args.reference else {}
         configs |= variants(model, args.methods, args.rank)
         models[model] = measure(setup, configs, args.rounds, args.alive or int(free / 2e9))
+        if known := earlier["models"].get(model):  # every row keeps its ratios to the yardsticks of its own run
+            models[model] = known | {name: row for name, row in models[model].items() if name in configs}
         rows, title = [cells(name, row) for name, row in models[model].items()], caption(model, models[model])
         pages.append(f"{title}\n\n{markdown(rows)}")
         if not args.markdown:
@@ -174,7 +179,6 @@ def main() -> None:
         args.json.write_text(data)
     if args.save:
         RESULTS.mkdir(exist_ok=True)
-        stem = re.sub(r"\W+", "-", f"{environment['device']} {args.dtype}".lower())
         (RESULTS / f"{stem}.md").write_text(page)
         (RESULTS / f"{stem}.json").write_text(data)
 

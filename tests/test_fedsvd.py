@@ -120,6 +120,34 @@ def test_dependent_rows_of_a():
         assert skewness(new_A) <= 1e-5 and not new_B.any()
 
 
+def test_plain_sgd_does_not_notice_a_refactorisation():
+    """A rotation of an orthonormal A, which FedSVD's docstring says; Adam's steps depend on it."""
+    torch.manual_seed(0)
+    A, B = federated.refactorize(torch.randn(3, 9).double(), torch.randn(7, 3).double())
+    B = B + 0.3 * torch.randn(7, 3).double()  # what clients have trained
+    target = torch.randn(7, 9).double()
+
+    def products(turn, optimizer, lr):
+        a, b, seen = A, B, []
+        for _ in range(4):
+            if turn:
+                a, b = federated.refactorize(a, b)
+            b = b.clone().requires_grad_()
+            step = optimizer([b], lr)
+            for _ in range(3):
+                step.zero_grad()
+                (b @ a - target).square().sum().backward()
+                torch.nn.utils.clip_grad_norm_([b], 1.0)
+                step.step()
+            b = b.detach()
+            seen.append(b @ a)
+        return torch.stack(seen)
+
+    torch.testing.assert_close(products(True, torch.optim.SGD, 0.1), products(False, torch.optim.SGD, 0.1))
+    adam = [products(turn, torch.optim.Adam, 0.1) for turn in (True, False)]
+    assert (adam[0] - adam[1]).abs().max() > 1e-2
+
+
 def test_stacked_layers_are_refactorised_as_one_by_one():
     pairs = [factors(24, 32, 4, seed=seed) for seed in range(3)]
     A, B = federated.refactorize(*(torch.stack(both) for both in zip(*pairs, strict=True)))

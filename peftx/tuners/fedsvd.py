@@ -36,6 +36,11 @@ class FedSVDConfig(VariantConfig):
     basis by itself is no less noisy. (A gradient that is neither clipped nor normalised grows by sqrt(3) as well.)
     Compare methods at learning rates tuned for each. What holds is a bound: |A' x| <= |x|, with condition number 1.
 
+    The rows of A never leave the space that they spanned at the start, since B A has no others. Once they are
+    orthonormal a refactorisation rotates them within it, and plain SGD on B does not notice: the products B A are those
+    of FFA-LoRA with an orthonormal A, also with clipping, and with noise of equal law. Adam, whose steps depend on the
+    coordinates, does notice.
+
     Args:
         refactorize_every: rounds between two refactorisations. Default 1, as in the reference; 0: never, which is
             FFA-LoRA.
