@@ -37,7 +37,8 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
 
     A card that nobody has written yet, the template of PEFT and transformers, gets a text too: method, paper, settings,
     size. What a user wrote stays. For a card on its way to the Hub, `repo_id` is named in the code. A base model that
-    is a folder here appears nowhere with its path, which is nobody's business and which the Hub refuses as metadata.
+    is a folder here is told without its path; in the metadata, where PEFT writes it and the Hub refuses it, only until
+    then.
     """
     card = ModelCard.load(path, ignore_metadata_errors=True)
     info = info_of(type(config))
@@ -48,7 +49,8 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
     card.data.tags = sorted(tags.union(card.data.tags or ()))
     if config.base_model_name_or_path and not card.data.base_model:
         card.data.base_model = config.base_model_name_or_path
-    drop_paths(card)
+    if repo_id:
+        drop_paths(card)
     text = card.text
     if UNFILLED in text:
         text = "\n\n".join([*description(info, config), *size(weights, shapes), versions()])
