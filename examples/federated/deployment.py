@@ -32,6 +32,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # superlink and supernodes start commands by name
     }
 
@@ -68,8 +69,11 @@ def running(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subp
                 process.wait(timeout=15)
 
 
-def deploy(config: dict, folder: Path, timeout: float = 1200) -> dict:
-    """Runs the app; metrics by round as the server wrote them. Logs stay in `folder`."""
+def deploy(config: dict, folder: Path, timeout: float = 1200, simulation: bool = False) -> dict:
+    """Runs the app; metrics by round as the server wrote them. Logs stay in `folder`.
+
+    In a simulation the superlink starts Ray, whose actors are the clients, in place of supernodes.
+    """
     home, output = folder / "home", folder / "output"
     home.mkdir(parents=True)
     env = environment(home)
@@ -81,14 +85,16 @@ def deploy(config: dict, folder: Path, timeout: float = 1200) -> dict:
             return stack.enter_context(running(command, folder / f"{name}.log", env))
 
         link = [f"{BIN}/flower-superlink", "--insecure", "--host", HOST, "--port", str(port)]
-        wait_for(port, start("superlink", link))
-        for place, own in enumerate(ports):
+        wait_for(port, start("superlink", [*link, "--simulation"] if simulation else link))
+        for place, own in enumerate([] if simulation else ports):
             node = [f"{BIN}/flower-supernode", "--insecure", "--superlink", f"{HOST}:{port}"]
             node += ["--host", HOST, "--port", str(own)]
             node += ["--node-config", f"partition-id={place} num-partitions={config['clients']}"]
             start(f"supernode-{place}", node)
         overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in {**config, "output": str(output)}.items())
         command = [f"{BIN}/flwr", "run", str(APP), "loopback", "--stream", "--run-config", overrides]
+        if simulation:
+            command += ["--federation-config", f"num-supernodes={config['clients']}"]
         run = start("run", command)
         end = time.monotonic() + timeout
         while not (output / "metrics.json").exists():
@@ -100,8 +106,8 @@ def deploy(config: dict, folder: Path, timeout: float = 1200) -> dict:
         return json.loads((output / "metrics.json").read_text())
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None, description: str | None = __doc__, simulation: bool = False) -> dict:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--method", default="fedsvd")
@@ -110,7 +116,7 @@ def main(arguments: list[str] | None = None) -> dict:
     config = vars(parser.parse_args(arguments))
     logs = config.pop("logs")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        metrics = deploy(config, logs or Path(scratch) / "run")
+        metrics = deploy(config, logs or Path(scratch) / "run", simulation=simulation)
     for number, found in metrics["server"].items():
         print(f"round {number}: accuracy {found['accuracy']:.3f}, loss {found['loss']:.4f}")
     return metrics
