@@ -1,4 +1,4 @@
-"""The short use, on real text: fine-tune an encoder with LoLDU, save the adapter, load it, merge it.
+"""The short use, on real text: fine-tune an encoder with FLoRA, save the adapter, load it, merge it.
 
 From which package of Python's standard library does a docstring come? Encoder and texts are part of `peftx[demo]`.
 Run it as it stands: `python examples/finetune.py`. It writes to outputs/finetune.
@@ -36,11 +36,11 @@ def accuracy(prediction):
     return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
 
 
-model = get_peft_model(load_base(), peftx.LoLDUConfig(r=64, target_modules="all-linear", task_type="SEQ_CLS"))
+model = get_peft_model(load_base(), peftx.FloraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
 model.print_trainable_parameters()
 
 args = TrainingArguments(
-    OUTPUT, num_train_epochs=1, per_device_train_batch_size=4, learning_rate=5e-3, dataloader_pin_memory=False
+    OUTPUT, num_train_epochs=1, per_device_train_batch_size=4, learning_rate=2e-3, dataloader_pin_memory=False
 )
 trainer = Trainer(model, args, train_dataset=dataset["train"], processing_class=tokenizer, compute_metrics=accuracy)
 before = trainer.predict(dataset["test"])

@@ -1023,7 +1023,11 @@ def test_only_the_answer_of_a_chat_counts() -> None:
             "record 1: its field 'prompt' is not a text but a list",
         ),
         ({}, ['{"question": "w1", "answer": null}'], "record 1: its field 'answer' is not a text but a NoneType"),
-        ({"model": "classifier"}, ['{"text": "w1", "label": 0.5}'], "record 1: label 0.5 is neither a name nor a whole number"),
+        (
+            {"model": "classifier"},
+            ['{"text": "w1", "label": 0.5}'],
+            "record 1: label 0.5 is neither a name nor a whole number",
+        ),
         ({"model": "classifier"}, ['{"text": "w1", "label": 3}'], "samples 0 to 0: label 3 is outside the model's 3"),
         ({"model": "classifier", "method": "ifd"}, ['{"text": "w1", "label": 1}'], "ifd compares answers"),
         ({"model": "encoder"}, ['{"text": "w1", "label": 1}'], "cannot tell the task of a BertModel: --task"),

@@ -15,6 +15,12 @@ def test_the_method_table_is_the_registry():
     assert table.strip() in README, f"put the output of `{' '.join(command[1:])}` between the markers in README.md"
 
 
+def test_the_measured_table_is_that_of_the_results():
+    command = [sys.executable, ROOT / "benchmarks" / "method_table.py"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert table.strip() in README, "put the output of `python benchmarks/method_table.py` into README.md"
+
+
 def test_the_two_commands_name_what_exists():
     extras = metadata("peftx").get_all("Provides-Extra")
     for extra in ("demo", "test"):

@@ -29,7 +29,15 @@ OF_BASE = "base_model:adapter:"  # how PEFT begins a tag
 # fields of a config that are shown whatever their value
 ALWAYS = ("r", "target_modules", "lora_alpha", "task_type")
 # fields that are no settings of the training, or stand elsewhere on the card
-HIDDEN = ("peft_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+HIDDEN = (
+    "peft_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "runtime_config",
+)
 
 
 def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
