@@ -5,6 +5,7 @@ Run it as it stands: `python examples/training_rules.py [folder]`. A tiny random
 
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import peft
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import peftx
 
+warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is to go
 TARGETS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 

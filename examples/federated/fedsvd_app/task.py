@@ -1,5 +1,7 @@
 """Model and data, the same on every machine and offline: which half of the vocabulary is more frequent in a text?"""
 
+import warnings
+
 import torch
 from flwr.app import Context
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import peftx
 from peftx.federated import dirichlet_partition
 
+warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is to go
 TOKENS, LENGTH = 64, 12
 BOTH = ("fedit", "flexlora", "fedex-lora")  # methods whose clients train A, too
 
