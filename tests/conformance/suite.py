@@ -43,7 +43,8 @@ def fetch() -> Path:
             wanted = ["--no-deps", "--no-binary", "peft", f"peft=={peft.__version__}"]
             subprocess.run([*pip, *wanted], check=True, capture_output=True, text=True, timeout=300)
             with tarfile.open(next(Path(tmp).glob("peft-*.tar.gz"))) as sdist:
-                sdist.extractall(tmp, [member for member in sdist if "/tests/" in member.name], filter="data")
+                members = [member for member in sdist if "/tests/" in member.name and member.isfile()]
+                sdist.extractall(tmp, members, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
             package = Path(tmp, "home", "peft_suite")
             package.parent.mkdir()
             next(Path(tmp).glob("peft-*/tests")).rename(package)
