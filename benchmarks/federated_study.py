@@ -86,7 +86,7 @@ class Settings:
     rank: int = 4
     layers: int = 3  # adapted, counted from the last: each value that trains adds to the noise
     length: int = 32  # tokens
-    size: int = 6200  # sentences of all clients
+    size: int = 6200  # sentences of all clients, of which some of the more frequent label are left out
     public: int = 50  # more leave a linear classifier nothing to gain, and the adapters a gradient of almost zero
     validation: int = 400
     test: int = 600
@@ -94,7 +94,7 @@ class Settings:
     head: str = "probe"
 
 
-TARGETS = ["value", "attention.output.dense", "output.dense"]
+TARGETS = ["value", "output.dense"]  # the outputs of attention and of feed-forward
 RATES = {"sgd": (0.15, 0.5, 1.5, 5.0, 15.0, 45.0), "adamw": (3e-4, 1e-3, 3e-3)}
 SMOKE = Settings(rounds=2, steps=2, batch=4, size=200, public=40, validation=16, test=16, every=1)
 
@@ -420,6 +420,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     given = {name: getattr(args, name) for name in asdict(Settings()) if getattr(args, name) is not None}
     settings = replace(SMOKE if args.smoke else Settings(), **given)
+    if settings.clients % 2:
+        parser.error("--clients must be even: they come in pairs")
     seeds = 1 if args.smoke else args.seeds
     target = Path(tempfile.mkdtemp()) if args.smoke else RESULTS
     results = Results(target / "federated-study.json")

@@ -40,7 +40,7 @@ def cells(title: str, names: list[str], models: dict[str, Any], accuracy: float 
     """One line; a second name, at the method's own rank, goes into brackets."""
 
     def both(model: str, value: Any) -> str:
-        first, *rest = [value(models[model][name]) for name in names]
+        first, *rest = [value(models[model][name]) for name in names] or ["not measured"]
         return first + "".join(f" ({other})" for other in rest)
 
     def ratio(what: str) -> list[str]:

@@ -137,6 +137,8 @@ def arguments() -> argparse.Namespace:
     option("--save", action="store_true", help="write results/<device>.md and .json beside this file")
     option("--add", action="store_true", help="with --save: puts its rows into the saved results")
     args = parser.parse_args()
+    if args.add and (args.small or not args.save or args.model != "all"):
+        parser.error("--add needs --save and both models, and goes with full sizes only")
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -155,15 +157,15 @@ def main() -> None:
         "date": date.today().isoformat(),
     }
     stem = re.sub(r"\W+", "-", f"{environment['device']} {args.dtype}".lower())
-    earlier = json.loads((RESULTS / f"{stem}.json").read_text()) if args.add else {"models": {}}
-    models, pages = {}, [", ".join(f"{key} {value}" for key, value in environment.items())]
+    earlier = json.loads((RESULTS / f"{stem}.json").read_text())["models"] if args.add else {}
+    models, pages = dict(earlier), [", ".join(f"{key} {value}" for key, value in environment.items())]
     for model in TARGETS if args.model == "all" else (args.model,):
         setup = Setup(model, args.small, args.device, args.dtype, args.threads)
         configs = {"LoRA again": yardsticks(model)["LoRA"]} if args.aa else {}
         configs |= references(model) if args.reference else {}
         configs |= variants(model, args.methods, args.rank)
         models[model] = measure(setup, configs, args.rounds, args.alive or int(free / 2e9))
-        if known := earlier["models"].get(model):  # every row keeps its ratios to the yardsticks of its own run
+        if known := earlier.get(model):  # every row keeps its ratios to the yardsticks of its own run
             models[model] = known | {name: row for name, row in models[model].items() if name in configs}
         rows, title = [cells(name, row) for name, row in models[model].items()], caption(model, models[model])
         pages.append(f"{title}\n\n{markdown(rows)}")

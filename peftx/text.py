@@ -100,6 +100,12 @@ def label_field(task: str, label: str | None) -> str:
     return label or ("labels" if task == "TOKEN_CLS" else "label")
 
 
+def longest(max_length: int, tokenizer: Any, config: Any) -> int:
+    """Tokens of a sample: `max_length`, or what tokenizer and model can take where that is less."""
+    limits = (max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    return min(limit for limit in limits if limit)
+
+
 def encode(
     records: Sequence[Mapping[str, Any]],
     tokenizer: Any,

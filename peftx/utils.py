@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 
 IGNORE = -100  # label of what has no loss, as torch and transformers have it
+AUTO_CLASSES = {  # PEFT's task types and the classes of transformers that load their models
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 def forked_rng(model: nn.Module) -> Any:

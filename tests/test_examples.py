@@ -48,7 +48,7 @@ def compress_model(said: str) -> None:
     )
     (fewer,) = numbers(r"fwsvd: .* ([\d.]+)% fewer in \d+ layers", said)
     assert 39 < fewer < 45 and "Loaded: equal outputs, True" in said
-    assert min(dense, recovered) > 0.33 and compressed > 0  # the largest class has 0.33
+    assert min(dense, recovered) > 0.33 and compressed > 0.125  # of eight classes the largest has 0.33
 
 
 def publish_adapter(said: str) -> None:

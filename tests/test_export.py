@@ -8,10 +8,17 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from conftest import CASES, adapted, logits, randomize, tiny_model, tuner_layers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+)
 from typer.testing import CliRunner
 
 import peftx
@@ -362,6 +369,44 @@ def test_a_folder_with_another_number_of_labels_needs_no_telling(tmp_path, token
     wanted = logits(model, tokens)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(peftx.hub.load_adapter(tmp_path / "adapter").eval(), tokens), wanted)
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "DebertaV2", "Roberta"])
+def test_labels_are_counted_at_the_last_layer_of_the_head(tmp_path, kind):
+    """Saved heads of two layers: pre_classifier and classifier, pooler and classifier, dense and out_proj."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 1, "max_position_embeddings": 16, "pad_token_id": 0}
+    if kind == "DistilBert":
+        sizes |= {"dim": 16, "n_heads": 2, "n_layers": 1, "hidden_dim": 16}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    heads = [name for name, _ in model.named_children() if name in ("pre_classifier", "pooler", "classifier")]
+    config = peftx.BoneConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=heads)
+    model = peft.get_peft_model(model, config).eval()
+    randomize(model, named("bone"))
+    model.save_pretrained(tmp_path / "adapter")
+    assert "num_labels=3)" in (tmp_path / "adapter" / "README.md").read_text()
+    ids = torch.randint(1, 32, (2, 7))
+    again = peftx.hub.load_adapter(tmp_path / "adapter").eval()
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_weight_in_three_places_is_merged_into_the_adapted_one_only(tmp_path):
+    sizes = {"vocab_size": 32, "d_model": 16, "max_position_embeddings": 16, "pad_token_id": 0}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 16}
+    transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes)).save_pretrained(tmp_path / "base")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
+    model = peft.get_peft_model(model, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    ids = {"input_ids": torch.randint(3, 32, (2, 7)), "decoder_input_ids": torch.randint(3, 32, (2, 5))}
+    wanted = model(**ids).logits
+    merged = peftx.hub.export_merged(tmp_path / "adapter", tmp_path / "merged")
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    for found in (merged, loaded):
+        torch.testing.assert_close(found.eval()(**ids).logits, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

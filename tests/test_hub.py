@@ -515,6 +515,16 @@ def test_strange_names_and_values_break_neither_the_table_nor_the_code(tmp_path)
     assert "exit" not in card.text
 
 
+def test_a_card_with_several_base_models_is_finished(folder):
+    card = ModelCard.load(folder / "README.md")
+    card.data.base_model = ["owner/one", "/home/me/two"]
+    card.save(folder / "README.md")
+    finish_card(folder, metrics={"accuracy": 0.5}, dataset="owner/data")
+    assert ModelCard.load(folder / "README.md").data.base_model == ["owner/one"]
+    finish_card(folder, metrics={"accuracy": 0.5}, dataset="owner/data", base_model="owner/base")
+    assert ModelCard.load(folder / "README.md").data.base_model == "owner/base"
+
+
 def test_finishing_again_replaces(folder):
     finish_card(folder, **FULL)
     once = (folder / "README.md").read_text()

@@ -949,6 +949,15 @@ def test_prune_finds_the_fields(folder: Path, tmp_path: Path, model: str, record
     assert (tmp_path / "kept.jsonl").read_text() == f"{json.dumps(record)}\n" * 2
 
 
+def test_prune_cuts_samples_to_what_the_model_takes(folder: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "w1 w2 w3 " * n, "label": 1}) for n in (1, 40)]  # BERT has 64 positions
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    files = ("--data", tmp_path / "data.jsonl", "--out", tmp_path / "kept.jsonl")
+    outcome = call("--model", folder / "classifier", *files, "--keep", 1)
+    assert outcome.exit_code == 0, outcome.output
+    assert len((tmp_path / "kept.jsonl").read_text().split("\n")) == 3
+
+
 @pytest.mark.parametrize("pad", [0, 5])
 def test_prune_pads_as_the_model_expects(tmp_path: Path, pad: int) -> None:
     """A decoder's classifier looks for the last token that is not its padding."""

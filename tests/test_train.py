@@ -102,6 +102,23 @@ def settings(files: Path, output: Path, **changes: Any) -> TrainSettings:
 # One run
 
 
+@pytest.mark.parametrize("method", ["lora", "bone"])
+def test_the_card_says_once_how_it_was_trained(files: Path, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "out"
+    metrics = trained("train", "--model", files / "llama", "--data", files / "pairs.jsonl", "--output", out, *SHORT,
+                      "--method", method)  # fmt: skip
+    before = (out / "README.md").read_text()
+    assert before.count("## Training run") == 1 and "Framework versions" in before
+    run.finish(out, metrics)
+    assert (out / "README.md").read_text() == before
+    for accuracy in (0.5, 0.6):
+        peftx.hub.finish_card(out, metrics={"accuracy": accuracy}, dataset="owner/data")
+    run.finish(out, metrics)
+    card = (out / "README.md").read_text()
+    parts = ("## Training run", "\n## Results\n", "| **this model** | 0.6 |", "### Framework versions")
+    assert [card.count(part) for part in parts] == [1] * 4
+
+
 def test_an_adapter_is_trained_saved_and_measured(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", out, *SHORT)

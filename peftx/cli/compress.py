@@ -1,6 +1,7 @@
 """`peftx compress`: a fine-tuned model with thinner layers, recovered and measured."""
 
 import copy
+import gc
 import random
 from functools import partial
 from itertools import product
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from ..utils import quiet
+from ..utils import AUTO_CLASSES, quiet
 from .main import fail
 from .prune import load, padding_of
 from .train import data_option
@@ -76,8 +77,9 @@ def compress(
         known = compression.Statistics.load(statistics) if statistics else None
         records, held = _split(data, eval_data, eval_share, seed)
         network, tokenizer, kind = load(model, adapter, task, dtype, device)
-        fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label, "max_length": max_length}
+        fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label}
         fields["label2id"] = network.config.label2id
+        fields["max_length"] = text.longest(max_length, tokenizer, network.config)
         train, test = (text.encode(lines, tokenizer, kind, **fields) for lines in (records, held))
         pad = partial(text.pad, padding=padding_of(network, tokenizer))
         metric = "accuracy" if kind == "SEQ_CLS" else "loss"
@@ -99,6 +101,8 @@ def compress(
                 copy.deepcopy(network), known, keep=share, method=name, progress=False, **options
             )
             curves.setdefault(name, []).append((report.kept, score(trial)))
+            del trial
+            gc.collect()  # a compressed model refers to itself
         small, report = compression.compress(network, known, keep=keep, method=method, **options)
         scores["compressed"] = score(small)
         if recover_epochs:
@@ -112,7 +116,7 @@ def compress(
             report,
             name=out.name,
             base_model=model,
-            loader=LOADERS[kind],
+            loader=AUTO_CLASSES[kind],
             score=f"{metric} on {len(test)} held-out samples",
             scores=scores,
             calibration=f"{known.samples} samples" if known and what else "none",
@@ -148,10 +152,3 @@ def _split(data: Path, eval_data: Path | None, share: float, seed: int) -> tuple
     if held == len(records):
         raise ValueError(f"{data} has too few lines to hold some out: name --eval-data")
     return records[held:], records[:held]
-
-
-LOADERS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-}

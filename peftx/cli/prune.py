@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from ..utils import quiet
+from ..utils import AUTO_CLASSES, quiet
 from .main import fail
 from .train import data_option
+
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 
 
 def prune(
@@ -71,7 +73,8 @@ def prune(
         check_settings(method, don_goal, goal, pruning.WEIGHTS)
         lines, records = text.read_lines(data)
         network, tokenizer, kind = load(model, adapter, task, dtype, device)
-        fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label, "max_length": max_length}
+        fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label}
+        fields["max_length"] = text.longest(max_length, tokenizer, network.config)
         samples = text.encode(records, tokenizer, kind, label2id=network.config.label2id, **fields)
         found = pruning.score_dataset(
             network,
@@ -124,23 +127,19 @@ def load(name: str, adapter: str | None, task: str | None, dtype: str, device: s
 
     from ..pruning.head import task_of_class
 
-    classes: dict[str, Any] = {
-        "CAUSAL_LM": transformers.AutoModelForCausalLM,
-        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    }
     config = transformers.AutoConfig.from_pretrained(name)
     if task is None:
         architecture = next(iter(config.architectures or ()), "model without an architecture")
         if (task := task_of_class(architecture)) is None:
-            raise ValueError(f"cannot tell the task of a {architecture}: --task, one of {', '.join(classes)}")
-    if task not in classes:
-        raise ValueError(f"--task must be one of {', '.join(classes)}, got {task}")
+            raise ValueError(f"cannot tell the task of a {architecture}: --task, one of {', '.join(TASKS)}")
+    if task not in TASKS:
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {task}")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     with quiet():
-        network, report = classes[task].from_pretrained(name, dtype=dtype, output_loading_info=True)
+        auto_class = getattr(transformers, AUTO_CLASSES[task])
+        network, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
     if adapter is None and report["missing_keys"]:
         raise ValueError(
             f"{name} has no trained {', '.join(sorted(report['missing_keys']))}: train it for a while first, "

@@ -21,8 +21,9 @@ def keep_card(model: Any, base_model: str = "") -> None:
     """Lets a compressed model carry its card: `save_pretrained` writes one where there is none, and `push_to_hub`
     replaces transformers' empty template by it.
 
-    Only this instance changes; once `materialize` made it dense, it saves as before. A `Trainer` writes its own card
-    over it when it pushes: `peftx.hub.finish_card` on its folder adds the code that loads the model.
+    Only this instance changes; once `materialize` made it dense, it saves as before. The model refers to itself then:
+    its memory is free at the next garbage collection, not before. A `Trainer` writes its own card over this one
+    when it pushes: `peftx.hub.finish_card` on its folder adds the code that loads the model.
 
     Args:
         model: of transformers; others have no files and no card.
@@ -45,7 +46,7 @@ def _save(model: Any, base_model: str, save_directory: Any, *args: Any, **kwargs
 def _upload(model: Any, base_model: str, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     path = Path(working_dir, "README.md")
     if _is_compressed(model) and path.is_file():
-        _complete(path, card_of(model, repo_id, base_model), loading(_loader(model), repo_id))
+        _complete(path, card_of(model, repo_id, base_model), loading(loader_of(type(model).__name__), repo_id))
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
@@ -73,11 +74,11 @@ def _complete(path: Path, text: str, code: str) -> None:
     old.save(path)
 
 
-def _loader(model: Any) -> str:
+def loader_of(architecture: str) -> str:
+    """The class of transformers that loads a model of this class."""
     import transformers
 
-    name = type(model).__name__
-    return name if hasattr(transformers, name) else "AutoModel"
+    return architecture if hasattr(transformers, architecture) else "AutoModel"
 
 
 def loading(loader: str, name: str) -> str:
@@ -103,7 +104,7 @@ def card_of(model: Any, name: str, base_model: str = "") -> str:
     return page(
         name=name,
         base_model=base_model,
-        loader=_loader(model),
+        loader=loader_of(type(model).__name__),
         parameters=(after + less, after),
         method=config.method or "",
         keep=config.keep,

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard
 from peft.utils import CONFIG_NAME
 
 from ..compression.loader import QUANT_METHOD
-from ..compression.publish import PAPERS, loading
+from ..compression.publish import PAPERS, loader_of, loading
 from ..registry import MethodInfo, info_of
 from ..tuners.card import complete_card, drop_paths, is_id
 from .loading import read_config
@@ -120,12 +120,13 @@ def finish_card(
         and compressed.get("quant_method") == QUANT_METHOD
         and "import peftx" not in card.text
     ):
-        (loader,) = (settings.get("architectures") or ["AutoModel"])[:1]
-        card.text = f"{loading(str(loader), name or Path(folder).resolve().name)}\n\n{card.text.lstrip()}"
+        (architecture,) = (settings.get("architectures") or ["AutoModel"])[:1]
+        code = loading(loader_of(str(architecture)), name or Path(folder).resolve().name)
+        card.text = f"{code}\n\n{card.text.lstrip()}"
 
     data = card.data
     if base_model:
-        rename(card, {getattr(config, "base_model_name_or_path", None), data.base_model}, base_model)
+        rename(card, {getattr(config, "base_model_name_or_path", None), *listed(data.base_model)}, base_model)
         data.base_model = base_model
     drop_paths(card)
     public = is_hub_id(dataset)

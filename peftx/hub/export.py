@@ -225,7 +225,8 @@ def export_merged(
         if bad is not None:
             raise ValueError(f"{bad} has values that {dtype} cannot hold: name another `dtype`.")
     merged.save_pretrained(str(path))
-    for source, options in ((adapter, hub), (merged.config._name_or_path, {"token": token})):
+    of_adapter = hub | {"subfolder": subfolder or ""}
+    for source, options in ((adapter, of_adapter), (merged.config._name_or_path, {"token": token})):
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
         except (OSError, ValueError):
@@ -236,16 +237,20 @@ def export_merged(
 
 
 def _untie(model: PeftModel) -> None:
-    """Gives every adapted layer a weight of its own: merging into a tied one would change both places."""
+    """Gives all places of tied weights one each, if one is adapted: merging into it would change the others too."""
     base: Any = model.get_base_model()
-    places = Counter(id(weight) for _, weight in base.named_parameters(remove_duplicate=False))
-    for layer in [layer for layer in base.modules() if isinstance(layer, BaseTunerLayer)]:
-        inner = layer.get_base_layer()
-        weight = getattr(inner, "weight", None)
-        if isinstance(weight, nn.Parameter) and places[id(weight)] > 1:
-            places[id(weight)] -= 1
-            inner.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-            base.config.tie_word_embeddings = False
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in base.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            places.setdefault(id(weight), []).append((module, name))
+    layers = [layer.get_base_layer() for layer in base.modules() if isinstance(layer, BaseTunerLayer)]
+    if all(len(places.get(id(getattr(layer, "weight", None)), ())) < 2 for layer in layers):
+        return
+    base.config.tie_word_embeddings = False  # which is said of all of them
+    for users in places.values():
+        for module, name in users[1:]:
+            weight = getattr(module, name)
+            setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
 
 
 def _state_of(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -231,8 +231,12 @@ def opened(folder: Path, shown: str | os.PathLike) -> Iterator[dict[str, AnyTens
         return
     try:
         with safe_open(file, framework="pt") as content:
-            yield checked_names({key: Stored(content, key) for key in content.keys()}, shown)  # noqa: SIM118
-    except (SafetensorError, OSError, AttributeError) as error:  # the last: a dtype that torch does not have
+            try:
+                state = {key: Stored(content, key) for key in content.keys()}  # noqa: SIM118
+            except AttributeError as error:  # a dtype that torch does not have
+                raise OSError(error) from error
+            yield checked_names(state, shown)
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"The tensors of the adapter {shown} cannot be read: {error}") from error
 
 

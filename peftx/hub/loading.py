@@ -24,15 +24,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 from ..tuners.card import labels_in
-
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+from ..utils import AUTO_CLASSES
 
 
 def fetch_adapter(
@@ -197,7 +189,7 @@ def load_base(config: Any, state: dict[str, torch.Tensor], name: str | os.PathLi
     if not name:
         raise ValueError("The adapter does not say what its base model is: name it by `base_model`.")
     mapped = (config.auto_mapping or {}).get("base_model_class")
-    cls = getattr(transformers, CLASSES.get(config.task_type, mapped or "AutoModel"), None)
+    cls = getattr(transformers, AUTO_CLASSES.get(config.task_type, mapped or "AutoModel"), None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ValueError(f"transformers has no {mapped}, the class of the adapter's base model: pass the model itself.")
     if labels := labels_in(config, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}):

@@ -23,10 +23,10 @@ import transformers
 from peft import get_peft_model
 from transformers import TrainerCallback
 
+from ..utils import AUTO_CLASSES, quiet
 from .methods import Method, check_settings, find, first_variants, key, peft_config, trainable
 from .report import write
 from .run import (
-    CLASSES,
     DoesNotFitError,
     Plan,
     as_dict,
@@ -34,7 +34,6 @@ from .run import (
     optimizer_options,
     plain,
     prepared,
-    quiet,
     skeleton,
     train,
     training_arguments,
@@ -333,7 +332,7 @@ def counter(settings: CompareSettings, plan: Plan) -> Count:
     The model is on the meta device, without its weights. A method that needs weights to start (LoLDU) gets random ones.
     """
     network, new_modules = skeleton(settings, plan)
-    cls = getattr(transformers, CLASSES[plan.task])
+    cls = getattr(transformers, AUTO_CLASSES[plan.task])
 
     def count(method: Method, chosen: Section) -> int | None:
         if method.config is None:

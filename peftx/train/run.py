@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,18 +28,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..pruning.head import task_of_class
-from ..text import encode, label_field, pad
-from ..utils import IGNORE, quiet
+from ..text import encode, label_field, longest, pad
+from ..utils import AUTO_CLASSES, IGNORE, quiet
 from .data import Records, hold_out, label_names, read_both
 from .methods import Method, check_settings, dtype_of, find, owners, peft_config, trainable
 from .settings import Section, Settings, TrainSettings, arguments_of, checked, parse, read_yaml, section
 
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 SETTINGS, METRICS = "settings.yaml", "metrics.json"
 PACKAGES = ("peftx", "peft", "transformers", "accelerate", "torch")
@@ -300,7 +296,7 @@ def planned(settings: Settings, records: Records) -> Plan:
 def skeleton(settings: Settings, plan: Plan) -> tuple[Any, list[str]]:
     """The model on the meta device, without its weights, and the modules that the checkpoint has no weights for."""
     with loading(settings.model):
-        network, report = getattr(transformers, CLASSES[plan.task]).from_pretrained(
+        network, report = getattr(transformers, AUTO_CLASSES[plan.task]).from_pretrained(
             settings.model, device_map={"": "meta"}, output_loading_info=True, **plan.options
         )
     return network, unfilled(network, report)
@@ -324,7 +320,7 @@ def load(settings: TrainSettings, plan: Plan, device: str) -> tuple[Any, list[st
             whole = [*SEQ_CLS_HEAD_NAMES, *skeleton(settings, plan)[1]]
         options |= {"quantization_config": quantization(settings, whole), "device_map": {"": device}}
     with loading(name):
-        network, report = getattr(transformers, CLASSES[plan.task]).from_pretrained(
+        network, report = getattr(transformers, AUTO_CLASSES[plan.task]).from_pretrained(
             name, dtype=dtype_of(settings.dtype), output_loading_info=True, **options
         )
     for module in network.modules():
@@ -353,10 +349,10 @@ def task_for(settings: Settings, config: Any) -> str:
     """The task that is asked for, or the model's own."""
     if (task := settings.task) is None:
         architecture = next(iter(config.architectures or ()), "model without an architecture")
-        if (task := task_of_class(architecture)) not in CLASSES:
-            raise ValueError(f"cannot tell the task of a {architecture}: name one of {', '.join(CLASSES)} by --task")
-    if task not in CLASSES:
-        raise ValueError(f"task must be one of {', '.join(CLASSES)}, got {task}")
+        if (task := task_of_class(architecture)) not in TASKS:
+            raise ValueError(f"cannot tell the task of a {architecture}: name one of {', '.join(TASKS)} by `task` (--task)")
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task}")
     return task
 
 
@@ -419,8 +415,7 @@ def encoded(settings: Settings, records: Records, plan: Plan, source: str, *, sh
     fields: dict[str, Any] = {"prompt": settings.prompt, "answer": settings.answer, "label": settings.label}
     fields["label2id"] = plan.options.get("label2id", plan.config.label2id)
     tokenizer = plan.tokenizer
-    limits = (settings.max_length, tokenizer.model_max_length, getattr(plan.config, "max_position_embeddings", None))
-    length = min(limit for limit in limits if limit)
+    length = longest(settings.max_length, tokenizer, plan.config)
     try:
         samples = encode(rows, tokenizer, plan.task, max_length=length, **fields)
     except ValueError as error:
@@ -536,15 +531,16 @@ def finish(folder: Path, metrics: dict[str, Any]) -> int:
     (folder / METRICS).write_text(page + "\n", encoding="utf-8")
     path = folder / "README.md"
     card = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else ModelCard("---\n{}\n---\n")
-    card.text = f"{card.text.split(RESULTS)[0].rstrip()}\n\n{results_section(metrics)}\n"
+    card.text = f"{RUN.sub('', card.text).rstrip()}\n\n{run_section(metrics)}\n"
     card.save(path)
     return size
 
 
-RESULTS = "## Results"
+START, END = "<!-- run: peftx train writes from here -->", "<!-- run: to here -->"
+RUN = re.compile(rf"{START}.*?{END}\n*", re.DOTALL)
 
 
-def results_section(metrics: Mapping[str, Any]) -> str:
+def run_section(metrics: Mapping[str, Any]) -> str:
     """The part of the card that says how it was trained, and how good it is."""
     count = metrics["samples"]
     rows = {
@@ -555,7 +551,17 @@ def results_section(metrics: Mapping[str, Any]) -> str:
         **{f"{name}, {count['eval']:,} held-out samples": f"{v:.4f}" for name, v in metrics["eval"].items()},
     }
     return "\n".join(
-        [RESULTS, "", "| | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in rows.items())]
+        [
+            START,
+            "",
+            "## Training run",
+            "",
+            "| | |",
+            "| --- | ---: |",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+            END,
+        ]
     )
 
 

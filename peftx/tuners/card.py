@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors import safe_open
 
 from ..registry import MethodInfo, info_of, methods
@@ -73,7 +74,9 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
 def drop_paths(card: Any) -> None:
     """Takes a base model that is no id of the Hub out of a card's metadata, and out of its tags."""
     named = card.data.base_model
-    if isinstance(named, str) and not is_id(named):
+    if isinstance(named, list):
+        card.data.base_model = [name for name in named if is_id(name)] or None
+    elif named and not is_id(named):
         card.data.base_model = None
     tags = [tag for tag in card.data.tags or () if not tag.startswith(OF_BASE) or is_id(tag.removeprefix(OF_BASE))]
     card.data.tags = tags or None
@@ -199,10 +202,13 @@ def shapes_in(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def labels_in(config: Any, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> int | None:
     """How many labels the saved head of a classifier has, if it was saved."""
-    heads = [f".{name}." for name in config.modules_to_save or ()]
-    saved = [shape for key, (shape, _) in sorted(shapes.items()) if any(head in key for head in heads)]
-    rows = [shape[0] for shape in saved if len(shape) == 2]
-    return rows[-1] if rows and config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    saved = {*(config.modules_to_save or ())}
+    rows = [({*key.split(".")}, shape[0]) for key, (shape, _) in sorted(shapes.items()) if len(shape) == 2]
+    rows = [(names, count) for names, count in rows if names & saved]
+    heads = [count for names, count in rows if not names.isdisjoint(SEQ_CLS_HEAD_NAMES)]
+    return heads[-1] if heads else min((count for _, count in rows), default=None)  # last: `dense` before `out_proj`
 
 
 def size(weights: Path, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
