@@ -350,7 +350,9 @@ def task_for(settings: Settings, config: Any) -> str:
     if (task := settings.task) is None:
         architecture = next(iter(config.architectures or ()), "model without an architecture")
         if (task := task_of_class(architecture)) not in TASKS:
-            raise ValueError(f"cannot tell the task of a {architecture}: name one of {', '.join(TASKS)} by `task` (--task)")
+            raise ValueError(
+                f"cannot tell the task of a {architecture}: name one of {', '.join(TASKS)} by `task` (--task)"
+            )
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task}")
     return task
