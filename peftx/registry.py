@@ -35,7 +35,7 @@ class MethodInfo:
         config: the `PeftConfig` subclass a user passes to `get_peft_model`.
         model: the `BaseTuner` subclass that PEFT instantiates.
         paper: where the method comes from, e.g. `"arXiv:2409.15371"`.
-        summary: one line on what it does.
+        summary: one line on what it does, without a full stop.
         mergeable: whether a weight delta exists, so that `merge_and_unload` works; default: what the layer class says.
         exact_start: whether a fresh adapter leaves the base model's output bit for bit as it is; else to about 1e-6.
         lora_export: `"exact"` (the delta has the adapter's rank), `"dora"`, `"svd"` (truncated, with an error) or
@@ -189,7 +189,7 @@ def register(
             config=config,
             model=model,
             paper=paper,
-            summary=summary or first_line,
+            summary=(summary or first_line).rstrip("."),
             **{"variants": {name: {}}, "mergeable": not getattr(cls, "no_delta", ""), **capabilities},
         )
         member = _extend_peft_type(name)

@@ -63,7 +63,7 @@ def list_methods(
         }
         table.add_row(
             "\n".join(info.variants),
-            f"{info.summary} {info.paper}",
+            f"{info.summary}. {info.paper}",
             "\n".join(info.layer_types),
             "\n".join(ability for ability, has in can.items() if has),
             end_section=True,

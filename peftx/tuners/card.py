@@ -155,8 +155,7 @@ def description(info: MethodInfo, config: Any) -> list[str]:
     merge = "`merge_and_unload()` adds it to the base model's weights: no cost at inference. " if info.mergeable else ""
     return [
         f"# {_title(config)}",
-        f"Trained with [PEFT](https://github.com/huggingface/peft) and peftx. {title}: {info.summary.rstrip('.')} "
-        f"({paper}).",
+        f"Trained with [PEFT](https://github.com/huggingface/peft) and peftx. {title}: {info.summary} ({paper}).",
         f"{merge}{how}",
         "## Settings",
         "\n".join(["| field | value |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in settings(config).items())]),
