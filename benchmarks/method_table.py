@@ -37,7 +37,7 @@ def keep(path: Path) -> dict[str, Any]:
 
 
 def cells(title: str, names: list[str], models: dict[str, Any], accuracy: float | None, export: str) -> list[str]:
-    """One line; a second name, at the method's own rank, goes into brackets."""
+    """One line; a second name, at the method's own rank, goes into brackets, as does the accuracy, which is at it."""
 
     def both(model: str, value: Any) -> str:
         first, *rest = [value(models[model][name]) for name in names] or ["not measured"]
@@ -51,7 +51,7 @@ def cells(title: str, names: list[str], models: dict[str, Any], accuracy: float 
         *ratio("step"),
         *ratio("memory"),
         both("llama", lambda row: f"{row['trainable']:,}"),
-        "" if accuracy is None else f"{accuracy:.3f}",
+        "" if accuracy is None else f"{accuracy:.3f}" if len(names) < 2 else f"({accuracy:.3f})",
         export,
     ]
 

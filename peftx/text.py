@@ -38,7 +38,7 @@ def read_lines(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            raise ValueError(f"{path}, line {number}: not JSON, one object a line ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: not an object with named fields")
         lines.append(line)

@@ -562,9 +562,12 @@ def test_the_command_writes_lora_miss_and_merged_models(tmp_path, tokens):
 
 def test_mistakes_of_the_command_are_one_line(tmp_path):
     folder, _ = saved(tmp_path, next(case for case in CASES if case.name == "bone-bat"), "llama")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "adapter_model.safetensors").write_text("another's")
     for arguments, message in (
         (["nowhere", tmp_path / "out"], "peftx: nowhere holds no adapter that can be read"),
-        ([folder, folder], "is the adapter itself"),
+        ([folder, folder], "exists and is not an empty folder"),
+        ([folder, tmp_path / "used", "--rank", 2], "used exists and is not an empty folder"),
         ([folder, tmp_path / "out", "--to", "merged", "--rank", 2], "--rank is for --to lora"),
         ([folder, tmp_path / "out", "--dtype", "float16"], "--dtype is for --to merged"),
         ([folder, tmp_path / "out"], "no exact LoRA form"),
@@ -573,3 +576,4 @@ def test_mistakes_of_the_command_are_one_line(tmp_path):
         outcome = call(*arguments)
         assert (outcome.exit_code, outcome.stderr.count("\n")) == (2, 1) and message in outcome.stderr
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "used" / "adapter_model.safetensors").read_text() == "another's"

@@ -102,6 +102,26 @@ def settings(files: Path, output: Path, **changes: Any) -> TrainSettings:
 # One run
 
 
+def test_the_training_loss_is_that_of_all_steps(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", out, *SHORT, "--max-steps", 5)
+    whole = trained("train", *data, "--training", "save_steps=3", "--training", "logging_steps=1000")
+    each = [entry["loss"] for entry in whole["history"] if "loss" in entry]
+    assert len(each) == 2 and whole["train_loss"] == pytest.approx((3 * each[0] + 2 * each[1]) / 5)
+    again = trained("train", "--output", out, "--resume")  # nothing is left to do
+    assert again["train_loss"] == whole["train_loss"] and again["steps"] == 5
+    shutil.rmtree(out / "checkpoint-5")
+    assert trained("train", "--output", out, "--resume")["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+
+
+def test_other_data_come_without_the_parts_of_the_files(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: owner/model\ndata: owner/data\nsubset: main\neval_split: test\n")
+    given = ("--config", tmp_path / "run.yaml", "--model", files / "llama", "--data", files / "pairs.jsonl")
+    trained("train", *given, "--output", tmp_path / "out", *SHORT)
+    outcome = call("train", *given, "--output", tmp_path / "again", *SHORT, "--subset", "other")
+    assert outcome.exit_code == 2 and "subset is 'other', but" in outcome.stderr
+
+
 @pytest.mark.parametrize("method", ["lora", "bone"])
 def test_the_card_says_once_how_it_was_trained(files: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"

@@ -25,7 +25,7 @@ class Dtype(str, Enum):
 
 def export(
     adapter: Annotated[str, typer.Argument(help="Folder of a saved adapter, or its id on the Hub.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write to.")],
     to: Annotated[
         Target,
         typer.Option(help="A plain LoRA (or DoRA), PEFT's MiSS (from Bone), or the base model with all merged in."),
@@ -51,6 +51,8 @@ def export(
         fail(f"--rank is for --to lora, not for --to {to.value}")
     if dtype is not None and to is not Target.merged:
         fail(f"--dtype is for --to merged, not for --to {to.value}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"{out} exists and is not an empty folder")
     import torch
 
     from .. import hub

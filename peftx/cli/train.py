@@ -30,6 +30,7 @@ SHORT: dict[str, tuple[Any, str, str, str]] = {
     "prune_keep": (float, "prune", "keep", "Train on this share of the samples, which DONOD chooses."),
 }
 DEFAULTS = {"epochs": "3", "batch_size": "8", "gradient_accumulation": "1", "learning_rate": "the method's", "seed": 42}
+PARTS = ("subset", "split", "eval_split", "eval_data")  # of a data set
 PAIRS = {"set": "method_settings", "training": "training"}  # flags with KEY=VALUE, and their sections
 
 
@@ -119,6 +120,8 @@ def alternatives(hint: Any) -> list[Any]:
 def collect(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings by name: of the YAML file, and over them those of the flags. A run is resumed by its own file.
 
+    Other data than the file's come without its parts: what the file says of subset and splits is left out.
+
     Raises:
         ValueError: the file is no YAML, or a KEY=VALUE has no `=`.
         OSError: the file cannot be read.
@@ -129,6 +132,8 @@ def collect(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     if path is None and flags.get("resume") and own.is_file():
         path = own
     values = read_yaml(path) if path else {}
+    if flags.get("data", values.get("data")) != values.get("data"):
+        values = {name: value for name, value in values.items() if name not in PARTS}
     names = {f.name for f in dataclasses.fields(cls)}
     for name, value in flags.items():
         if name.startswith("pairs_"):

@@ -75,8 +75,9 @@ def recover(
 
     A model in half precision trains in float32, where small steps are not rounded away, and gets its dtype back.
     """
-    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 
+    from ..progress import Progress
     from ..utils import forked_rng
 
     model.requires_grad_(True)
@@ -100,6 +101,9 @@ def recover(
         )
         trainer = Trainer(model, arguments, collator, dataset)  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
+        if progress:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(Progress("recovering"))
         trainer.train()
     model.eval()
 

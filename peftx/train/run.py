@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import BitsAndBytesConfig, ProgressCallback, Trainer, TrainerC
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..progress import Progress
 from ..pruning.head import task_of_class
 from ..text import encode, label_field, longest, pad
 from ..utils import AUTO_CLASSES, IGNORE, quiet
@@ -102,6 +103,9 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(settings.output)
     evaluation = trainer.evaluate() if held_samples else {}
+    # resumed when nothing is left, a Trainer takes one step more, at a learning rate of zero
+    log, last = trainer.state.log_history, trainer.state.max_steps
+    history = [entry for entry in log if "loss" not in entry or entry["step"] <= last]
     metrics = {
         "model": settings.model,
         "task": task,
@@ -109,18 +113,18 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         "method_settings": plain(chosen),
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
-        "steps": trainer.state.global_step,
+        "steps": min(trainer.state.global_step, last),
         "epochs": trainer.state.epoch,
         "processes": arguments.world_size,
         "samples": {"train": len(samples), "trained_on": kept(extras, len(samples)), "eval": len(held_samples)},
         "trained_values": {"adapter": adapter, "whole_modules": whole},
-        "train_loss": outcome.training_loss,
+        "train_loss": training_loss(history),
         "train_seconds": outcome.metrics["train_runtime"],
         "eval": evaluation_metrics(evaluation, task),
         "labels": [network.config.id2label[i] for i in range(network.config.num_labels)]
         if task in CLASSIFIERS
         else None,
-        "history": trainer.state.log_history,
+        "history": history,
     }
     if main:
         metrics["bytes"] = finish(Path(settings.output), metrics)
@@ -518,6 +522,16 @@ def evaluation_metrics(found: Mapping[str, float], task: str) -> dict[str, float
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
+def training_loss(history: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over all steps and processes. The Trainer's own leaves out the steps before a resume, and, since the last
+    log entry, the other processes; `Record` sees to it that no step is without an entry."""
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total, last = total + entry["loss"] * (entry["step"] - last), entry["step"]
+    return total / max(last, 1)
+
+
 def kept(callbacks: Sequence[Any], count: int) -> int:
     """How many samples were trained on."""
     chosen = [callback.selection for callback in callbacks if getattr(callback, "selection", None) is not None]
@@ -568,7 +582,7 @@ def run_section(metrics: Mapping[str, Any]) -> str:
 
 
 class Record(TrainerCallback):
-    """Writes the settings when the training starts."""
+    """Writes the settings when the training starts, and has the loss logged wherever it may end."""
 
     def __init__(self, settings: TrainSettings) -> None:
         self.settings = settings
@@ -577,22 +591,6 @@ class Record(TrainerCallback):
         if state.is_world_process_zero:
             write_settings(self.settings)
 
-
-class Progress(ProgressCallback):
-    """The Trainer's bar, with the loss in it in place of a line for each log entry."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
-            if state.global_step:  # resumed
-                self.training_bar.update(state.global_step)
-                self.current_step = state.global_step
-
-    def on_log(self, args, state, control, logs: Callable | Any = None, **kwargs):
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4g}")
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save or control.should_training_stop or state.global_step >= state.max_steps:
+            control.should_log = True
