@@ -114,6 +114,11 @@ def test_the_training_loss_is_that_of_all_steps(files: Path, tmp_path: Path) -> 
     assert trained("train", "--output", out, "--resume")["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
 
 
+def test_a_folder_without_a_run_has_nothing_to_resume(tmp_path: Path) -> None:
+    outcome = call("train", "--output", tmp_path, "--resume")
+    assert outcome.exit_code == 2 and f"peftx: nothing to resume in {tmp_path}" in outcome.stderr
+
+
 def test_other_data_come_without_the_parts_of_the_files(files: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: owner/model\ndata: owner/data\nsubset: main\neval_split: test\n")
     given = ("--config", tmp_path / "run.yaml", "--model", files / "llama", "--data", files / "pairs.jsonl")

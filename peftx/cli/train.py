@@ -123,7 +123,7 @@ def collect(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     Other data than the file's come without its parts: what the file says of subset and splits is left out.
 
     Raises:
-        ValueError: the file is no YAML, or a KEY=VALUE has no `=`.
+        ValueError: the file is no YAML, a KEY=VALUE has no `=`, or there is no run to resume.
         OSError: the file cannot be read.
     """
     flags = {name: value for name, value in given.items() if value is not None and value != []}
@@ -131,6 +131,8 @@ def collect(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     own = Path(flags.get("output", ""), "settings.yaml")
     if path is None and flags.get("resume") and own.is_file():
         path = own
+    elif path is None and flags.get("resume") and "model" not in flags:
+        raise ValueError(f"nothing to resume in {flags.get('output', 'no --output')}: it has no {own.name}")
     values = read_yaml(path) if path else {}
     if flags.get("data", values.get("data")) != values.get("data"):
         values = {name: value for name, value in values.items() if name not in PARTS}
