@@ -177,6 +177,8 @@ def test_the_card_says_what_the_adapter_is(case, tmp_path):
     assert "| `target_modules` | `query, value` |" in card.text
     assert case.info.paper.removeprefix("arXiv:") in card.text
     code = card.text.split("```python\n")[1].split("```")[0].replace("path/or/name of this adapter", str(path.parent))
+    assert str(tmp_path) not in card.text  # a path of this machine helps nobody else
+    code = code.replace("path/or/name of the base model", str(tmp_path / "base"))
     found: dict = {}
     exec(code, found)  # as it stands on the card
     assert type(found["model"]) is peft.PeftModelForSequenceClassification
