@@ -84,7 +84,7 @@ def loader_of(architecture: str) -> str:
 def loading(loader: str, name: str) -> str:
     """The code that loads a compressed model, whose first line registers how."""
     return (
-        "It needs [peftx](https://pypi.org/project/peftx/):\n\n```python\nimport peftx\n"
+        "It needs peftx (`pip install peftx`):\n\n```python\nimport peftx\n"
         f"from transformers import {loader}\n\n"
         f"model = {loader}.from_pretrained({json.dumps(name, ensure_ascii=False)})\n```"
     )
