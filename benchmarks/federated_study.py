@@ -1,6 +1,6 @@
 """FedSVD and what it is compared with, on real text: SST-2, MiniLM, six clients of skewed labels, with and without DP.
 
-    python benchmarks/federated_study.py                      # the published study, some 20 minutes of one core
+    python benchmarks/federated_study.py                      # the published study, an hour of one core
     python benchmarks/federated_study.py --methods fedsvd ffa-lora fedit flexlora fedex-lora --seeds 3
     python benchmarks/federated_study.py --smoke              # does it run? its numbers mean nothing and are not kept
 
