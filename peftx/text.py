@@ -182,6 +182,13 @@ def encode(
     return samples
 
 
+def padding_of(network: Any, tokenizer: Any) -> int:
+    """The token that rows are filled with: the model's own, since classifiers on a decoder look for it, else the
+    tokenizer's, else its end token."""
+    ids = (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in ids if i is not None), 0)
+
+
 def pad(samples: Sequence[Mapping[str, Any]], padding: int = 0) -> dict[str, Tensor]:
     """A batch, padded on the right: `input_ids`, `attention_mask`, `labels`."""
 

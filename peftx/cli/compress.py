@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 
 from ..utils import AUTO_CLASSES, quiet
 from .main import fail
-from .prune import load, padding_of
+from .prune import load
 from .train import data_option
 
 KEEPS = (0.9, 0.75, 0.6, 0.5)  # of the picture
@@ -81,7 +81,7 @@ def compress(
         fields["label2id"] = network.config.label2id
         fields["max_length"] = text.longest(max_length, tokenizer, network.config)
         train, test = (text.encode(lines, tokenizer, kind, **fields) for lines in (records, held))
-        pad = partial(text.pad, padding=padding_of(network, tokenizer))
+        pad = partial(text.pad, padding=text.padding_of(network, tokenizer))
         metric = "accuracy" if kind == "SEQ_CLS" else "loss"
 
         def score(measured: Any) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..utils import quiet
-from .inspect import plain
+from .inspect import Revision, Subfolder, plain
 from .main import fail
 
 
@@ -36,12 +36,8 @@ def export(
     base_model: Annotated[
         str | None, typer.Option(help="Folder or id of the base model.", show_default="the adapter's")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the adapter's repository.", show_default="main")
-    ] = None,
-    subfolder: Annotated[
-        str | None, typer.Option(help="Of the folder or repository, where the adapter is.", show_default="none")
-    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the merged model's weights.", show_default="the base model's")
     ] = None,

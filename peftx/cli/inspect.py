@@ -18,6 +18,13 @@ from .main import fail
 if TYPE_CHECKING:
     from ..hub import AdapterReport
 
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the repository on the Hub.", show_default="main")
+]
+Subfolder = Annotated[
+    str | None, typer.Option(help="Of the folder or repository, where the adapter is.", show_default="none")
+]
+
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Folder of a saved adapter, or its id on the Hub.")],
@@ -27,12 +34,8 @@ def inspect(
     base_model: Annotated[
         str | None, typer.Option(help="Folder or id of the base model; implies --load.", show_default="the adapter's")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the repository on the Hub.", show_default="main")
-    ] = None,
-    subfolder: Annotated[
-        str | None, typer.Option(help="Of the folder or repository, where the adapter is.", show_default="none")
-    ] = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the norms by layer and module into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

@@ -79,7 +79,7 @@ def prune(
         found = pruning.score_dataset(
             network,
             samples,
-            partial(text.pad, padding=padding_of(network, tokenizer)),
+            partial(text.pad, padding=text.padding_of(network, tokenizer)),
             metrics=tuple(dict.fromkeys((*METHODS[method], *pruning.shown_with(method)))),
             batch_size=batch_size,
             eta=eta,
@@ -111,12 +111,6 @@ def prune(
         wanted = pruning.preference(found, **ranking)
         Console().print(Markdown(pruning.table(found, wanted, records, rows=show)))
     typer.echo(f"Kept {len(kept)} of {len(lines)} samples: {out}")
-
-
-def padding_of(network: Any, tokenizer: Any) -> int:
-    """The token that rows are filled with: the model's own, since classifiers on a decoder look for it."""
-    ids = getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id
-    return next((i for i in ids if i is not None), 0)
 
 
 def load(name: str, adapter: str | None, task: str | None, dtype: str, device: str | None) -> tuple[Any, Any, str]:

@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..progress import Progress
 from ..pruning.head import task_of_class
-from ..text import encode, label_field, longest, pad
+from ..text import encode, label_field, longest, pad, padding_of
 from ..utils import AUTO_CLASSES, IGNORE, quiet
 from .data import Records, hold_out, label_names, read_both
 from .methods import Method, check_settings, dtype_of, find, owners, peft_config, trainable
@@ -388,12 +388,6 @@ def quantization(settings: TrainSettings, whole: list[str] | None) -> BitsAndByt
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=whole,  # whatever its name says
     )
-
-
-def padding_of(network: Any, tokenizer: Any) -> int:
-    """The model's padding token, else the tokenizer's, else its end token: masked, it needs only to be a token."""
-    ids = (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((i for i in ids if i is not None), 0)
 
 
 def prepared(settings: Settings, *, show: bool = False) -> tuple[Plan, Records, Records]:
