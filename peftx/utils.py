@@ -28,6 +28,11 @@ AUTO_CLASSES = {  # PEFT's task types and the classes of transformers that load 
 }
 
 
+def plain(text: str) -> str:
+    """Text from a file, fit for a terminal or a picture: what is not printable (escape sequences) stands as code."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def forked_rng(model: nn.Module) -> Any:
     """`torch.random.fork_rng` for the CPU and the devices that the model is on."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type in ("cuda", "xpu")}

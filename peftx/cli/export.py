@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..utils import quiet
-from .inspect import Revision, Subfolder, plain
+from ..utils import plain, quiet
+from .inspect import Revision, Subfolder
 from .main import fail
 
 

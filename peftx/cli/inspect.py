@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from ..utils import quiet
+from ..utils import plain, quiet
 from .main import fail
 
 if TYPE_CHECKING:
@@ -62,11 +62,6 @@ def inspect(
         show(report)
     if report.problems:
         raise typer.Exit(1)
-
-
-def plain(text: str) -> str:
-    """Text from a file as a terminal may show it: what is not printable (escape sequences) stands there as code."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def numbered(value: Any) -> Any:

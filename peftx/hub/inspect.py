@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..registry import methods
 from ..tuners.model import belongs_to
+from ..utils import plain
 from .loading import fetch_adapter, load_adapter, read_config, read_tensors
 
 WRAPPED = "base_model.model."  # before a module's name in every file of PEFT
@@ -365,7 +366,7 @@ def heat_map(report: AdapterReport, path: str | os.PathLike) -> None:
     rows, columns = ({value: i for i, value in enumerate(values)} for values in (layers, kinds))
     for (layer, kind), norm in cells.items():
         grid[rows[layer], columns[kind]] = norm
-    labels = [kind if kind.isprintable() else ascii(kind)[1:-1] for kind in kinds]
+    labels = [plain(kind) for kind in kinds]
     labels = [label if len(label) <= 60 else f"...{label[-57:]}" for label in labels]
     size = (min(40, 2.5 + 0.7 * len(kinds)), min(60, 1.8 + 0.3 * len(layers) + 0.05 * max(map(len, labels))))
     figure = Figure(figsize=size, layout="constrained")
@@ -379,7 +380,7 @@ def heat_map(report: AdapterReport, path: str | os.PathLike) -> None:
     axes.set_ylabel("layer")
     delta = all(module.is_delta for module in report.modules)
     figure.colorbar(image, ax=axes, label="norm of the weight delta" if delta else "norm of the adapter's tensors")
-    axes.set_title(report.method if report.method.isprintable() else ascii(report.method), parse_math=False)
+    axes.set_title(plain(report.method), parse_math=False)
     figure.savefig(path, format="png", dpi=120)
 
 
