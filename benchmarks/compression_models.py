@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import transformers
+from peftx.text import encode, pad
 from pruning_noise import DATA, RESULTS, Results, read_gsm8k, read_sst2
 from torch import nn
 from tqdm import tqdm
@@ -55,7 +56,6 @@ from peftx.compression import (
 )
 from peftx.compression.compress import count
 from peftx.demo.model import default_folder
-from peftx.text import encode, pad
 
 KEEPS = (0.9, 0.75, 0.6, 0.5)
 

@@ -42,6 +42,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", categor
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peftx.text import encode, pad
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -56,7 +57,6 @@ from transformers import (
 from peftx.demo.model import default_folder
 from peftx.pruning import METHODS, preference, score_dataset, select
 from peftx.pruning.warmup import warmed_up, warmup_length
-from peftx.text import encode, pad
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -61,9 +61,10 @@ def compress(
     the result with AutoModel*.from_pretrained after `import peftx`.
     """
     try:
-        from .. import compression, text
+        from .. import compression
         from ..compression.compress import check_settings
         from ..compression.factorize import METHODS, NEEDS
+        from ..data import text
 
         check_settings(keep, method, allocation, side, alpha)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -140,7 +141,7 @@ def compress(
 
 def _split(data: Path, eval_data: Path | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Records to learn from, and held-out ones."""
-    from ..text import read_lines
+    from ..data.text import read_lines
 
     records = read_lines(data)[1]
     if eval_data:

@@ -60,7 +60,8 @@ def prune(
     classifier: text and label. Of a causal LM only the answer counts.
     """
     try:
-        from .. import pruning, text
+        from .. import pruning
+        from ..data import text
         from ..pruning.select import METHODS, check_keep, check_settings
 
         for option, path in (("--out", out), ("--scores", scores), ("--plot", plot)):

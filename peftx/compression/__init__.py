@@ -8,8 +8,6 @@ Loading needs `import peftx`, and stops without it; the card that `save_pretrain
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .compress import compress
@@ -22,7 +20,7 @@ from .statistics import LayerStatistics, Statistics, target_layers
 
 if TYPE_CHECKING:
     from .callback import FisherCallback
-    from .collect import collect
+    from .collection import collect
 
 __all__ = [
     "METHODS",
@@ -48,20 +46,10 @@ __all__ = [
 ]
 
 # `import peftx` comes through here for the loader; these need transformers' Trainer, which takes a while.
-_LATER = {"FisherCallback": "callback", "collect": "collect"}
-
-
-class _Package(ModuleType):
-    """Keeps `collect` the function where Python would bind the file of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value.collect if name == "collect" and isinstance(value, ModuleType) else value)
+_LATER = {"FisherCallback": "callback", "collect": "collection"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-sys.modules[__name__].__class__ = _Package

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..utils import columns_of, trainer_above
-from .collect import SAMPLES, check_whole, chosen, gather
+from .collection import SAMPLES, check_whole, chosen, gather
 from .hooks import Collector, check_settings
 from .statistics import FILE_NAME, Statistics, target_layers
 

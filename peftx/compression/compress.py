@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..cards.compressed import keep_card
 from .factorize import METHODS, SIDES, Factors, Weighting, allocate, rank_for, saves, solve, spectrum, weighting_for
 from .linear import LowRankLinear
 from .loader import LowRankConfig
-from .publish import keep_card
 from .report import LayerReport, Report
 from .statistics import Statistics, base_layer, is_compiled, shape_of, target_layers
 

@@ -20,11 +20,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..cards.compressed import QUANT_METHOD, keep_card
 from .linear import LowRankLinear, shape_of
 
 logger = logging.get_logger(__name__)
-
-QUANT_METHOD = "lowrank_svd"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -97,8 +96,6 @@ class LowRankQuantizer(HfQuantizer):
                 f"the checkpoint has no {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}: {len(missing)} factors "
                 "that its config.json promises are missing, and random ones mean nothing"
             )
-        from .publish import keep_card
-
         keep_card(model)
 
     def is_serializable(self, **kwargs: Any) -> bool:

@@ -138,7 +138,7 @@ def card(
         scores: by name, in the order of the table: "dense", "compressed" and, if it was fine-tuned, "recovered".
         calibration: data that the statistics come from.
     """
-    from .publish import page
+    from ..cards.compressed import page
 
     rows = "\n".join(f"| {what} | {value:.4f} |" for what, value in scores.items())
     return page(

@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.layer import at_least_fp32
+from ..adapters.lora import Variant
+from ..adapters.tuner import belongs_to
 from ..registry import methods
 from ..tuners.bone import BoneConfig
-from ..tuners.layer import at_least_fp32
-from ..tuners.lora import Variant
-from ..tuners.model import belongs_to
 from .loading import load_adapter, read_adapter
 
 

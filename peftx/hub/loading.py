@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
@@ -19,11 +18,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft import PeftConfig, PeftModel, load_peft_weights
+from peft import PeftModel, load_peft_weights
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
-from ..tuners.card import labels_in
+from ..cards.adapter import labels_in
+from ..files import read_config
 from ..utils import AUTO_CLASSES
 
 
@@ -121,25 +121,6 @@ def read_adapter(
     """
     folder = fetch_adapter(path, revision=revision, subfolder=subfolder, token=token)
     return read_config(folder, shown=path), read_tensors(folder, shown=path)
-
-
-def read_config(folder: str | os.PathLike, shown: str | os.PathLike | None = None) -> Any:
-    """The config of a saved adapter in a folder, called `shown` in errors.
-
-    Raises:
-        ValueError: there is none, or it cannot be read, or neither PEFT nor peftx knows its method.
-    """
-    shown = folder if shown is None else shown
-    if not Path(folder, CONFIG_NAME).is_file():
-        raise ValueError(f"{shown} holds no adapter that can be read: no {CONFIG_NAME} in it.")
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except KeyError as error:
-        raise ValueError(
-            f"The adapter {shown} is of the type {error}, which neither PEFT {peft.__version__} nor peftx knows."
-        ) from None
-    except Exception as error:  # whatever the config classes of PEFT make of values that nobody has checked
-        raise ValueError(f"{shown} holds no adapter that can be read: {error}") from error
 
 
 def read_tensors(folder: str | os.PathLike, shown: str | os.PathLike | None = None) -> dict[str, torch.Tensor]:

@@ -27,11 +27,11 @@ from transformers import BitsAndBytesConfig, ProgressCallback, Trainer, TrainerC
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..data.records import Records, hold_out, label_names, read_both
+from ..data.text import encode, label_field, longest, pad, padding_of
 from ..progress import Progress
 from ..pruning.head import task_of_class
-from ..text import encode, label_field, longest, pad, padding_of
 from ..utils import AUTO_CLASSES, IGNORE, quiet
-from .data import Records, hold_out, label_names, read_both
 from .methods import Method, check_settings, dtype_of, find, owners, peft_config, trainable
 from .settings import Section, Settings, TrainSettings, arguments_of, checked, parse, read_yaml, section
 

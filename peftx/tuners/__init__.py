@@ -1,14 +1,14 @@
+from ..adapters.config import AdapterConfig
+from ..adapters.layer import AdapterLayer, accumulate
+from ..adapters.tuner import AdapterModel
 from .allora import ALLoRAConfig
 from .bone import BoneConfig, BoneLinear
 from .compacter import CompacterConfig, CompacterLinear
-from .config import AdapterConfig
 from .fedsvd import FedSVDConfig
 from .flora import FloraConfig, FloraLinear
 from .gradnormlorp import GradNormLoRPConfig
-from .layer import AdapterLayer, accumulate
 from .loldu import LoLDUConfig, LoLDULinear
 from .lora_ggpo import GGPOCallback, LoRAGGPOConfig
-from .model import AdapterModel
 from .triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig, TriAdaptLoRALinear
 
 __all__ = [

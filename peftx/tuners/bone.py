@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..adapters.config import AdapterConfig
+from ..adapters.layer import AdapterLayer, accumulate, at_least_fp32
 from ..registry import register
-from .config import AdapterConfig
-from .layer import AdapterLayer, accumulate, at_least_fp32
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..adapters.config import AdapterConfig, Number
+from ..adapters.layer import AdapterLayer, accumulate, at_least_fp32
+from ..adapters.tuner import AdapterModel
 from ..registry import register
-from .config import AdapterConfig, Number
-from .layer import AdapterLayer, accumulate, at_least_fp32
-from .model import AdapterModel
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),

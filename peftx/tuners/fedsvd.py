@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.func import functional_call
 
+from ..adapters.layer import at_least_fp32, unobserved
+from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank
+from ..adapters.tuner import errors_naming
 from ..registry import register
-from .layer import at_least_fp32, unobserved
-from .lora import Variant, VariantConfig, VariantModel, is_plain, low_rank
-from .model import errors_naming
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..adapters.config import AdapterConfig, Number
+from ..adapters.layer import AdapterLayer, accumulate, at_least_fp32
 from ..registry import register
-from .config import AdapterConfig, Number
-from .layer import AdapterLayer, accumulate, at_least_fp32
 
 InitScheme = Literal["paper", "lora_like", "gaussian"]
 Ranks = int | list[int]

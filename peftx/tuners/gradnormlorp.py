@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.config import Number
+from ..adapters.layer import at_least_fp32
+from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank, weight_row_norms2
 from ..registry import register
-from .config import Number
-from .layer import at_least_fp32
-from .lora import Variant, VariantConfig, VariantModel, is_plain, low_rank, weight_row_norms2
 
 
 @dataclass
@@ -140,7 +140,7 @@ def decomposed(layer: Any) -> Any:
     if type(layer) is Linear:
         layer.__class__ = DecomposedLinear
     elif isinstance(layer, LoraLayer) and type(layer).__module__.endswith("bnb"):
-        from .lora_bnb import DECOMPOSED
+        from ..adapters.lora_bnb import DECOMPOSED
 
         layer.__class__ = DECOMPOSED.get(type(layer), type(layer))
     return layer

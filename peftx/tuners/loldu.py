@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..adapters.config import AdapterConfig, Number
+from ..adapters.layer import AdapterLayer, FrozenDict, accumulate
 from ..registry import register
-from .config import AdapterConfig, Number
-from .layer import AdapterLayer, FrozenDict, accumulate
 
 InitMethod = Literal["lu", "uniform", "normal", "constant", "s_uniform", "s_normal", "ones", "zeros"]
 

@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..adapters.config import Number
+from ..adapters.layer import accumulate, at_least_fp32, unobserved
+from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank, weight_row_norms2
 from ..registry import register
-from .config import Number
-from .layer import accumulate, at_least_fp32, unobserved
-from .lora import Variant, VariantConfig, VariantModel, is_plain, low_rank, weight_row_norms2
 
 BLOCK = 2**22  # elements of the noise that exist at a time
 PATIENCE = 20  # training forwards without statistics before a warning

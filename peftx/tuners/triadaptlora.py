@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.trainer_callback import TrainerCallback
 
+from ..adapters.config import AdapterConfig, Number
+from ..adapters.layer import AdapterLayer, FrozenDict, accumulate, at_least_fp32
+from ..adapters.tuner import AdapterModel
 from ..registry import register
-from .config import AdapterConfig, Number
-from .layer import AdapterLayer, FrozenDict, accumulate, at_least_fp32
-from .model import AdapterModel
 
 STD = 0.02  # of every Gaussian start, from the author's code
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .utils import IGNORE
+from ..utils import IGNORE
 
 # Field names by which a prompt and its answer are known; joined by a line break where there is more than one.
 PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (

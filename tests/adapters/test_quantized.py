@@ -336,8 +336,8 @@ def forward_only(monkeypatch: pytest.MonkeyPatch, mlp: MLP) -> MLP:
         if isinstance(target, ForwardOnlyLinear):
             return GPTQLoraLinear(target, adapter_name, config=config, **kwargs)
 
-    monkeypatch.setattr("peftx.tuners.layer.resolve_quantization_backend", resolve)
-    monkeypatch.setattr("peftx.tuners.lora.resolve_quantization_backend", resolve)
+    monkeypatch.setattr("peftx.adapters.layer.resolve_quantization_backend", resolve)
+    monkeypatch.setattr("peftx.adapters.lora.resolve_quantization_backend", resolve)
     monkeypatch.setattr("peft.tuners.lora.model.dispatch_gptq", dispatch)
     mlp.lin1 = ForwardOnlyLinear(mlp.lin1)
     return mlp

@@ -16,7 +16,7 @@ import peftx
 from peftx.tuners.bone import BoneLinear, bat_delta, bat_invert, fold, tile
 
 TARGETS = ["lin0", "lin1", "head"]
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures" / "bone_peft_0.17"
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "bone_peft_0.17"
 
 
 def bat_oracle(weight, block):

@@ -16,9 +16,9 @@ from conftest import MLP, logits, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from test_trainer import adapter_of, assert_equal, losses, trainer
 from torch import nn
 from torch.nn import functional as F
+from training import adapter_of, assert_equal, losses, trainer
 
 import peftx
 from peftx.tuners.triadaptlora import TriAdaptLoRALinear, plot_ranks, update_and_grow

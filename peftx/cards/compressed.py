@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..tuners.card import UNFILLED, is_id
-from .linear import LowRankLinear
-from .loader import LowRankConfig
+from .adapter import UNFILLED, is_id
 
+QUANT_METHOD = "lowrank_svd"  # of a compressed model's `quantization_config`
 # of a method; a plain SVD has no paper
 PAPERS = {"fwsvd": "arXiv:2207.00112", "asvd": "arXiv:2312.05821", "svd-llm": "arXiv:2403.07378"}
 TAGS = ("compressed", "low-rank", "peftx")
@@ -52,7 +51,7 @@ def _upload(model: Any, base_model: str, working_dir: Any, repo_id: str, *args: 
 
 def _is_compressed(model: Any) -> bool:
     config = getattr(model.config, "quantization_config", None)
-    return isinstance(config, LowRankConfig) and not getattr(model, "_hf_peft_config_loaded", False)
+    return getattr(config, "quant_method", None) == QUANT_METHOD and not getattr(model, "_hf_peft_config_loaded", False)
 
 
 def _complete(path: Path, text: str, code: str) -> None:
@@ -98,7 +97,7 @@ def card_of(model: Any, name: str, base_model: str = "") -> str:
         base_model: of the model that was compressed.
     """
     config = model.config.quantization_config
-    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    layers: list[Any] = [model.get_submodule(name) for name in config.ranks]
     after = sum(parameter.numel() for parameter in model.parameters())
     less = sum(low.in_features * low.out_features - low.rank * (low.in_features + low.out_features) for low in layers)
     return page(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import peftx
-from peftx.tuners.layer import accumulate
+from peftx.adapters.layer import accumulate
 
 TARGETS = ["lin0", "lin1"]
 

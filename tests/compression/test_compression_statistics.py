@@ -27,9 +27,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from peftx.compression import compress
+from peftx.compression import collect, compress
 from peftx.compression.callback import FisherCallback
-from peftx.compression.collect import collect
 from peftx.compression.hooks import Collector
 from peftx.compression.statistics import (
     FILE_NAME,
@@ -42,7 +41,7 @@ from peftx.compression.statistics import (
 )
 from peftx.compression.sums import square_sums
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 COUNT = 10
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

@@ -15,7 +15,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from .card import keep_card
+from ..cards.adapter import keep_card
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer

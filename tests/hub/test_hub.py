@@ -21,8 +21,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from peftx import compression
+from peftx.cards.finish import END, START
 from peftx.hub import finish_card, load_adapter
-from peftx.hub.card import END, START
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # of base models that nobody has
 
@@ -643,7 +643,7 @@ def test_the_template_has_the_sections_of_a_finished_card(folder):
     finish_card(folder, **FULL)
     heads = [
         re.findall(r"^##+ .*", path.read_text(), re.MULTILINE)
-        for path in (folder / "README.md", Path(__file__).parents[1] / "model_cards" / "template.md")
+        for path in (folder / "README.md", Path(__file__).parents[2] / "model_cards" / "template.md")
     ]
     assert heads[0] == heads[1]
 

@@ -427,7 +427,6 @@ import peftx
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 assert "lowrank_svd" in AUTO_QUANTIZER_MAPPING
 assert not {"matplotlib", "datasets", "typer", "transformers.trainer"} & (set(sys.modules) - before)
-import peftx.compression.collect  # a file and a function of one name
 from peftx.compression import __all__, collect, compress
 assert callable(collect) and callable(compress) and callable(peftx.compression.collect)
 assert all(hasattr(peftx.compression, name) for name in __all__)

@@ -14,11 +14,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from peft.utils import CONFIG_NAME
 
-from ..compression.loader import QUANT_METHOD
-from ..compression.publish import PAPERS, loader_of, loading
+from ..files import read_config
 from ..registry import MethodInfo, info_of
-from ..tuners.card import complete_card, drop_paths, is_id
-from .loading import read_config
+from .adapter import complete_card, drop_paths, is_id
+from .compressed import PAPERS, QUANT_METHOD, loader_of, loading
 
 START, END = "<!-- results: peftx.hub.finish_card writes from here -->", "<!-- to here -->"
 BLOCK = re.compile(f"{re.escape(START)}.*?{re.escape(END)}\n*", re.DOTALL)

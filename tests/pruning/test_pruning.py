@@ -26,12 +26,12 @@ from typer.testing import CliRunner
 
 from peftx import pruning
 from peftx.cli import app
+from peftx.data.text import encode
 from peftx.pruning import don_nod, gradient_square, head_statistics, preference, score_dataset, select, topsis
 from peftx.pruning.head import calls_of, check_head, find_head
 from peftx.pruning.scores import gradient_way, residual
-from peftx.text import encode
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 ETA = 1e-3
 HEAD = ("don", "nod", "loss", "el2n", "grand")
 

@@ -22,11 +22,11 @@ pytest.importorskip("opacus")
 
 from opacus.accountants import PRVAccountant
 
+from peftx.adapters.lora import low_rank
 from peftx.federated import local, privacy
 from peftx.federated.local import LocalSettings, train_local
 from peftx.federated.privacy import BudgetExceeded, DPSpec, SampleLoss, attached, check_private, epsilon_spent
 from peftx.tuners import fedsvd
-from peftx.tuners.lora import low_rank
 
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "t5": ["q", "v"]}
 TASKS = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import FileConfig, Names, Number
 from .layer import accumulate, check_writable, unobserved
-from .model import CheckedTuner, errors_naming, innermost, unsupported
+from .tuner import CheckedTuner, errors_naming, innermost, unsupported
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import bnb
 
-from .gradnormlorp import DecomposedLayer
+from ..tuners.gradnormlorp import DecomposedLayer
 from .layer import unpack
 
 

@@ -15,8 +15,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from ..cards.adapter import complete_card
 from ..registry import info_of
-from .card import complete_card
 
 Names = list[str] | set[str] | tuple[str, ...] | str
 Number = int | float

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import AdapterConfig
-from .model import AdapterModel, forget, unsupported
+from .tuner import AdapterModel, forget, unsupported
 
 
 def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..text import read_lines
 from ..utils import IGNORE
-from .settings import Settings
+from .text import read_lines
 
 LINES = (".jsonl", ".ndjson")  # what the standard library reads
 BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # what `datasets` reads
@@ -80,7 +79,7 @@ def silent(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_both(settings: Settings) -> tuple[Records, Records | None]:
+def read_both(settings: Any) -> tuple[Records, Records | None]:
     """The data, and what is held out where it is other data or another split; None where it is a share of the data.
 
     Raises:

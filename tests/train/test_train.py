@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 import peftx
 from peftx.cli import app
+from peftx.data.records import hold_out, label_names, read, read_both
 from peftx.train import CompareSettings, TrainSettings, comparison, methods, parse, read_yaml, report, run
-from peftx.train.data import hold_out, label_names, read, read_both
 from peftx.train.settings import nearest
 
 SHORT = ("--max-steps", 2, "--batch-size", 4, "--training", "use_cpu=true", "--training", "disable_tqdm=true")

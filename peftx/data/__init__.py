@@ -1,0 +1,1 @@
+"""Records of files and of the Hub, as samples for a model."""
