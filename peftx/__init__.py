@@ -8,11 +8,9 @@ import importlib
 from typing import Any
 
 from . import compression as compression  # registers the loader of compressed models
-from .registry import MethodInfo, methods, register
+from .adapters import Adapter, AdapterConfig, AdapterLayer, AdapterModel, Site, register
+from .registry import MethodInfo, methods
 from .tuners import (
-    AdapterConfig,
-    AdapterLayer,
-    AdapterModel,
     ALLoRAConfig,
     BoneConfig,
     CompacterConfig,
@@ -22,13 +20,16 @@ from .tuners import (
     GradNormLoRPConfig,
     LoLDUConfig,
     LoRAGGPOConfig,
+    TriAdaptCallback,
+    TriAdaptLoRAConfig,
+    plot_ranks,
 )
-from .tuners.triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig, plot_ranks
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ALLoRAConfig",
+    "Adapter",
     "AdapterConfig",
     "AdapterLayer",
     "AdapterModel",
@@ -43,6 +44,7 @@ __all__ = [
     "LoLDUConfig",
     "LoRAGGPOConfig",
     "MethodInfo",
+    "Site",
     "TriAdaptCallback",
     "TriAdaptLoRAConfig",
     "export_lora",

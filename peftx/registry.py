@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import peft
 from peft import PeftConfig, PeftType
@@ -21,8 +19,6 @@ from peft.utils import register_peft_method
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
-T = TypeVar("T", bound=type)
 
 
 @dataclass(frozen=True)
@@ -127,81 +123,32 @@ def _extend_peft_type(name: str) -> PeftType:
     return member
 
 
-def _model_class(layer_cls: Any, name: str, config: type[PeftConfig]) -> type[BaseTuner]:
-    """The tuner of a layer class: `layer_cls.model_cls` bound to this prefix and layer, placed in the layer's module
-    so that pickle finds it."""
-    model_name = config.__name__.removesuffix("Config") + "Model"
-    model = type(
-        model_name,
-        (layer_cls.model_cls,),
-        {
-            "prefix": f"{name}_",
-            "tuner_layer_cls": layer_cls,
-            "__module__": layer_cls.__module__,
-            "__doc__": f"Puts `{layer_cls.__name__}` into a model; see `{config.__name__}`.",
-        },
-    )
-    setattr(sys.modules[layer_cls.__module__], model_name, model)
-    return model
-
-
-def register(
-    name: str, *, config: type[PeftConfig], paper: str, summary: str = "", **capabilities: Any
-) -> Callable[[T], T]:
-    """Class decorator that puts a fine-tuning method into PEFT, so that `get_peft_model(model, config)` finds it.
-
-    It decorates either an `AdapterLayer` subclass, for which a tuner class is made, or a `BaseTuner` subclass.
-    Registering the same class again, as `importlib.reload` does, replaces the earlier record. Where PEFT itself ships a
-    method called `name`, nothing is registered and a warning says so: PEFT's own always wins.
-
-    Args:
-        name: lower-case identifier; the peft type is `name.upper()`, the prefix of all tensors is `name + "_"`.
-        config: dataclass derived from `peftx.AdapterConfig` (or from `peft.LoraConfig`).
-        paper: the source, e.g. `"arXiv:2409.15371"`.
-        summary: one line for tables; default: the first line of the config's docstring.
-        capabilities: the other fields of `MethodInfo`.
-
-    Raises:
-        ValueError: `name` is not a lower-case identifier, or another package registered it.
-        TypeError: an unknown capability.
-    """
+def check_name(name: str) -> None:
+    """Raises ValueError where `name` cannot be that of a method."""
     if not (name.isidentifier() and name.islower()) or name.endswith("_"):
         raise ValueError(f"The name of a method must be a lower-case identifier without a trailing '_', got {name!r}.")
 
-    def decorate(cls: T) -> T:
-        if is_native(name):
-            warnings.warn(
-                f"PEFT {peft.__version__} ships {name.upper()} itself, so peftx does not register "
-                f"{cls.__module__}.{cls.__qualname__}: use PEFT's own config class.",
-                stacklevel=2,
-            )
-            return cls
-        known = _METHODS.get(name)
-        if known is not None and (known.config.__module__, known.config.__qualname__) != (
-            config.__module__,
-            config.__qualname__,
-        ):
-            raise ValueError(f"A method called {name!r} is already registered by {known.config.__module__}.")
-        model = cls if issubclass(cls, BaseTuner) else _model_class(cls, name, config)
-        first_line = (config.__doc__ or name).strip().splitlines()[0]
-        info = MethodInfo(
-            name=name,
-            config=config,
-            model=model,
-            paper=paper,
-            summary=(summary or first_line).rstrip("."),
-            **{"variants": {name: {}}, "mergeable": not getattr(cls, "no_delta", ""), **capabilities},
-        )
-        member = _extend_peft_type(name)
-        for mapping in (
-            PEFT_TYPE_TO_CONFIG_MAPPING,
-            PEFT_TYPE_TO_TUNER_MAPPING,
-            PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-            PEFT_TYPE_TO_PREFIX_MAPPING,
-        ):
-            mapping.pop(member, None)
-        register_peft_method(name=name, config_cls=config, model_cls=model, prefix=model.prefix)
-        _METHODS[name] = info
-        return cls
 
-    return decorate
+def add(info: MethodInfo) -> None:
+    """Puts a method into PEFT's mappings and into our table; the same class again replaces its earlier record.
+
+    Raises:
+        ValueError: another package registered a method of this name.
+    """
+    known = _METHODS.get(info.name)
+    if known is not None and _place(known.config) != _place(info.config):
+        raise ValueError(f"A method called {info.name!r} is already registered by {known.config.__module__}.")
+    member = _extend_peft_type(info.name)
+    for mapping in (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+    ):
+        mapping.pop(member, None)
+    register_peft_method(name=info.name, config_cls=info.config, model_cls=info.model, prefix=info.model.prefix)
+    _METHODS[info.name] = info
+
+
+def _place(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__

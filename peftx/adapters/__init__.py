@@ -1,1 +1,25 @@
-"""What every method stands on."""
+"""What every method stands on.
+
+One adapter of one layer is a module, `Adapter`; what it sits on is a `Site`. Everything else that a method needs is
+written once: the layer that holds the adapters, the tuner that puts layers into a model, the checks of files.
+"""
+
+from .adapter import Adapter
+from .config import AdapterConfig, Number
+from .layer import AdapterLayer
+from .method import register
+from .sites import ConvSite, EmbeddingSite, LinearSite, Site
+from .tuner import AdapterModel
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "AdapterLayer",
+    "AdapterModel",
+    "ConvSite",
+    "EmbeddingSite",
+    "LinearSite",
+    "Number",
+    "Site",
+    "register",
+]

@@ -11,21 +11,22 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
 from ..cards.adapter import complete_card
 from ..registry import info_of
+from .source import Source
 
 Names = list[str] | set[str] | tuple[str, ...] | str
 Number = int | float
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 class FileConfig(PeftConfig):
     """What the configs of both families add to PEFT's: types are checked, a broken file is found before any model is
     touched, and the model card of a saved adapter says how to load it, and what it is."""
 
+    source: ClassVar[Source | None] = None  # of an instance that was read from a file that has not been loaded yet
     # types of fields that PEFT defines and does not check
     inherited: ClassVar[dict[str, Any]] = {}
 
@@ -38,23 +39,26 @@ class FileConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any):
-        """As in PEFT; an unreadable weight file beside the config is reported before any model is touched.
+        """As in PEFT; a weight file beside the config that nobody can read is reported before any model is touched.
+
+        The config remembers where it comes from: an adapter that is made for a file is compared with it before memory
+        is taken, and leaves the model again where it does not fit.
 
         Raises:
-            ValueError: the adapter's safetensors file is truncated or not a safetensors file.
+            ValueError: the adapter's safetensors file is truncated, or is not a safetensors file, or no file at all.
         """
+        options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+        source = Source(str(pretrained_model_name_or_path), {"subfolder": subfolder, **options})
+        source.check()
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if weights.is_file():
-            try:
-                with safe_open(weights, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{weights} is not a complete safetensors file ({error}). Save or download the adapter again."
-                ) from error
-        config._from_file = True  # an adapter made for a file leaves the model again when the file does not fit
+        config.source = source
         return config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `get_peft_model` and `add_adapter` name the model they put a new adapter on; whoever loads a file does not.
+        if name == "base_model_name_or_path":
+            self.__dict__.pop("source", None)
+        super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As in PEFT; a model card beside it is filled in, see `complete_card`."""

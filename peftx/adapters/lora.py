@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import (
     Bnb4bitBackend,
     Bnb8bitBackend,
@@ -22,9 +24,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from . import files
 from .config import FileConfig, Names, Number
-from .layer import accumulate, check_writable, unobserved
-from .tuner import CheckedTuner, errors_naming, innermost, unsupported
+from .lora_layers import VariantLinear
+from .products import accumulate, unobserved
+from .sites import ConvSite, EmbeddingSite, LinearSite, site_of
+from .sites.site import unsupported
+from .tuner import CheckedTuner, errors_naming, innermost
 
 
 @dataclasses.dataclass
@@ -79,8 +85,7 @@ class VariantConfig(FileConfig, LoraConfig):
             )
 
 
-# layers that PEFT's LoRA can be put on
-ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SITES = (ConvSite, EmbeddingSite, LinearSite)  # what PEFT's LoRA can be put on
 
 
 class Variant(LoraVariant):
@@ -138,18 +143,33 @@ class VariantModel(CheckedTuner, LoraModel):
             if isinstance(base_layer, nn.MultiheadAttention):  # PEFT would alter it before it can be refused
                 raise unsupported(base_layer, self.supported)
             try:
-                super()._create_and_replace(
-                    lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
-                )
+                with self._place(lora_config, current_key):
+                    super()._create_and_replace(
+                        lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
+                    )
             except ValueError:
-                if isinstance(base_layer, ADAPTABLE):
+                if any(isinstance(base_layer, kind.layer_types) for kind in SITES):
                     raise
                 raise unsupported(base_layer, self.supported) from None
             layer = getattr(parent, target_name)
-            layer.quantization_backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self))
+            try:
+                layer.site = site_of(base_layer, SITES, **get_quantization_kwargs(self))
+            except TypeError:
+                raise unsupported(base_layer, self.supported) from None
+            layer.quantization_backend = layer.site.backend
             if not self._follows_rule(layer):
                 raise unsupported(base_layer, self.supported)
         layer.lora_variant[adapter_name] = self._make_rule(lora_config, layer, adapter_name, current_key)
+
+    def _place(self, config: Any, key: str) -> Any:
+        """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
+        if self._header is None:
+            return nullcontext()
+        pattern = get_pattern_key(list(config.rank_pattern), key)
+        r, prefix = config.rank_pattern.get(pattern, config.r), f"{files.PREFIX}{key}.lora_"
+        found = files.current(self, self._header)
+        A = found.get(f"{prefix}A.weight", found.get(f"{prefix}embedding_A"))
+        return nullcontext() if A is not None and len(A) == r else torch.device("meta")
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -162,12 +182,7 @@ class VariantModel(CheckedTuner, LoraModel):
         backend = resolve_quantization_backend(base_layer, **kwargs)
         kwargs["loaded_in_8bit"] = isinstance(backend, Bnb8bitBackend)
         kwargs["loaded_in_4bit"] = isinstance(backend, Bnb4bitBackend)
-        layer = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        if isinstance(backend, Bnb4bitBackend):
-            from .lora_bnb import Linear4bit
-
-            layer.__class__ = Linear4bit
-        return layer
+        return with_rules(LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
 
     def _make_rule(self, config: Any, layer: Any, adapter_name: str, key: str) -> Variant:
         return self.variant(config, key)
@@ -179,7 +194,7 @@ class VariantModel(CheckedTuner, LoraModel):
 
     def _check_merge_allowed(self) -> None:
         for _, layer in self._layers():
-            check_writable(layer)
+            layer.site.check_writable()
         super()._check_merge_allowed()
 
     @torch.no_grad()
@@ -191,6 +206,17 @@ class VariantModel(CheckedTuner, LoraModel):
                     weight = layer.lora_variant[name].merge_safe(layer, name, weight)
                     if not torch.isfinite(weight).all():
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+
+def with_rules(layer: Any) -> Any:
+    """`layer`, as one of our own layers if it is one of PEFT's over a linear layer."""
+    if type(layer) is Linear:
+        layer.__class__ = VariantLinear
+    elif isinstance(layer, LoraLayer) and type(layer).__module__.endswith("lora.bnb"):
+        from .lora_bnb import LAYERS  # needs bitsandbytes
+
+        layer.__class__ = LAYERS.get(type(layer), type(layer))
+    return layer
 
 
 def is_plain(lora_A: nn.Module, lora_B: nn.Module) -> bool:

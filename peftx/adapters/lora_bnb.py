@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import bnb
 
-from ..tuners.gradnormlorp import DecomposedLayer
-from .layer import unpack
+from .lora_layers import VariantLayer
+from .products import unpack
 
 
-class Linear4bit(bnb.Linear4bit):
-    """PEFT's layer, which also reads, trains and merges a base weight that was laid out anew for an evaluation."""
+class Linear4bit(VariantLayer, bnb.Linear4bit):
+    """It also reads, trains and merges a base weight that was laid out anew for an evaluation."""
 
     def get_base_weight(self) -> torch.Tensor:
         unpack(self.get_base_layer())
@@ -32,12 +32,8 @@ class Linear4bit(bnb.Linear4bit):
         super().unmerge()
 
 
-class DecomposedLinear4bit(DecomposedLayer, Linear4bit):
-    """GradNormLoRP's layer over a 4-bit one."""
+class Linear8bit(VariantLayer, bnb.Linear8bitLt):
+    """As PEFT's."""
 
 
-class DecomposedLinear8bit(DecomposedLayer, bnb.Linear8bitLt):
-    """GradNormLoRP's layer over an 8-bit one."""
-
-
-DECOMPOSED = {Linear4bit: DecomposedLinear4bit, bnb.Linear8bitLt: DecomposedLinear8bit}
+LAYERS = {bnb.Linear4bit: Linear4bit, bnb.Linear8bitLt: Linear8bit}

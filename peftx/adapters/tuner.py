@@ -3,41 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from ..cards.adapter import keep_card
+from . import files
+from .source import read_header
 
-if TYPE_CHECKING:
-    from .layer import AdapterLayer
+REFERENCE = "ref"  # the adapter that TRL's trainers add as a copy of the trained one
 
 
 class CheckedTuner(BaseTuner):
-    """What the tuners of both families add to PEFT's: where PEFT leaves a model half changed after an error (an
-    unsupported module among the targets, a rank that does not fit, a file that does not fit), the failed adapter is
-    taken out again."""
+    """What the tuners of both families add to PEFT's.
+
+    Where PEFT leaves a model half changed after an error (an unsupported module among the targets, a rank or a file
+    that does not fit), the failed adapter is taken out again, and the model is as it was, `requires_grad` included. A
+    file is compared with the model before memory is taken for what its config declares.
+
+    An adapter called `"ref"` that is added with the config object of another one becomes a copy of it. TRL makes the
+    reference of a trained adapter in this way (DPO, KTO, GRPO, RLOO); it copies the parameters itself, but no buffers.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        # transformers' `load_adapter` injects by itself, and calls nothing of ours once it has read the file
+        self._native = not isinstance(peft_config, dict)
+        super().__init__(model, peft_config, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: Any = self.peft_config[adapter_name]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
+            if "." in adapter_name or not adapter_name:
+                raise ValueError(f"An adapter's name becomes that of a module: it has no '.', got {adapter_name!r}.")
+            weights = config.source.weights() if config.source else None
+            self._header = read_header(weights) if weights else None
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if self._header is not None:
+                files.check_header(self, model, adapter_name, self._header, weights if self._native else None)
         except Exception:
-            _take_out(model, adapter_name, self.tuner_layer_cls)
+            files.take_out(model, adapter_name, self.tuner_layer_cls)
             self.peft_config.pop(adapter_name, None)
+            _restore(model, trained)
             raise
+        finally:
+            self._header = None
+        if config.source and not self._native:
+            config.trained = trained  # until the file has been read
+        if adapter_name == REFERENCE:
+            self._copy_reference(config)
+
+    _header: dict[str, torch.Tensor] | None = None  # of the file for which an adapter is being made
+
+    def _copy_reference(self, config: Any) -> None:
+        source = next((name for name, other in self.peft_config.items() if other is config and name != REFERENCE), None)
+        if source is not None:
+            for _, layer in self._layers():
+                if hasattr(layer, "copy_adapter"):
+                    layer.copy_adapter(source, REFERENCE)
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         keep_card(model)
-        return super()._get_adapter_state_dict(model, *args, **kwargs)
+        tensors = super()._get_adapter_state_dict(model, *args, **kwargs)
+        others = tuple(f".{cls.prefix}adapter.{name}." for name in kwargs.get("unwanted_adapter_names", ()))
+        return {key: tensor for key, tensor in tensors.items() if not any(other in key for other in others)}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return files.without_name(key, f"{cls.prefix}adapter", adapter_name) or super()._remove_adapter_name_from_key(
+            key, adapter_name
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -48,62 +91,29 @@ class CheckedTuner(BaseTuner):
         Raises:
             ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
         """
+        trained = config.__dict__.pop("trained", None)
         try:
+            state_dict = {cls.current_key(key): tensor for key, tensor in state_dict.items()}
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            for name, layer in model.named_modules():
-                if isinstance(layer, cls.tuner_layer_cls):
-                    prefix = name.removeprefix("_fsdp_wrapped_module.")
-                    keys = {attribute: key for attribute, (key, _) in _saved(layer, prefix, adapter_name).items()}
-                    tensors = {attribute: remapped[key] for attribute, key in keys.items() if key in remapped}
-                    try:
-                        cls._prepare_load(layer, adapter_name, tensors)
-                    except ValueError as error:
-                        raise ValueError(f"{prefix}: {error}") from None
-                    remapped.update({keys[attribute]: tensor for attribute, tensor in tensors.items()})
-            problems = cls._find_problems(model, adapter_name, remapped)
-            if problems:
-                more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-                raise ValueError(
-                    f"The {config.peft_type.value} adapter does not fit the model, nothing was loaded:\n  "
-                    + "\n  ".join(problems[:10])
-                    + more
-                )
+            files.check_tensors(cls, model, config, adapter_name, remapped)
         except Exception:
-            if getattr(config, "_from_file", False):
-                _withdraw(model, adapter_name, cls.tuner_layer_cls)
+            if trained is not None:
+                files.take_out(model, adapter_name, cls.tuner_layer_cls)
+                _forget_config(model, adapter_name)
+                _restore(model, trained)
             raise
-        config._from_file = False
+        config.__dict__.pop("source", None)
         return remapped
 
     @classmethod
-    def _prepare_load(cls, layer: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Called for every layer with an adapter's tensors from a file, by attribute name, before they are loaded."""
+    def current_key(cls, key: str) -> str:
+        """The key of today for one of a file, which an earlier release may have written."""
+        return key
 
     @classmethod
-    def _find_problems(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> list[str]:
-        expected: dict[str, torch.Tensor] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, (cls.tuner_layer_cls, CheckedTuner)):
-                prefix = name.removeprefix("_fsdp_wrapped_module.")
-                expected.update(_saved(module, prefix, adapter_name).values())
-        problems = []
-        for key, wanted in expected.items():
-            shown = cls._remove_adapter_name_from_key(key, adapter_name)
-            found = state_dict.get(key)
-            if found is None:
-                problems.append(f"{shown}: missing, expected shape {tuple(wanted.shape)}")
-            elif wanted.numel() and found.shape != wanted.shape:  # sharded tensors (ZeRO-3) have no elements here
-                problems.append(f"{shown}: found shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
-            elif found.is_floating_point() != wanted.is_floating_point():
-                problems.append(f"{shown}: found dtype {found.dtype}, expected {wanted.dtype}")
-            elif found.is_floating_point() and not found.is_meta and not torch.isfinite(found).all():
-                problems.append(f"{shown}: found values that are not finite (NaN or infinite)")
-        problems += [
-            f"{key}: unexpected, the model has no such tensor"
-            for key in state_dict
-            if key not in expected and belongs_to(key, cls.prefix)
-        ]
-        return problems
+    def prepare_load(cls, layer: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Called for every layer with an adapter's tensors from a file, by name, before they are compared; it may
+        refuse them by a ValueError, or replace them in `tensors`. On the meta device only their shapes are known."""
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         # PEFT guards Mamba's fused projections for a closed list of types; the reason holds for every method.
@@ -180,10 +190,10 @@ class CheckedTuner(BaseTuner):
 
 
 class AdapterModel(CheckedTuner):
-    """Puts the layers of one method into a model. `peftx.register` makes a subclass for each layer class."""
+    """Puts the layers of one method into a model. `peftx.register` makes a subclass for each adapter class."""
 
     target_module_mapping: dict = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    tuner_layer_cls: type[AdapterLayer]
+    tuner_layer_cls: Any  # an `AdapterLayer`
 
     # Injection
 
@@ -198,15 +208,31 @@ class AdapterModel(CheckedTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = peft_config.for_module(current_key)
-        with errors_naming(peft_config, current_key):
+        with errors_naming(peft_config, current_key), self._place(target, config, current_key):
             if isinstance(target, self.tuner_layer_cls):
                 target.update_layer(adapter_name, config)
                 return
-            layer_cls = self.tuner_layer_cls.for_base_layer(innermost(target))
-            layer = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))
+            layer = self.tuner_layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def _place(self, target: nn.Module, config: Any, key: str) -> Any:
+        """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
+        if self._header is None:
+            return nullcontext()
+        site = (
+            target.site
+            if isinstance(target, self.tuner_layer_cls)
+            else self.tuner_layer_cls.site_for(innermost(target), **get_quantization_kwargs(self))
+        )
+        with torch.device("meta"):
+            trial = self.tuner_layer_cls.adapter_cls(site, config)
+        prefix = f"{files.PREFIX}{key}.{self.prefix}adapter."
+        found = {
+            k.removeprefix(prefix): t for k, t in files.current(self, self._header).items() if k.startswith(prefix)
+        }
+        return nullcontext() if files.fits(trial, found) else torch.device("meta")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The layer places its adapters itself. PEFT's version moves the whole layer, which fails for adapters on the
@@ -214,8 +240,15 @@ class AdapterModel(CheckedTuner):
         setattr(parent, child_name, new_module)
 
     @classmethod
-    def _prepare_load(cls, layer: AdapterLayer, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        layer.prepare_load(adapter_name, tensors)
+    def current_key(cls, key: str) -> str:
+        # Until the adapters became modules, a tensor `block` of Bone was saved as `<layer>.bone_block`.
+        head, _, last = key.rpartition(".")
+        name = last.removeprefix(cls.prefix)
+        return key if name in (last, "adapter") else f"{head}.{cls.prefix}adapter.{name}".lstrip(".")
+
+    @classmethod
+    def prepare_load(cls, layer: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        layer.adapters[adapter_name].prepare_load(tensors)
 
     # Merging
 
@@ -225,12 +258,12 @@ class AdapterModel(CheckedTuner):
         super()._check_merge_allowed()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return not self.tuner_layer_cls.no_delta and super().supports_lora_conversion(adapter_name)
+        return not self.tuner_layer_cls.adapter_cls.no_delta and super().supports_lora_conversion(adapter_name)
 
     def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
         for _, layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
-            layer.merged_weight([n for n in layer._present(names) if n not in layer.merged_adapters], check=True)
+            layer.merged_weight([n for n in layer.present(names) if n not in layer.merged_adapters], check=True)
 
 
 @contextmanager
@@ -247,58 +280,22 @@ def innermost(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def unsupported(base_layer: nn.Module, supported: str) -> TypeError:
-    return TypeError(
-        f"{type(base_layer).__name__} is not supported, only {supported} are. "
-        "Name other modules in `target_modules`, or leave this one out by `exclude_modules`."
-    )
+def _restore(model: nn.Module, trained: list[nn.Parameter]) -> None:
+    """Makes the parameters trainable that were so, and no other."""
+    known = set(map(id, trained))
+    for parameter in model.parameters():
+        if parameter.is_leaf and parameter.requires_grad != (id(parameter) in known):
+            parameter.requires_grad_(id(parameter) in known)
 
 
-def belongs_to(key: str, prefix: str) -> bool:
-    """Whether a state-dict key is of an adapter's tensor: it ends like `lora_A.weight` or `bone_block`."""
-    return any(part.startswith(prefix) for part in key.split(".")[-2:])
-
-
-def _saved(module: Any, prefix: str, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
-    """State-dict key and tensor of everything that the adapter saves in a layer, or in the tuner for all layers, by the
-    name of the attribute that holds it."""
-    tensors = {}
-    for attribute, container in module.named_children():
-        if not isinstance(container, (nn.ParameterDict, nn.ModuleDict, BufferDict)) or adapter_name not in container:
-            continue
-        for key, tensor in container.state_dict(keep_vars=True).items():
-            adapter, _, rest = key.partition(".")
-            if adapter == adapter_name:
-                name = f"{attribute}.{rest}" if rest not in ("", "weight") else attribute
-                tensors[name] = (f"{prefix}.{attribute}.{key}" if prefix else f"{attribute}.{key}", tensor)
-    return tensors
-
-
-def forget(layer: Any, adapter_name: str) -> None:
-    """Takes one adapter out of a tuner layer of either family, whatever becomes active then."""
-    for name in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
-        if adapter_name in getattr(layer, name, ()):
-            del getattr(layer, name)[adapter_name]
-
-
-def _take_out(model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
-    """Removes one adapter from all layers, and the layers that hold no other adapter."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, layer_cls):
-            forget(layer, adapter_name)
-            if not layer._all_available_adapter_names():
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
-
-
-def _withdraw(model: Any, adapter_name: str, layer_cls: type[BaseTunerLayer]) -> None:
-    """Takes back an adapter that was added for a file which then did not fit."""
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    elif hasattr(model, "unload"):
-        model.unload()
-    else:
-        _take_out(model, adapter_name, layer_cls)
+def _forget_config(model: Any, adapter_name: str) -> None:
+    """Takes an adapter's config from a `PeftModel`, its tuner or a transformers model with adapters."""
+    model.peft_config.pop(adapter_name, None)
+    inner = getattr(model, "base_model", None)
+    if isinstance(inner, BaseTuner):
+        inner.peft_config.pop(adapter_name, None)
+        if not inner.peft_config:
+            vars(inner.model).pop("peft_config", None)
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:

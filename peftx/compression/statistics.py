@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.layer import unpack
+from ..adapters.products import unpack
 from . import linear
 
 FILE_NAME = "fisher.safetensors"

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.layer import at_least_fp32
+from ..adapters.files import belongs_to
 from ..adapters.lora import Variant
-from ..adapters.tuner import belongs_to
+from ..adapters.products import at_least_fp32
 from ..registry import methods
 from ..tuners.bone import BoneConfig
 from .loading import load_adapter, read_adapter

@@ -20,7 +20,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..adapters.tuner import belongs_to
+from ..adapters.files import belongs_to
 from ..registry import methods
 from ..utils import plain
 from .loading import fetch_adapter, load_adapter, read_config, read_tensors

@@ -1,35 +1,26 @@
-from ..adapters.config import AdapterConfig
-from ..adapters.layer import AdapterLayer, accumulate
-from ..adapters.tuner import AdapterModel
+"""The methods, one file or folder each, under PEFT's name for them. Importing registers them."""
+
 from .allora import ALLoRAConfig
-from .bone import BoneConfig, BoneLinear
-from .compacter import CompacterConfig, CompacterLinear
+from .bone import BoneConfig
+from .compacter import CompacterConfig
 from .fedsvd import FedSVDConfig
-from .flora import FloraConfig, FloraLinear
+from .flora import FloraConfig
 from .gradnormlorp import GradNormLoRPConfig
-from .loldu import LoLDUConfig, LoLDULinear
+from .loldu import LoLDUConfig
 from .lora_ggpo import GGPOCallback, LoRAGGPOConfig
-from .triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig, TriAdaptLoRALinear
+from .triadaptlora import TriAdaptCallback, TriAdaptLoRAConfig, plot_ranks
 
 __all__ = [
     "ALLoRAConfig",
-    "AdapterConfig",
-    "AdapterLayer",
-    "AdapterModel",
     "BoneConfig",
-    "BoneLinear",
     "CompacterConfig",
-    "CompacterLinear",
     "FedSVDConfig",
     "FloraConfig",
-    "FloraLinear",
     "GGPOCallback",
     "GradNormLoRPConfig",
     "LoLDUConfig",
-    "LoLDULinear",
     "LoRAGGPOConfig",
     "TriAdaptCallback",
     "TriAdaptLoRAConfig",
-    "TriAdaptLoRALinear",
-    "accumulate",
+    "plot_ranks",
 ]

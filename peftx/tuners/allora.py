@@ -11,10 +11,9 @@ from peft.tuners.lora import Embedding
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from ..adapters.config import Number
-from ..adapters.layer import at_least_fp32
+from ..adapters import Number, register
 from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank
-from ..registry import register
+from ..adapters.products import at_least_fp32
 
 
 @dataclass

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters.config import AdapterConfig
-from ..adapters.layer import AdapterLayer, accumulate, at_least_fp32
-from ..registry import register
+from ..adapters import Adapter, AdapterConfig, Site, register
+from ..adapters.products import accumulate, at_least_fp32
 
 
 @dataclass
@@ -84,72 +83,67 @@ def bat_invert(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     learning_rate=3e-4,
     variants={"bone": {}, "bone-bat": {"init_weights": "bat"}},
 )
-class BoneLinear(AdapterLayer):
-    adapter_layer_names = ("bone_block",)
-    bone_block: nn.ParameterDict
+class Bone(Adapter):
+    block: nn.Parameter
 
-    def create(self, adapter_name: str, config: BoneConfig) -> None:
+    def __init__(self, site: Site, config: BoneConfig) -> None:
+        super().__init__(site, config)
         r = config.r
-        shape: tuple[int, ...] = (r, self.out_features)
         if config.init_weights == "bat":
-            if self.in_features % r or self.out_features % r:
+            if site.in_features % r or site.out_features % r:
                 raise ValueError(
                     f"init_weights='bat' cuts the weight into r x r tiles, but r={r} does not divide both "
-                    f"in_features={self.in_features} and out_features={self.out_features}."
+                    f"in_features={site.in_features} and out_features={site.out_features}."
                 )
-            backend = self.quantization_backend
-            if backend is not None and not backend.supports_merge:
+            if site.backend is not None and not site.backend.supports_merge:
                 raise TypeError(
-                    f"init_weights='bat' needs the weight itself, which {backend.backend_name} layers cannot give. "
-                    "Use the default mode, init_weights=True."
+                    f"init_weights='bat' needs the weight itself, which {site.backend.backend_name} layers cannot "
+                    "give. Use the default mode, init_weights=True."
                 )
-            shape = self._bat_shape(r)
-        block = torch.zeros(shape)
+        block = torch.zeros(self._bat_shape if config.init_weights == "bat" else (r, site.out_features))
         if config.init_weights is False:
             nn.init.kaiming_uniform_(block, a=math.sqrt(5))
-        self.bone_block[adapter_name] = nn.Parameter(block)
+        self.block = nn.Parameter(block)
 
-    def _bat_shape(self, r: int) -> tuple[int, ...]:
-        return self.out_features // r, r, r
+    @property
+    def _bat_shape(self) -> tuple[int, int, int]:
+        return self.site.out_features // self.config.r, self.config.r, self.config.r
 
-    def is_bat(self, adapter_name: str) -> bool:
-        return self.bone_block[adapter_name].ndim == 3
+    @property
+    def is_bat(self) -> bool:
+        return self.block.ndim == 3
 
-    def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        block = self.bone_block[adapter_name]
-        return accumulate(result, fold(x, len(block)), block, self.scaling[adapter_name])
+    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        return accumulate(result, fold(x, len(self.block)), self.block, self.scale)
 
-    def prefers_dense(self, adapter_name: str, tokens: int) -> bool:
-        return self.is_bat(adapter_name)
+    def prefers_dense(self, tokens: int) -> bool:
+        return self.is_bat
 
-    def delta_weight(self, adapter_name: str) -> torch.Tensor:
-        block = at_least_fp32(self.bone_block[adapter_name])
-        if self.is_bat(adapter_name):
-            weight = self.unmerged_weight()
+    def delta_weight(self) -> torch.Tensor:
+        block = at_least_fp32(self.block)
+        if self.is_bat:
+            weight = self.site.unmerged_weight()
             return bat_delta(weight, block.to(weight.dtype))
-        return tile(block, self.in_features)
+        return tile(block, self.site.in_features)
 
-    def apply_delta(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
-        if not self.is_bat(adapter_name):
-            return super().apply_delta(adapter_name, weight)
-        block = self.scaling[adapter_name] * self.bone_block[adapter_name].to(weight.dtype)
-        return bat_delta(weight, block, onto=weight)
+    def apply_delta(self, weight: torch.Tensor) -> torch.Tensor:
+        if not self.is_bat:
+            return super().apply_delta(weight)
+        return bat_delta(weight, self.scale * self.block.to(weight.dtype), onto=weight)
 
-    def remove_delta(self, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
-        if not self.is_bat(adapter_name):
-            return super().remove_delta(adapter_name, weight)
-        return bat_invert(weight, self.scaling[adapter_name] * self.bone_block[adapter_name].to(weight.dtype))
+    def remove_delta(self, weight: torch.Tensor) -> torch.Tensor:
+        if not self.is_bat:
+            return super().remove_delta(weight)
+        return bat_invert(weight, self.scale * self.block.to(weight.dtype))
 
-    def lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.is_bat(adapter_name):
-            return super().lora_factors(adapter_name)
-        block = self.scaling[adapter_name] * self.bone_block[adapter_name].detach()
-        return tile(torch.eye(len(block), dtype=block.dtype, device=block.device), self.in_features), block.T
+    def lora_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_bat:
+            return super().lora_factors()
+        block = self.scale * self.block.detach()
+        return tile(torch.eye(len(block), dtype=block.dtype, device=block.device), self.site.in_features), block.T
 
-    def prepare_load(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    def prepare_load(self, tensors: dict[str, torch.Tensor]) -> None:
         # Files of PEFT's main branch of November 2024 hold bat blocks but say init_weights=true.
-        block, old = tensors.get("bone_block"), self.bone_block[adapter_name]
-        if block is not None and block.shape == self._bat_shape(len(old)) and not self.is_bat(adapter_name):
-            self.bone_block[adapter_name] = nn.Parameter(
-                torch.zeros(block.shape, dtype=old.dtype, device=old.device), requires_grad=old.requires_grad
-            )
+        found = tensors.get("block")
+        if found is not None and found.shape == self._bat_shape and not self.is_bat:
+            self.block = nn.Parameter(self.block.new_zeros(found.shape), requires_grad=self.block.requires_grad)

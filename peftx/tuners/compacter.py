@@ -12,10 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters.config import AdapterConfig, Number
-from ..adapters.layer import AdapterLayer, accumulate, at_least_fp32
-from ..adapters.tuner import AdapterModel
-from ..registry import register
+from ..adapters import Adapter, AdapterConfig, AdapterModel, Number, Site, register
+from ..adapters.products import accumulate, at_least_fp32
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -149,16 +147,24 @@ def expand(x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor) -> torch.Tensor
     return (x @ narrow).unflatten(-1, (len(rule), -1))
 
 
+class Rule(nn.Module):
+    """The rule (n, n, n) that all modules of an adapter share."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
 class SharedRuleModel(AdapterModel):
-    """The tuner; it holds the shared rules, `compacter_rule`, to which the layers only refer."""
+    """The tuner; it holds the shared rules, `compacter_rule`, to which the adapters only refer."""
 
     uses_shared_state = True
     target_module_mapping = COMPACTER
-    compacter_rule: nn.ParameterDict
+    compacter_rule: Any  # a ModuleDict of `Rule` by adapter name
     peft_config: dict[str, Any]
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        self.compacter_rule = nn.ParameterDict()
+        self.compacter_rule = nn.ModuleDict()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
@@ -182,32 +188,34 @@ class SharedRuleModel(AdapterModel):
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, *args: Any, **kwargs: Any
     ) -> None:
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
-        layer = getattr(parent, target_name)
-        object.__setattr__(layer, "shared_rule", self.compacter_rule)  # not registered: one tensor in the file
-        if peft_config.shared_phm_rule and adapter_name not in self.compacter_rule:
+        adapter = getattr(parent, target_name).adapters[adapter_name]
+        if not peft_config.shared_phm_rule:
+            return
+        if adapter_name not in self.compacter_rule:
             n, std = peft_config.phm_dim, peft_config.phm_init_range if peft_config.init_weights else 1.0
-            rule = (torch.randn(n, n, n) * std).to(layer.adapter_dtype)
-            self.compacter_rule[adapter_name] = nn.Parameter(rule)
+            device = "meta" if adapter.up_t.is_meta else None  # as of an adapter whose file does not fit
+            rule = torch.randn(n, n, n, device=device) * std
+            self.compacter_rule[adapter_name] = Rule(rule.to(adapter.site.dtype))
             self._move_adapter_to_device_of_base_layer(adapter_name)
+        adapter.share(self.compacter_rule[adapter_name])
+
+    @classmethod
+    def current_key(cls, key: str) -> str:
+        return f"{key}.weight" if key.endswith(".compacter_rule") else super().current_key(key)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this on all modules that have it when it has loaded a file, layers and tuner.
-        layer = next((layer for _, layer in self._layers() if adapter_name in layer.adapter_config), None)
-        if layer is not None and adapter_name in self.compacter_rule and not self.compacter_rule[adapter_name].is_meta:
-            base_device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-            self._convert_rule(adapter_name, device=device or base_device)
+        layer = next((layer for _, layer in self._layers() if adapter_name in layer.adapters), None)
+        if layer is not None and adapter_name in self.compacter_rule:
+            rule, device = self.compacter_rule[adapter_name], device or layer.site.device
+            if not rule.weight.is_meta and device is not None:
+                rule.to(device)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype and adapter_name in self.compacter_rule:
-            dtype = torch.promote_types(self.compacter_rule[adapter_name].dtype, torch.float32)
-            self._convert_rule(adapter_name, dtype=dtype)
-
-    def _convert_rule(self, adapter_name: str, **options: Any) -> None:
-        rule = self.compacter_rule[adapter_name]
-        converted = rule.to(**options)
-        if converted is not rule:
-            self.compacter_rule[adapter_name] = nn.Parameter(converted.detach(), requires_grad=rule.requires_grad)
+            rule = self.compacter_rule[adapter_name]
+            rule.to(torch.promote_types(rule.weight.dtype, torch.float32))
 
     # PEFT trains, freezes and deletes what is in the layers; the rule of an adapter follows.
 
@@ -216,13 +224,9 @@ class SharedRuleModel(AdapterModel):
             if name not in self.peft_config:
                 del self.compacter_rule[name]
                 continue
-            trained = any(
-                tensors[name].requires_grad
-                for _, layer in self._layers()
-                for tensors in (getattr(layer, names) for names in layer.adapter_layer_names)
-                if name in tensors
-            )
-            self.compacter_rule[name].requires_grad_(trained and self.peft_config[name].learn_phm)
+            adapters = [layer.adapters[name] for _, layer in self._layers() if name in layer.adapters]
+            trained = any(parameter.requires_grad for adapter in adapters for parameter in adapter.parameters())
+            self.compacter_rule[name].weight.requires_grad_(trained and self.peft_config[name].learn_phm)
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -255,28 +259,22 @@ def _is_norm(module: nn.Module) -> bool:
     "compacter",
     config=CompacterConfig,
     paper="arXiv:2106.04647",
+    tuner=SharedRuleModel,
     lora_export="none",
     exact_start=False,
     tiny={"phm_dim": 2, "reduction_factor": 1},
     learning_rate=3e-3,
 )
-class CompacterLinear(AdapterLayer):
-    model_cls = SharedRuleModel
+class Compacter(Adapter):
     no_delta = "its nonlinear bottleneck reads the module's output, so no change of the weight equals it"
-    adapter_layer_names = (
-        "compacter_down_s",
-        "compacter_down_t",
-        "compacter_down_bias",
-        "compacter_up_s",
-        "compacter_up_t",
-        "compacter_up_bias",
-        "compacter_down_rule",
-        "compacter_up_rule",
-    )
-    shared_rule: nn.ParameterDict
 
-    def create(self, adapter_name: str, config: CompacterConfig) -> None:
-        d, n, k = self.out_features, config.phm_dim, config.phm_rank
+    down_rule: nn.Parameter
+    up_rule: nn.Parameter
+    shared: Rule
+
+    def __init__(self, site: Site, config: CompacterConfig) -> None:
+        super().__init__(site, config)
+        d, n, k = site.out_features, config.phm_dim, config.phm_rank
         b = d // config.reduction_factor
         if d % n or b % n or not b:
             raise ValueError(
@@ -294,25 +292,26 @@ class CompacterLinear(AdapterLayer):
         if not config.shared_phm_rule:
             std = 0.01 if config.init_weights else 1.0
             tensors |= {name: torch.randn(n, n, n) * std for name in ("down_rule", "up_rule")}
+            if not config.learn_phm:
+                self.freeze("down_rule", "up_rule")
         for name, tensor in tensors.items():
-            getattr(self, f"compacter_{name}")[adapter_name] = nn.Parameter(tensor)
-        if not config.learn_phm:
-            self.freeze(adapter_name, "compacter_down_rule", "compacter_up_rule")
+            self.register_parameter(name, nn.Parameter(tensor))
 
-    def rule(self, adapter_name: str, side: Literal["down", "up"]) -> torch.Tensor:
-        """The rule (n, n, n) of a projection: the module's own or the shared one, at least in fp32."""
-        own = getattr(self, f"compacter_{side}_rule")
-        return at_least_fp32(own[adapter_name] if adapter_name in own else self.shared_rule[adapter_name])
+    def share(self, rule: Rule) -> None:
+        """Takes the rule of all modules for both projections."""
+        object.__setattr__(self, "shared", rule)  # not registered: one tensor in the file
 
-    def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        config = self.adapter_config[adapter_name]
-        n, k = config.phm_dim, self.out_features // config.reduction_factor // config.phm_dim
-        down, up = (self.rule(adapter_name, side).to(result.device) for side in ("down", "up"))
-        own = {
-            name.removeprefix("compacter_"): getattr(self, name)[adapter_name].to(down.dtype)
-            for name in self.adapter_layer_names
-            if adapter_name in getattr(self, name)
-        }
+    def rules(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rules (n, n, n) of both projections, the module's own or the shared one, at least in fp32."""
+        if "down_rule" in self._parameters:
+            return at_least_fp32(self.down_rule).to(device), at_least_fp32(self.up_rule).to(device)
+        rule = at_least_fp32(self.shared.weight).to(device)
+        return rule, rule
+
+    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        config, (down, up) = self.config, self.rules(result.device)
+        n, k = config.phm_dim, self.site.out_features // config.reduction_factor // config.phm_dim
+        own = {name: parameter.to(down.dtype) for name, parameter in self.named_parameters()}
         if not config.factorized_phm:
             own["down_t"] = own["up_s"] = torch.eye(k, dtype=down.dtype, device=down.device).expand(n, k, k)
         with torch.autocast(result.device.type, enabled=False):  # the rule's products are too small for fp16
@@ -323,7 +322,7 @@ class CompacterLinear(AdapterLayer):
                 wide = torch.cat([wide, own["up_bias"].view(n, -1)])
             drop = config.dropout if self.training else 0.0
             start = torch.zeros_like(result) if drop else result
-            y = accumulate(start.unflatten(-1, (n, -1)), z, wide, self.scaling[adapter_name]).flatten(-2)
+            y = accumulate(start.unflatten(-1, (n, -1)), z, wide, self.scale).flatten(-2)
             return result + F.dropout(y, drop) if drop else y
 
 

@@ -10,12 +10,12 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Embedding, LoraLayer, ParamWrapper, _ConvNd
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from torch.func import functional_call
+from torch.nn import functional as F
 
-from ..adapters.layer import at_least_fp32, unobserved
+from ..adapters import register
 from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank
+from ..adapters.products import at_least_fp32, unobserved
 from ..adapters.tuner import errors_naming
-from ..registry import register
 
 
 @dataclass
@@ -217,7 +217,11 @@ def refactorize_model(model: nn.Module, adapter_name: str = "default") -> dict[s
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer whose parameters stay frozen, also when transformers' loader replaces them by trainable ones."""
+    """A linear layer whose parameters stay frozen, also when transformers' loader replaces them by trainable ones, and
+    get no gradient where somebody calls `model.requires_grad_(True)`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.detach())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
@@ -235,10 +239,9 @@ class FedSVD(Variant):
     ) -> torch.Tensor:
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x, scale = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
-        A = lora_A.weight.detach()  # stays what it is even where somebody calls `model.requires_grad_(True)`
         if unobserved(lora_A) and is_plain(lora_B, lora_B):
-            return low_rank(result, x, A, lora_B.weight, scale)
-        return result + lora_B(functional_call(lora_A, {"weight": A}, (x,))) * scale
+            return low_rank(result, x, lora_A.weight.detach(), lora_B.weight, scale)
+        return result + lora_B(lora_A(x)) * scale
 
 
 @register(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters.config import AdapterConfig, Number
-from ..adapters.layer import AdapterLayer, accumulate, at_least_fp32
-from ..registry import register
+from ..adapters import Adapter, AdapterConfig, ConvSite, EmbeddingSite, LinearSite, Number, Site, register
+from ..adapters.products import at_least_fp32
 
 InitScheme = Literal["paper", "lora_like", "gaussian"]
 Ranks = int | list[int]
+FACTORS = ("A", "B", "K", "L", "M")  # of input, output and up to three kernel axes
 
 
 @dataclass
@@ -136,26 +136,6 @@ def lora_pair(
     return contract(core, (A, *kernel)), B
 
 
-def pointwise(
-    weight: torch.Tensor, x: torch.Tensor, axes: int, result: torch.Tensor | None = None, scale: float = 1.0
-) -> torch.Tensor:
-    """A convolution with 1 x 1 kernels in groups, added to `result` in the same product.
-
-    Shapes: weight (groups, out / groups, in / groups), x (batch, in, *`axes` axes); out and in may be repeated.
-    """
-    out, channels = weight.shape[1:]
-    flat = x.reshape(-1, channels, math.prod(x.shape[-axes:]))  # (batch * groups, channels, positions)
-    weight = weight.expand(len(flat) // len(weight), -1, -1, -1).flatten(0, 1)
-    shape = (*x.shape[: -axes - 1], x.shape[-axes - 1] // channels * out, *x.shape[-axes:])
-    if result is None:
-        return torch.bmm(weight, flat).view(shape)
-    device = result.device.type
-    if torch.is_autocast_enabled(device) and result.dtype != torch.get_autocast_dtype(device):
-        return result + (scale * torch.bmm(weight, flat)).view(shape).to(result.dtype)
-    base = result.reshape(len(flat), out, flat.shape[-1])
-    return torch.baddbmm(base, weight.to(result.dtype), flat.to(result.dtype), alpha=scale).view(shape)
-
-
 @register(
     "flora",
     config=FloraConfig,
@@ -164,181 +144,63 @@ def pointwise(
     layer_types=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
     tiny={"r": 2},
 )
-class FloraLinear(AdapterLayer):
-    adapter_layer_names: tuple[str, ...] = ("flora_G", "flora_A", "flora_B")
-    flora_G: nn.ParameterDict
-    flora_A: nn.ParameterDict
-    flora_B: nn.ParameterDict
-    supported = (
-        "nn.Linear, transformers' Conv1D, quantised linear layers, nn.Embedding, nn.Conv1d, nn.Conv2d and nn.Conv3d"
-    )
-    default_scale: ClassVar[float] = 1.0
+class Flora(Adapter):
+    sites = (ConvSite, EmbeddingSite, LinearSite)
+    G: nn.Parameter  # (r1, r2, kernel ranks), the core
+    A: nn.Parameter  # (in / groups, r1)
+    B: nn.Parameter  # (out, r2)
 
-    @classmethod
-    def for_base_layer(cls, base_layer: nn.Module) -> type[AdapterLayer]:
-        return next((c for c in (FloraConv, FloraEmbedding) if isinstance(base_layer, c.layer_types)), FloraLinear)
-
-    @property
-    def groups(self) -> int:
-        return 1
-
-    @property
-    def modes(self) -> tuple[int, ...]:
-        """Sizes of the weight's axes: input (of one group), output, kernel axes."""
-        return self.in_features, self.out_features
-
-    def create(self, adapter_name: str, config: FloraConfig) -> None:
-        ranks = mode_ranks(config, self.modes, self.groups)
-        core = torch.zeros(ranks) if config.init_weights else torch.randn(ranks)
-        self.flora_G[adapter_name] = nn.Parameter(core)
-        for i, (size, rank) in enumerate(zip(self.modes, ranks, strict=True)):
+    def __init__(self, site: Site, config: FloraConfig) -> None:
+        super().__init__(site, config)
+        ranks = mode_ranks(config, site.modes, site.groups)
+        self.G = nn.Parameter(torch.zeros(ranks) if config.init_weights else torch.randn(ranks))
+        for i, (name, size, rank) in enumerate(zip(FACTORS, site.modes, ranks, strict=False)):
             factor = start(size, rank, config.init_scheme, fan_in=rank if i else size)
-            getattr(self, self.adapter_layer_names[i + 1])[adapter_name] = nn.Parameter(factor)
-
-    def tensors(self, adapter_name: str) -> list[torch.Tensor]:
-        """G, A, B and the factors of the kernel axes, at least in fp32."""
-        dicts = (getattr(self, name) for name in self.adapter_layer_names)
-        return [at_least_fp32(tensors[adapter_name]) for tensors in dicts if adapter_name in tensors]
-
-    def constant(self, adapter_name: str) -> float:
-        """The factor s of the delta."""
-        config = self.adapter_config[adapter_name]
+            self.register_parameter(name, nn.Parameter(factor))
+        if isinstance(site, EmbeddingSite) and site.padding_idx is not None:
+            self.A.data[site.padding_idx] = 0  # and no gradient reaches it
         if config.alpha is not None:
-            return config.alpha / (config.r[1] if isinstance(config.r, list) else config.r)
-        return self.default_scale if config.scale is None else config.scale
+            self.constant = config.alpha / (config.r[1] if isinstance(config.r, list) else config.r)
+        else:
+            default = 4.0 if isinstance(site, ConvSite) else 1.0
+            self.constant = default if config.scale is None else config.scale
 
-    def dropout(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.adapter_config[adapter_name].flora_dropout) if self._drops(adapter_name) else x
-
-    def _drops(self, adapter_name: str) -> bool:
-        return self.training and self.adapter_config[adapter_name].flora_dropout > 0
-
-    def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        down, up = lora_pair(*self.tensors(adapter_name))
-        h = F.linear(self.dropout(adapter_name, x), down.to(x.dtype))
-        return accumulate(result, h, up.T, self.scaling[adapter_name] * self.constant(adapter_name))
-
-    def delta_weight(self, adapter_name: str) -> torch.Tensor:
-        G, A, B, *kernel = self.tensors(adapter_name)
-        return contract(self.constant(adapter_name) * G.transpose(0, 1), (B, A, *kernel))
-
-    def lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        down, up = lora_pair(*(tensor.detach() for tensor in self.tensors(adapter_name)))
-        return down, self.scaling[adapter_name] * self.constant(adapter_name) * up
-
-    def cost(self, adapter_name: str) -> int:
-        """Multiply-adds of `add_delta` for one token (one output position of a convolution)."""
-        return min(self.flora_G[adapter_name].shape) * sum(self.modes)
-
-    def prefers_dense(self, adapter_name: str, tokens: int) -> bool:
-        # Multiply-adds of a training step: each factored product and the two products of its gradient; when dense,
-        # the gradient of the weight, and to build the delta and contract its gradient.
-        size, r = math.prod(self.modes), self.flora_B[adapter_name].shape[1]
-        return self.quantization_backend is None and 3 * tokens * self.cost(adapter_name) > size * (tokens + 3 * r)
-
-    def _dense(self, names: Sequence[str], x: torch.Tensor) -> bool:
-        return not any(map(self._drops, names)) and super()._dense(names, x)
-
-
-class FloraConv(FloraLinear):
-    adapter_layer_names = (*FloraLinear.adapter_layer_names, "flora_K", "flora_L", "flora_M")
-    layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    default_scale = 4.0
+    def tensors(self) -> list[torch.Tensor]:
+        """G, A, B and the factors of the kernel axes, at least in fp32."""
+        return [at_least_fp32(getattr(self, name)) for name in ("G", *FACTORS[: self.G.ndim])]
 
     @property
-    def conv(self) -> nn.Conv2d:  # or 1d or 3d
-        return self.get_base_layer()  # type: ignore[return-value]
+    def drops(self) -> bool:
+        return self.training and self.config.flora_dropout > 0
 
-    @property
-    def groups(self) -> int:
-        return self.conv.groups
+    def dropout(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.config.flora_dropout) if self.drops else x
 
-    @property
-    def modes(self) -> tuple[int, ...]:
-        return self.in_features // self.groups, self.out_features, *self.conv.kernel_size
-
-    def project(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.conv._conv_forward(x, weight, bias)  # stride, padding of every mode, dilation, groups
-
-    def add_dense(self, delta: torch.Tensor, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        return result + self.project(x, delta.to(x.dtype)).to(result.dtype)
-
-    def _tokens(self, x: torch.Tensor) -> int:
-        return x.numel() // (self.in_features * math.prod(self.conv.stride))
-
-    def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        G, A, B, *kernel = self.tensors(adapter_name)
-        x, axes = self.dropout(adapter_name, x), len(kernel)
-        reduced, direct = self._costs(adapter_name)
-        if reduced < direct:
-            x = pointwise(A.T.to(x.dtype).expand(self.groups, -1, -1), x, axes)
-            down, up = contract(G.transpose(0, 1), kernel), B
+    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        G, A, B, *kernel = self.tensors()
+        indices = isinstance(self.site, EmbeddingSite)
+        x = x if indices else self.dropout(x)
+        if self.site.reduces_first(self.G.shape):
+            x, down, up = self.site.reduce(x, A.T), contract(G.transpose(0, 1), kernel), B
         else:
             down, up = lora_pair(G, A, B, *kernel)
-        h = self.project(x, torch.cat([down.to(x.dtype)] * self.groups))
-        scale = self.scaling[adapter_name] * self.constant(adapter_name)
-        return pointwise(up.to(h.dtype).unflatten(0, (self.groups, -1)), h, axes, result, scale)
+        h = self.site.apply(x, down)
+        return self.site.accumulate(result, self.dropout(h) if indices else h, up, self.scale * self.constant)
 
-    def _costs(self, adapter_name: str) -> tuple[int, int]:
-        """Multiply-adds for one output position: reducing the channels before the convolution, or by it."""
-        r1, r2, *spatial = self.flora_G[adapter_name].shape
-        kernel, r = math.prod(self.conv.kernel_size), min(r2, r1 * math.prod(spatial))
-        reduced = self.in_features * math.prod(self.conv.stride) * r1 + self.groups * kernel * r1 * r2
-        return reduced + r2 * self.out_features, self.in_features * kernel * r + r * self.out_features
+    def delta_weight(self) -> torch.Tensor:
+        G, A, B, *kernel = self.tensors()
+        return contract(self.constant * G.transpose(0, 1), (B, A, *kernel))
 
-    def cost(self, adapter_name: str) -> int:
-        return min(self._costs(adapter_name))
+    def lora_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in_channels, kernel axes) and B (out_channels, r): of a convolution the weights of PEFT's conv LoRA,
+        whose B is 1 x 1."""
+        down, up = lora_pair(*(tensor.detach() for tensor in self.tensors()))
+        return down, self.scale * self.constant * up
 
-    def lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (r, in_channels, kernel axes) and B (out_channels, r), the weights of PEFT's conv LoRA (its B is 1 x 1)."""
-        groups, dilation, padding = self.groups, self.conv.dilation, self.conv.padding_mode
-        reasons = {
-            "connects every input channel to every group and cannot be merged": groups > 1,
-            "ignores the dilation of the base layer": max(dilation) > 1,
-            "ignores the padding_mode of the base layer": padding != "zeros",
-        }
-        if reason := next((reason for reason, holds in reasons.items() if holds), None):
-            raise NotImplementedError(
-                f"FLORA has no exact LoRA form for a {type(self.conv).__name__} with groups={groups}, "
-                f"dilation={dilation} and padding_mode={padding!r}: PEFT's LoRA for convolutions {reason}. "
-                "Keep the FLORA adapter, or merge it into the base model by `merge_and_unload`."
-            )
-        return super().lora_factors(adapter_name)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False  # PEFT's conversion takes the SVD of a matrix
-
-
-class FloraEmbedding(FloraLinear):
-    layer_types = (nn.Embedding,)
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return self.get_base_layer()  # type: ignore[return-value]
-
-    def check_base_layer(self, base_layer: nn.Module) -> None:
-        super().check_base_layer(base_layer)
-        if self.embedding.max_norm is not None:
-            raise TypeError("an nn.Embedding with max_norm is not supported: it rescales its rows as they are read.")
-
-    def create(self, adapter_name: str, config: FloraConfig) -> None:
-        super().create(adapter_name, config)
-        if self.embedding.padding_idx is not None:
-            self.flora_A[adapter_name].data[self.embedding.padding_idx] = 0  # and no gradient reaches it
-
-    def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        G, A, B = self.tensors(adapter_name)
-        h = F.embedding(x, A, self.embedding.padding_idx) @ G
-        if (embed_scale := self._get_embed_scale()) is not None:  # Gemma's
-            h = h * embed_scale.to(h.dtype)
-        scale = self.scaling[adapter_name] * self.constant(adapter_name)
-        return accumulate(result, self.dropout(adapter_name, h), B.T, scale)
-
-    def prefers_dense(self, adapter_name: str, tokens: int) -> bool:
-        return False
-
-    def _tokens(self, x: torch.Tensor) -> int:
-        return x.numel()
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
+    def prefers_dense(self, tokens: int) -> bool:
+        # Multiply-adds of a training step: each factored product and the two products of its gradient; when dense,
+        # the gradient of the weight, and to build the delta and contract its gradient.
+        if self.site.backend is not None or isinstance(self.site, EmbeddingSite):
+            return False
+        size, r = math.prod(self.site.modes), self.B.shape[1]
+        return 3 * tokens * self.site.cost(self.G.shape) > size * (tokens + 3 * r)

@@ -9,18 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
-from ..adapters.config import Number
-from ..adapters.layer import at_least_fp32
-from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank, weight_row_norms2
-from ..registry import register
+from ..adapters import Number, register
+from ..adapters.lora import (
+    Variant,
+    VariantConfig,
+    VariantModel,
+    is_plain,
+    low_rank,
+    weight_row_norms2,
+    with_rules,
+)
+from ..adapters.lora_layers import VariantLayer
+from ..adapters.products import at_least_fp32
 
 
 @dataclass
@@ -118,34 +123,6 @@ class GradNormLoRPConfig(VariantConfig):
         }
 
 
-class DecomposedLayer:
-    """Mixin for PEFT's LoRA layers: `get_delta_weight` is the whole change of the weight, not s B A alone."""
-
-    lora_variant: dict[str, Any]
-
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """W' - W, at least in fp32, in the layout of the base weight."""
-        rule = self.lora_variant.get(adapter)
-        if isinstance(rule, GradNormLoRP):
-            return rule.delta_weight(self, adapter)
-        return super().get_delta_weight(adapter)  # type: ignore[misc]
-
-
-class DecomposedLinear(DecomposedLayer, Linear):
-    """PEFT's LoRA layer over nn.Linear or transformers' Conv1D."""
-
-
-def decomposed(layer: Any) -> Any:
-    """`layer`, turned into a `DecomposedLayer` if it is one of PEFT's LoRA layers that can be one."""
-    if type(layer) is Linear:
-        layer.__class__ = DecomposedLinear
-    elif isinstance(layer, LoraLayer) and type(layer).__module__.endswith("bnb"):
-        from ..adapters.lora_bnb import DECOMPOSED
-
-        layer.__class__ = DECOMPOSED.get(type(layer), type(layer))
-    return layer
-
-
 class _Cross(torch.autograd.Function):
     """W A^T, (out_features, r). W is read `again` for the backward, if that is given, and otherwise kept."""
 
@@ -163,17 +140,12 @@ class _Cross(torch.autograd.Function):
 
 
 def unmerged_weight(module: Any) -> torch.Tensor:
-    """The base weight in its layout, dequantised if need be, without the adapters that are merged into it."""
-    weight = module.get_base_weight()
+    """The base weight (out_features, in_features), dequantised if need be, without the adapters merged into it."""
+    weight = module.site.laid_out(module.site.weight())
     for name in reversed(module.merged_adapters):
         rule = module.lora_variant.get(name)  # none: plain LoRA
         weight = rule.unmerge(module, name, weight) if rule else weight - module.get_delta_weight(name).to(weight.dtype)
-    return weight
-
-
-def in_rows(module: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in the layout of the base weight as (out_features, ...), and back."""
-    return tensor.T if isinstance(module.get_base_layer(), Conv1D) else tensor
+    return module.site.laid_out(weight)
 
 
 def row_norms2(weight: torch.Tensor) -> torch.Tensor:
@@ -208,7 +180,7 @@ class GradNormLoRP(Variant):
         """||W||^2 of each row (out_features,), in A's dtype or a wider one, and W A^T (out_features, r)."""
 
         def read() -> torch.Tensor:
-            return in_rows(module, unmerged_weight(module)).detach()
+            return unmerged_weight(module).detach()
 
         # Whoever writes through `.data`, as PEFT's merge does, leaves no trace, and to look for one costs as much as
         # the norms: they are kept only where reading the weight is what costs.
@@ -229,13 +201,13 @@ class GradNormLoRP(Variant):
         stored = module.get_base_layer().weight
         state = stored.dtype, stored.device, dtype
         if self._base is None or self._base[0] != state:
-            norms2 = row_norms2(in_rows(module, unmerged_weight(module)).detach().to(dtype))
+            norms2 = row_norms2(unmerged_weight(module).detach().to(dtype))
             self._base, self._cross = (state, norms2), None
         return self._base[1]
 
     def row_factor(self, module: Any, adapter_name: str) -> torch.Tensor:
         """c (out_features,), at least fp32; 1 for a row of zeros."""
-        magnitude, norms = module.lora_magnitude_vector[adapter_name], self.row_norms(module, adapter_name)
+        magnitude, norms = module.lora_magnitude_vector[adapter_name].weight, self.row_norms(module, adapter_name)
         zero = norms == 0
         # The norm is rounded as the magnitude once was, so that c is 1 at the start in any dtype.
         norms = norms.to(magnitude.dtype).masked_fill(zero, 1)
@@ -263,35 +235,33 @@ class GradNormLoRP(Variant):
 
     def delta_weight(self, module: Any, adapter_name: str) -> torch.Tensor:
         """W' - W, at least in fp32, in the layout of the base weight."""
-        weight = at_least_fp32(unmerged_weight(module))
-        return self._change(module, weight, self.row_factor(module, adapter_name), adapter_name)
+        weight, c = at_least_fp32(unmerged_weight(module)), self.row_factor(module, adapter_name)
+        return module.site.laid_out(self._change(module, weight, c, adapter_name))
 
     def _change(self, module: Any, weight: torch.Tensor, c: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        return in_rows(module, (c - 1)[:, None]) * weight + in_rows(module, c[:, None]) * self._low_rank(
-            module, adapter_name
-        )
+        return (c - 1)[:, None] * weight + c[:, None] * self._low_rank(module, adapter_name)
 
     @staticmethod
     def _low_rank(module: Any, adapter_name: str) -> torch.Tensor:
         A, B = (at_least_fp32(w[adapter_name].weight) for w in (module.lora_A, module.lora_B))
-        return in_rows(module, module.scaling[adapter_name] * B @ A)
+        return module.scaling[adapter_name] * B @ A
 
     @torch.no_grad()
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         c = self.row_factor(module, active_adapter)
-        weight = at_least_fp32(orig_weight)
+        weight = at_least_fp32(module.site.laid_out(orig_weight))
         # Kept for `unmerge`: other norms come from the merged weight, and a row that c makes zero has no way back.
-        self._merged = c, in_rows(module, weight)[c == 0]
-        return (weight + self._change(module, weight, c, active_adapter)).to(orig_weight.dtype)
+        self._merged = c, weight[c == 0]
+        return module.site.laid_out(weight + self._change(module, weight, c, active_adapter)).to(orig_weight.dtype)
 
     @torch.no_grad()
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         assert self._merged is not None
-        weight = at_least_fp32(orig_weight)
+        weight = at_least_fp32(module.site.laid_out(orig_weight))
         c, lost = (kept.to(weight) for kept in self._merged)
-        weight = weight / in_rows(module, c[:, None]) - self._low_rank(module, active_adapter)
-        in_rows(module, weight)[c == 0] = lost
-        return weight.to(orig_weight.dtype)
+        weight = weight / c[:, None] - self._low_rank(module, active_adapter)
+        weight[c == 0] = lost
+        return module.site.laid_out(weight).to(orig_weight.dtype)
 
 
 def scale_rows(result: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -300,22 +270,12 @@ def scale_rows(result: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None)
     return scaled.to(result.dtype)
 
 
-class _DoraFiles(LoraModel):
-    """Reads a magnitude, `lora_magnitude_vector` in files of PEFT's DoRA, into a parameter of just this name.
+class Magnitude(nn.Module):
+    """m (out_features,), where PEFT has its DoRA layer."""
 
-    PEFT keeps it as the weight of a module of this name, which transformers' `load_adapter` does not find.
-    """
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        vectors = {key: tensor for key, tensor in state_dict.items() if key.endswith("lora_magnitude_vector")}
-        others = {key: tensor for key, tensor in state_dict.items() if key not in vectors}
-        return {
-            **super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others),
-            **super(LoraModel, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, vectors),
-        }
+    def __init__(self, weight: torch.Tensor, requires_grad: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=requires_grad)
 
 
 @register(
@@ -329,7 +289,7 @@ class _DoraFiles(LoraModel):
     tiny={"r": 2},
     variants={"gradnormlorp": {}, "gradnormlorp-full": {"norm_grad": "full"}},
 )
-class GradNormLoRPModel(VariantModel, _DoraFiles):
+class GradNormLoRPModel(VariantModel):
     """LoRA whose layers have normalised rows and magnitudes; see `GradNormLoRPConfig`."""
 
     supported = "linear layers (also transformers' Conv1D and bitsandbytes' 8-bit and 4-bit ones)"
@@ -339,11 +299,19 @@ class GradNormLoRPModel(VariantModel, _DoraFiles):
     ) -> None:
         lora_config = copy.copy(lora_config)
         lora_config.use_dora = False  # or PEFT would make its own rule, by way of the dense B A
-        super()._create_and_replace(lora_config, adapter_name, decomposed(target), *args, **kwargs)
+        super()._create_and_replace(lora_config, adapter_name, with_rules(target), *args, **kwargs)
 
-    @staticmethod
-    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        return decomposed(VariantModel._create_new_module(lora_config, adapter_name, target, **kwargs))
+    @classmethod
+    def current_key(cls, key: str) -> str:
+        # PEFT's DoRA and our earlier releases save the magnitude without `.weight`, which transformers' own
+        # `load_adapter` does not find; PEFT's DoRA reads both.
+        return f"{key}.weight" if key.endswith(".lora_magnitude_vector") else key
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        end = f".lora_magnitude_vector.{kwargs['adapter_name']}"  # PEFT has cut off `.weight`
+        tensors = super()._get_adapter_state_dict(*args, **kwargs)
+        return {f"{key}.weight" if key.endswith(end) else key: tensor for key, tensor in tensors.items()}
 
     def _follows_rule(self, layer: Any) -> bool:
         backend = layer.quantization_backend
@@ -352,7 +320,7 @@ class GradNormLoRPModel(VariantModel, _DoraFiles):
                 f"the norms of its rows need the weight itself, which {backend.backend_name} layers cannot give. "
                 "Use the unquantised model, or bitsandbytes' quantisation."
             )
-        return isinstance(layer, DecomposedLayer)
+        return isinstance(layer, VariantLayer)
 
     def _make_rule(self, config: Any, layer: Any, adapter_name: str, key: str) -> GradNormLoRP:
         rule = GradNormLoRP(config, key)
@@ -361,17 +329,14 @@ class GradNormLoRPModel(VariantModel, _DoraFiles):
             if layer.quantization_backend is not None:
                 rule.quantized_norms2(layer, at_least_fp32(A).dtype)
             magnitude = empty if A.is_meta else rule.row_norms(layer, adapter_name)
-        if not isinstance(layer.lora_magnitude_vector, nn.ParameterDict):
-            layer.lora_magnitude_vector = nn.ParameterDict()
-        layer.lora_magnitude_vector[adapter_name] = nn.Parameter(magnitude, requires_grad=A.requires_grad)
+        layer.lora_magnitude_vector[adapter_name] = Magnitude(magnitude, A.requires_grad)
         return rule
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for _, layer in self._layers():
             if not autocast_adapter_dtype and adapter_name in layer.lora_magnitude_vector:
-                magnitude = layer.lora_magnitude_vector[adapter_name]
-                magnitude.data = magnitude.data.to(layer.lora_A[adapter_name].weight.dtype)
+                layer.lora_magnitude_vector[adapter_name].to(layer.lora_A[adapter_name].weight.dtype)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
@@ -384,4 +349,4 @@ class GradNormLoRPModel(VariantModel, _DoraFiles):
         for _, layer in self._layers():
             if adapter_name in layer.lora_magnitude_vector:
                 norms = layer.lora_variant[adapter_name].row_norms(layer, adapter_name).detach()
-                layer.lora_magnitude_vector[adapter_name].data.copy_(norms)
+                layer.lora_magnitude_vector[adapter_name].weight.data.copy_(norms)

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters.config import AdapterConfig, Number
-from ..adapters.layer import AdapterLayer, FrozenDict, accumulate
-from ..registry import register
+from ..adapters import Adapter, AdapterConfig, Number, Site, register
+from ..adapters.products import accumulate
 
 InitMethod = Literal["lu", "uniform", "normal", "constant", "s_uniform", "s_normal", "ones", "zeros"]
 
@@ -127,70 +126,70 @@ def start(d: torch.Tensor, method: InitMethod) -> torch.Tensor:
     tiny={"r": 2},
     learning_rate=5e-4,
 )
-class LoLDULinear(AdapterLayer):
-    adapter_layer_names = ("loldu_z", "loldu_sigma")
-    frozen_names = ("loldu_c0", "loldu_checksum", "loldu_PL", "loldu_U")
-    loldu_z: nn.ParameterDict
-    loldu_sigma: nn.ParameterDict
-    loldu_c0: FrozenDict
-    loldu_checksum: FrozenDict
-    loldu_PL: FrozenDict
-    loldu_U: FrozenDict
+class LoLDU(Adapter):
+    z: nn.Parameter  # (r,)
+    sigma: nn.Parameter  # (1,)
+    c0: torch.Tensor  # (r,) sigma_0 z_0
+    PL: torch.Tensor  # (out, r)
+    U: torch.Tensor  # (r, in)
+    checksum: torch.Tensor  # (1,) int64
 
-    def create(self, adapter_name: str, config: LoLDUConfig) -> None:
-        r, dtype = config.r, self.adapter_dtype
-        if r > min(self.in_features, self.out_features):
+    def __init__(self, site: Site, config: LoLDUConfig) -> None:
+        super().__init__(site, config)
+        r, dtype = config.r, site.dtype
+        if r > min(site.in_features, site.out_features):
             raise ValueError(
                 f"r={r} is larger than min(in_features, out_features) = "
-                f"{min(self.in_features, self.out_features)}. Lower `r`, or set it for this module in `rank_pattern`."
+                f"{min(site.in_features, site.out_features)}. Lower `r`, or set it for this module in `rank_pattern`."
             )
-        weight = self.unmerged_weight()
-        if weight.is_meta:
-            raise ValueError("LoLDU factorises the weight, which is on the meta device. Load the base model first.")
-        PL, d, U, checksum = ldu(weight, r)
+        if torch.get_default_device().type == "meta":  # only the shapes are wanted
+            weight = torch.empty(site.shape, dtype=torch.promote_types(site.dtype, torch.float32))
+            PL, d, U = weight[:, :r], weight[0, :1].expand(r), weight[:r]
+            checksum = torch.empty(1, dtype=torch.int64)
+        else:
+            weight = site.unmerged_weight()
+            if weight.is_meta:
+                raise ValueError("LoLDU factorises the weight, which is on the meta device. Load the base model first.")
+            PL, d, U, checksum = ldu(weight, r)
         # The offset cancels z and sigma as they will be stored, after rounding to the dtype PEFT gives them.
         z = start(d, config.init_method).to(dtype)
         sigma = torch.tensor([(r if config.alpha is None else config.alpha) / r], dtype=dtype)  # FSDP has no scalars
         c0 = sigma.to(weight.dtype) * z.to(weight.dtype)
         if not config.init_weights:
             z = z + torch.randn(r, dtype=dtype) * d.abs().mean().to(dtype)
-        self.loldu_z[adapter_name] = nn.Parameter(z)
-        self.loldu_sigma[adapter_name] = nn.Parameter(sigma)
-        self.loldu_c0.set(adapter_name, c0, persistent=True)
-        self.loldu_checksum.set(adapter_name, checksum, persistent=True)
-        self.loldu_PL.set(adapter_name, PL.to(weight.dtype), persistent=config.save_projection)
-        self.loldu_U.set(adapter_name, U.to(weight.dtype), persistent=config.save_projection)
+        self.z, self.sigma = nn.Parameter(z), nn.Parameter(sigma)
+        self.register_buffer("c0", c0)
+        self.register_buffer("checksum", checksum)
+        self.register_buffer("PL", PL.to(weight.dtype), persistent=config.save_projection)
+        self.register_buffer("U", U.to(weight.dtype), persistent=config.save_projection)
         if not config.train_sigma:
-            self.freeze(adapter_name, "loldu_sigma")
+            self.freeze("sigma")
 
-    def coefficients(self, adapter_name: str) -> torch.Tensor:
+    def coefficients(self) -> torch.Tensor:
         """c (r) of the delta PL diag(c) U: sigma z - sigma_0 z_0, at least in fp32."""
-        c0 = self.loldu_c0[adapter_name]
-        return self.loldu_sigma[adapter_name].to(c0.dtype) * self.loldu_z[adapter_name].to(c0.dtype) - c0
+        return self.sigma.to(self.c0.dtype) * self.z.to(self.c0.dtype) - self.c0
 
-    def add_delta(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        c = self.scaling[adapter_name] * self.coefficients(adapter_name)
-        h = F.linear(x, self.loldu_U[adapter_name].to(x.dtype))
-        return accumulate(result, h * c.to(h.dtype), self.loldu_PL[adapter_name].T)
+    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        c, h = self.scale * self.coefficients(), F.linear(x, self.U.to(x.dtype))
+        return accumulate(result, h * c.to(h.dtype), self.PL.T)
 
-    def prefers_dense(self, adapter_name: str, tokens: int) -> bool:
+    def prefers_dense(self, tokens: int) -> bool:
         # Multiply-adds of a training step: 2 T r (in + out) factored; T in out for the gradient of the weight and
         # 2 r in out to build and contract it when dense. A quantised base is never replaced by its dequantised copy.
-        r, i, o = self.adapter_config[adapter_name].r, self.in_features, self.out_features
-        return self.quantization_backend is None and 2 * tokens * r * (i + o) > i * o * (tokens + 2 * r)
+        r, i, o = self.config.r, self.site.in_features, self.site.out_features
+        return self.site.backend is None and 2 * tokens * r * (i + o) > i * o * (tokens + 2 * r)
 
-    def delta_weight(self, adapter_name: str) -> torch.Tensor:
-        return (self.loldu_PL[adapter_name] * self.coefficients(adapter_name)) @ self.loldu_U[adapter_name]
+    def delta_weight(self) -> torch.Tensor:
+        return (self.PL * self.coefficients()) @ self.U
 
-    def lora_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        c = self.scaling[adapter_name] * self.coefficients(adapter_name).detach()
-        return self.loldu_U[adapter_name], self.loldu_PL[adapter_name] * c
+    def lora_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.U, self.PL * (self.scale * self.coefficients().detach())
 
-    def prepare_load(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        found = tensors.get("loldu_checksum")
-        if found is None or found.numel() != 1 or self.adapter_config[adapter_name].save_projection:
+    def prepare_load(self, tensors: dict[str, torch.Tensor]) -> None:
+        found = tensors.get("checksum")
+        if found is None or found.is_meta or found.numel() != 1 or self.config.save_projection:
             return
-        if int(found) != int(self.loldu_checksum[adapter_name]):
+        if int(found) != int(self.checksum):
             raise ValueError(
                 "The base weight factorises otherwise than the one this LoLDU adapter was trained on: another model, "
                 "another dtype or another quantisation. Load the base model as it was in training, or train with "

@@ -1,0 +1,96 @@
+"""One adapter of one layer: what a method defines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .sites import LinearSite, Site
+
+
+class Adapter(nn.Module):
+    """One adapter of one layer, as a module of its own: parameters are trained, buffers are frozen.
+
+    A method is a subclass, registered by `peftx.register`. Its constructor makes the tensors from the site and the
+    config; with `config.init_weights=True` the adapted layer must then equal the base layer bit for bit. It defines
+
+    - `delta_weight()`: the dense weight delta, at least in fp32;
+    - `add_delta(x, result)`: the output with the adapter's contribution (default: by the dense delta);
+    - `lora_factors()`: the delta as a LoRA, where it is exactly one;
+    - `no_delta`: where an adapter is no change of the weight, the reason. It defines `add_delta` then, which may also
+      read the layer's output, `result`; there is no `delta_weight`, and merging is refused with the reason.
+
+    Everything else (several adapters, merging, quantised bases, mixed batches, dtypes, deletion, saving) is done for
+    it. In files a tensor `block` of the method `bone` is called `<layer>.bone_adapter.block`.
+
+    Args:
+        site: the layer it sits on, with its shape, dtype and weight.
+        config: the method's config, resolved for this layer.
+
+    Attributes:
+        scale: factor of the delta, set by `set_scale` and PEFT's `rescale_adapter_scale`; 1 at the start.
+        frozen: names of parameters that no call makes trainable.
+    """
+
+    sites: ClassVar[tuple[type[Site], ...]] = (LinearSite,)
+    no_delta: ClassVar[str] = ""
+
+    def __init__(self, site: Site, config: Any) -> None:
+        super().__init__()
+        self.site = site
+        self.config = config
+        self.scale = 1.0
+        self.frozen: tuple[str, ...] = ()
+
+    def forward(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """The layer's output `result` for `x` with the adapter's contribution."""
+        return self.add_delta(x, result)
+
+    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """As `forward`. Shapes for a linear layer: x (..., in_features), result (..., out_features)."""
+        return self.site.add_dense(self.scale * self.delta_weight(), x, result)
+
+    def delta_weight(self) -> torch.Tensor:
+        """Dense weight delta (out_features, in_features, kernel axes), at least in fp32, without `self.scale`."""
+        raise NotImplementedError
+
+    def apply_delta(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` (as `delta_weight`) with the adapter merged in; a new tensor."""
+        return weight + self.scale * self.delta_weight().to(weight.dtype)
+
+    def remove_delta(self, weight: torch.Tensor) -> torch.Tensor:
+        """Inverse of `apply_delta`."""
+        return weight - self.scale * self.delta_weight().to(weight.dtype)
+
+    def lora_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in_features) and B (out_features, r) with B A equal to the scaled delta.
+
+        Raises:
+            NotImplementedError: the delta has no such factors.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no exact LoRA form here.")
+
+    def prefers_dense(self, tokens: int) -> bool:
+        """Whether the adapted weight should be built for an input of `tokens` rows, instead of calling `add_delta`."""
+        return False
+
+    @property
+    def drops(self) -> bool:
+        """Whether it draws a dropout of its input now, so that no dense weight is what it does."""
+        return False
+
+    def prepare_load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Called with an adapter's tensors from a file, by name, before they are loaded; may refuse them by a
+        ValueError, or replace them in `tensors`."""
+
+    def freeze(self, *names: str) -> None:
+        """Keeps the named parameters frozen whatever becomes active."""
+        self.frozen = (*self.frozen, *names)
+
+
+def is_dense(adapters: Sequence[Adapter], tokens: int) -> bool:
+    """Whether the adapters' weight should be built for an input of `tokens` rows."""
+    return any(adapter.prefers_dense(tokens) for adapter in adapters) and not any(adapter.drops for adapter in adapters)

@@ -1,0 +1,243 @@
+"""A file of an adapter against the model that it is loaded into: what it must hold, and how it leaves again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PretrainedConfig
+
+from .source import problems, refuse
+
+PREFIX = "base_model.model."  # of the names of a `PeftModel`'s layers, in files always
+CONTAINERS = (nn.ParameterDict, nn.ModuleDict, BufferDict)
+
+
+def belongs_to(key: str, prefix: str) -> bool:
+    """Whether a key is of an adapter's tensor: `lora_A.weight`, `bone_adapter.block`, or of old `bone_block`."""
+    return any(part.startswith(prefix) for part in key.split(".")[-3:])
+
+
+def without_name(key: str, container: str, adapter_name: str) -> str | None:
+    """The key in the file of a tensor of a module in `container`; None where it is in no such container."""
+    head, found, rest = key.partition(f".{container}.{adapter_name}.")
+    return f"{head}.{container}.{rest}" if found else None
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        yield name.removeprefix("_fsdp_wrapped_module."), module
+
+
+def saved(module: nn.Module, prefix: str, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
+    """State-dict key and tensor of everything that the adapter saves in a layer, or in the tuner for all layers.
+
+    By name: of a LoRA `lora_A`, of an adapter that is a module its tensors' own names.
+    """
+    tensors = {}
+    for attribute, container in module.named_children():
+        if not isinstance(container, CONTAINERS) or adapter_name not in container:
+            continue
+        for key, tensor in container.state_dict(keep_vars=True).items():
+            adapter, _, rest = key.partition(".")
+            if adapter == adapter_name:
+                name = attribute if rest in ("", "weight") else rest
+                tensors[name] = (f"{prefix}.{attribute}.{key}" if prefix else f"{attribute}.{key}", tensor)
+    return tensors
+
+
+def file_keys(tuner: Any, layer: nn.Module, name: str, adapter_name: str) -> dict[str, str]:
+    """The keys in a file of an adapter's tensors in the layer `name`, by the tensors' names."""
+    own = saved(layer, f"{PREFIX}{name}", adapter_name)
+    return {part: tuner._remove_adapter_name_from_key(key, adapter_name) for part, (key, _) in own.items()}
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def current(tuner: Any, header: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file by the keys of today, with the prefix that transformers may leave out."""
+    named = {key if key.startswith("base_model.") else PREFIX + key: tensor for key, tensor in header.items()}
+    return {tuner.current_key(key): tensor for key, tensor in named.items()}
+
+
+def fits(trial: nn.Module, found: dict[str, torch.Tensor]) -> bool:
+    """Whether an adapter, made without memory, has the shapes of a file."""
+    found = {**found}
+    try:
+        trial.prepare_load(found)  # type: ignore[operator]
+    except ValueError:
+        return False
+    wanted = trial.state_dict()
+    return all(name in found and found[name].shape == tensor.shape for name, tensor in wanted.items())
+
+
+def check_header(
+    tuner: Any, model: nn.Module, adapter_name: str, header: dict[str, torch.Tensor], weights: Path | None
+) -> None:
+    """Compares a file with the adapter that was made for it: shapes and dtypes, or, of `weights`, the values too.
+
+    Raises:
+        ValueError: as for `check_tensors`, or, where transformers loads `weights` itself, keys of an earlier release.
+    """
+    method, config = tuner.peft_config[adapter_name].peft_type.value, tuner.peft_config[adapter_name]
+    if weights is not None:
+        if old := next((key for key in header if tuner.current_key(key) != key), None):
+            raise ValueError(
+                f"The {method} adapter was written by an earlier release, with keys such as {old!r}, which "
+                "transformers' own `load_adapter` cannot rename. Load it by `peft.PeftModel.from_pretrained` and save it "
+                "again."
+            )
+        header = load_file(weights)
+    tensors = current(tuner, header)
+    expected: dict[str, torch.Tensor] = {}
+    for name, module in named_modules(model):
+        if isinstance(module, tuner.tuner_layer_cls):
+            keys = file_keys(tuner, module, name, adapter_name)
+            with _naming(name):
+                expected |= _prepared(tuner, module, adapter_name, keys, tensors)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            state = module.state_dict(keep_vars=True)
+            heads = module.adapter_state_dict_load_map(adapter_name)
+            expected |= {f"{PREFIX}{name}.{key}": state[target] for key, target in heads.items()}
+    shared = saved(tuner, "base_model", adapter_name).values()
+    expected |= {tuner._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in shared}
+    biases = {f"{PREFIX}{key}": tensor for key, tensor in _biases(tuner, model, config).items()}
+    embeddings = {f"{PREFIX}{key}": tensor for key, tensor in _embeddings(model, config).items()}
+    refuse(method, problems(*_with_rest(expected, tensors, biases, embeddings)))
+
+
+def check_tensors(
+    tuner_cls: Any, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> None:
+    """Compares a file's tensors, by the model's names, with the model, and lets the adapters prepare them.
+
+    Raises:
+        ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
+    """
+    expected: dict[str, torch.Tensor] = {}
+    for name, module in named_modules(model):
+        if isinstance(module, tuner_cls.tuner_layer_cls):
+            keys = {part: key for part, (key, _) in saved(module, name, adapter_name).items()}
+            with _naming(name):
+                expected |= _prepared(tuner_cls, module, adapter_name, keys, state_dict)
+        elif isinstance(module, BaseTuner):
+            expected |= dict(saved(module, name, adapter_name).values())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            state = module.state_dict(keep_vars=True)
+            expected |= {
+                f"{name}.{key}": state[key] for key in module.adapter_state_dict_load_map(adapter_name).values()
+            }
+    has_prefix = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
+    found = {key if has_prefix else key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
+    biases, embeddings = _biases(tuner_cls, model, config), _embeddings(model, config)
+    expected, found, known = _with_rest(expected, found, biases, embeddings)
+
+    def shown(key: str) -> str:
+        return tuner_cls._remove_adapter_name_from_key(key, adapter_name)
+
+    named = {shown(key): tensor for key, tensor in expected.items()}
+    refuse(
+        config.peft_type.value,
+        problems(named, {shown(key): tensor for key, tensor in found.items()}, {*map(shown, known)}),
+    )
+
+
+def _prepared(
+    tuner: Any, layer: nn.Module, adapter_name: str, keys: dict[str, str], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors that a layer expects, by their keys in `tensors`; what the adapter replaces is replaced there."""
+    found = {part: tensors[key] for part, key in keys.items() if key in tensors}
+    tuner.prepare_load(layer, adapter_name, found)
+    tensors.update({keys[part]: tensor for part, tensor in found.items()})
+    return {keys[part]: tensor for part, (_, tensor) in saved(layer, "", adapter_name).items()}
+
+
+def _with_rest(
+    expected: dict[str, torch.Tensor],
+    found: dict[str, torch.Tensor],
+    biases: dict[str, torch.Tensor],
+    embeddings: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], set[str]]:
+    """Trained biases are expected too, as PEFT saves them; embeddings only where the file has them."""
+    heads = {key for key in biases if "modules_to_save" in key or "original_module" in key}
+    expected |= {key: tensor for key, tensor in biases.items() if key not in heads}
+    expected |= {key: tensor for key, tensor in embeddings.items() if key in found}
+    return expected, found, heads
+
+
+def _biases(tuner: Any, model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+    if config.bias == "none":
+        return {}
+    biases = {name: tensor for name, tensor in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    return tuner._get_learnable_bias_state_dict(model, biases, config)
+
+
+def _embeddings(model: Any, config: Any) -> dict[str, torch.Tensor]:
+    """What PEFT saves with an adapter that targets an embedding, or whose vocabulary was resized: the embeddings."""
+    if not hasattr(model, "get_input_embeddings"):
+        return {}
+    try:
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):
+        return {}
+    known = {
+        id(layer.base_layer if hasattr(layer, "base_layer") else layer): layer for layer in layers if layer is not None
+    }
+    resized = _is_resized(model, config)
+    return {
+        key: tensor
+        for name, module in named_modules(model)
+        if id(module) in known and (resized or hasattr(known[id(module)], "base_layer"))
+        for key, tensor in ((f"{name}.{part}", tensor) for part, tensor in module.state_dict(keep_vars=True).items())
+    }
+
+
+def _is_resized(model: Any, config: Any) -> bool:
+    """Whether the vocabulary is not that of the base model, as far as its config can be read here."""
+    name = config.base_model_name_or_path
+    try:
+        base = PretrainedConfig.get_config_dict(name, local_files_only=True)[0] if name else {}
+    except (OSError, ValueError):
+        return False
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    return size is not None and base.get("vocab_size", size) != size
+
+
+def forget(layer: Any, adapter_name: str) -> None:
+    """Takes one adapter out of a tuner layer of either family, whatever becomes active then."""
+    for name in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
+        if adapter_name in getattr(layer, name, ()):
+            del getattr(layer, name)[adapter_name]
+
+
+def take_out(model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
+    """Removes one adapter from all layers and heads, and the wrappers that hold no other adapter."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, layer_cls):
+            forget(layer, adapter_name)
+            if layer._all_available_adapter_names():
+                continue
+            inner = layer.base_layer
+        elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
+            layer.delete_adapter(adapter_name, [name for name in layer.active_adapters if name != adapter_name])
+            if layer._adapters:
+                continue
+            inner = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, inner)

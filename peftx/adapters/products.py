@@ -1,0 +1,49 @@
+"""Products and casts that both families of methods use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """`result + scale * h @ weight` as one product, without a further pass over `result`.
+
+    Shapes: result (..., n), h (..., r), weight (r, n). The sum has result's dtype.
+    """
+    device = result.device.type
+    if torch.is_autocast_enabled(device) and result.dtype != torch.get_autocast_dtype(device):
+        return result + (scale * (h @ weight)).to(result.dtype)  # addmm would round `result` to the autocast dtype
+    # Autograd takes the layout of its two products from that of `weight`; skinny ones are up to 3x faster row-major.
+    h, weight = h.to(result.dtype), weight.to(result.dtype).contiguous()
+    flat = result.reshape(-1, result.shape[-1])
+    return torch.addmm(flat, h.reshape(-1, h.shape[-1]), weight, alpha=scale).view(result.shape)
+
+
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, in fp32 where its own dtype is narrower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def unobserved(module: nn.Module) -> bool:
+    """Whether nobody would notice if the module's parameters were used without calling it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
+
+
+def unpack(base_layer: Any) -> None:
+    """Restores the usual layout of a 4-bit weight that bitsandbytes laid out anew; others are left alone.
+
+    On CPUs with AVX512-BF16 it does so at the first evaluation; read or trained in that layout the weight is noise.
+    """
+    # `state_dict()` restores the usual layout in place, except that the scales of a weight without double quantisation
+    # stay transposed. Each round costs precision, so this one is the last.
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        base_layer.state_dict()
+        base_layer.support_avx512bf16_for_cpu = False
+        state = base_layer.weight.quant_state
+    if state is not None and not getattr(state, "packing_format_for_cpu", False) and state.absmax.ndim == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()

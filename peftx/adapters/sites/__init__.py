@@ -1,0 +1,8 @@
+"""What an adapter sits on: a layer of the base model, with one interface for every kind of layer."""
+
+from .conv import ConvSite
+from .embedding import EmbeddingSite
+from .linear import LinearSite
+from .site import Site, site_of
+
+__all__ = ["ConvSite", "EmbeddingSite", "LinearSite", "Site", "site_of"]

@@ -1,0 +1,199 @@
+"""The training rule of one adapter in one linear layer, and the layer that puts the noise into its one product."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ...adapters.lora import Variant, is_plain, low_rank, weight_row_norms2
+from ...adapters.lora_layers import VariantLinear
+from ...adapters.products import accumulate, at_least_fp32, unobserved
+from .config import LoRAGGPOConfig
+from .noise import NoisyLinear, gradient_row_norms2, noisy_output
+from .schedule import Schedule
+
+
+def _running(mean: torch.Tensor | None, value: torch.Tensor, decay: float) -> torch.Tensor:
+    return value if mean is None else decay * mean + (1 - decay) * value
+
+
+class GGPO(Variant):
+    """Training rule of one adapter in one linear layer: which perturbation it sees, and what that is made from."""
+
+    statistics = ("tau", "grad_norms2", "mean_norm")
+    tau: torch.Tensor | None = None  # (out_features,) deviation of the noise in each row
+    grad_norms2: torch.Tensor | None = None  # (out_features,)
+    mean_norm: torch.Tensor | None = None  # () running mean of the gradient's norm
+    base_norms2: torch.Tensor | None = None  # (out_features,)
+    pending: torch.Tensor | None = None  # gradient norms that the hooks saw
+    _hooked: Any = None
+
+    def __init__(self, config: LoRAGGPOConfig, name: str, schedule: Schedule, layer: Any) -> None:
+        super().__init__(config, name)
+        self.schedule = schedule
+        self.layer = layer  # in nn.DataParallel, not the copy that runs
+
+    # Statistics
+
+    @torch.no_grad()
+    def measure(self, module: Any, adapter_name: str) -> torch.Tensor | None:
+        """Squared row norms (out_features,) of the gradient, at least in fp32, from those of A and B."""
+        A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        if B.grad is None or B.grad.shape != B.shape:
+            return None
+        grad_A = torch.zeros_like(A) if A.grad is None else A.grad
+        A, B, grad_A, grad_B = (at_least_fp32(tensor) for tensor in (A, B, grad_A, B.grad))
+        return gradient_row_norms2(A, B, grad_A, grad_B, module.scaling[adapter_name])
+
+    @torch.no_grad()
+    def take(self, module: Any, adapter_name: str, norms2: torch.Tensor) -> None:
+        """Makes the coming step's statistics from the gradient's squared row norms."""
+        config = self.config
+        if config.mode == "mgpo":
+            self.mean_norm = _running(self.mean_norm, norms2.sum().sqrt(), config.mgpo_ema)
+            return
+        self.grad_norms2 = _running(self.grad_norms2, norms2, config.grad_ema)
+        weight = self.weight_norms2(module, adapter_name)
+        if config.combine == "quadrature":
+            tau = config.ggpo_sigma * (weight + config.ggpo_beta * self.grad_norms2).sqrt() / module.in_features**0.5
+        else:
+            tau = config.ggpo_sigma * weight.sqrt() + config.ggpo_beta * self.grad_norms2
+            tau = tau / module.out_features**0.5
+        self.tau = tau
+
+    @torch.no_grad()
+    def weight_norms2(self, module: Any, adapter_name: str) -> torch.Tensor:
+        """Squared row norms (out_features,) of the merged weight, at least in fp32."""
+        A, B = (at_least_fp32(w[adapter_name].weight) for w in (module.lora_A, module.lora_B))
+        cross: torch.Tensor | float = 0.0
+        if self.base_norms2 is None or not self.config.cheap_norms:
+            weight = at_least_fp32(module.site.weight())
+            if self.base_norms2 is None:
+                self.base_norms2 = weight.square().sum(dim=1)
+            if not self.config.cheap_norms:
+                cross = F.linear(A, weight).T.to(A.dtype)
+        return weight_row_norms2(self.base_norms2.to(A.device), cross, A, B, module.scaling[adapter_name])
+
+    @torch.compiler.disable
+    def _listen(self, module: Any, adapter_name: str) -> None:
+        """Hooks on A and B, which leave the gradient's norms in `pending` while nobody else takes them."""
+        weight = module.lora_B[adapter_name].weight
+        if self._hooked is weight or not (weight.requires_grad and weight.is_leaf):
+            return
+        self._hooked = weight
+        for parameter in (module.lora_A[adapter_name].weight, weight):
+            if parameter.requires_grad:
+                # Python cannot see through the parameter what its hooks hold: not the layer, or none is ever freed.
+                hook = partial(_hear, weakref.ref(self), weakref.ref(module), adapter_name)
+                parameter.register_post_accumulate_grad_hook(hook)
+
+    # Perturbations
+
+    def noise(self, module: Any, adapter_name: str) -> tuple[torch.Tensor, int] | None:
+        """tau (out_features,) and the seed of the noise that the weight is to see, or None."""
+        trained = module.training and module.lora_B[adapter_name].weight.requires_grad
+        if not trained or self.config.mode != "ggpo":
+            return None
+        if self.config.auto_update and not self.schedule.driven:
+            self._listen(module, adapter_name)
+        if self.tau is None:
+            return None
+        silent = self.config.ggpo_sigma == 0 and self.config.combine == "quadrature"
+        if silent or self.schedule.step < self.config.warmup_steps:
+            return None
+        return self.schedule.size * self.tau, self.schedule.noise_seed(f"{self.name}/{adapter_name}")
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def direction(self, module: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """U (out_features, 2r) and V (2r, in_features; A first) of the MGPO perturbation eps = U V, or None.
+
+        eps = -rho f d / ||d|| with d = scale (M_B A + B M_A), M the first moments, and f = 1 / mean gradient norm.
+        """
+        config, schedule, scale = self.config, self.schedule, module.scaling[adapter_name]
+        if config.auto_update and not schedule.driven:
+            self._listen(module, adapter_name)
+        if not config.mgpo_rho or schedule.step < config.warmup_steps:
+            return None
+        factors = [w[adapter_name].weight for w in (self.layer.lora_A, self.layer.lora_B)]
+        moments = [schedule.moment(weight) for weight in factors]
+        if any(moment is None for moment in moments):
+            return None
+        A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+        M_A, M_B = (moment.to(A.device) for moment in moments if moment is not None)
+        U, V = torch.cat([M_B, B], dim=1), torch.cat([A, M_A])
+        length = scale * ((U.T @ U) * (V @ V.T)).sum().clamp(min=0).sqrt()
+        mean = torch.ones_like(length) if self.mean_norm is None else self.mean_norm.to(length)
+        factor = (1 / (mean + 1e-12)).clamp(max=config.mgpo_max_scale)
+        return -config.mgpo_rho * scale * factor / (length + 1e-12) * U, V
+
+    def forward(  # type: ignore[override]
+        self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        noise = self.noise(module, active_adapter)
+        if noise is not None:
+            result = noisy_output(result, x, *noise)
+        return self.add(module, active_adapter, x, result)
+
+    def add(self, module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`result` with the adapter's contribution and, in mode `"mgpo"`, the perturbation."""
+        active = module.training and self.config.mode == "mgpo" and self.schedule.optimizer is not None
+        active = active and module.lora_B[adapter_name].weight.requires_grad
+        factors = self.direction(module, adapter_name) if active else None
+        if factors is None:
+            return super().forward(module, adapter_name, x, result)
+        U, V = factors
+        lora_A, lora_B = module.lora_A[adapter_name], module.lora_B[adapter_name]
+        if is_plain(lora_A, lora_B) and isinstance(module.lora_dropout[adapter_name], nn.Identity):
+            A, B, scale = lora_A.weight, lora_B.weight, module.scaling[adapter_name]
+            rule = scale * B.detach()
+            U = torch.cat([U[:, : len(A)] + rule, U[:, len(A) :]], dim=1)
+            return low_rank(result, x, A, B, scale, U=U, V=V, rule=rule)
+        return super().forward(module, adapter_name, x, accumulate(result, F.linear(x, V.to(x.dtype)), U.T))
+
+
+def _hear(rule_of: Any, module_of: Any, adapter_name: str, parameter: torch.Tensor) -> None:
+    rule, module = rule_of(), module_of()
+    if rule is not None and module is not None and not rule.schedule.driven:
+        rule.pending = rule.measure(module, adapter_name)
+        rule.schedule.heard = True
+
+
+class GGPOLinear(VariantLinear):
+    """PEFT's LoRA layer; over a plain linear layer, noise goes into the weight before its one product."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        plain = not (self.disable_adapters or self.merged or args or kwargs) and self.training
+        base = self.base_layer
+        noisy = any(getattr(self.lora_variant.get(name), "tau", None) is not None for name in self.active_adapters)
+        if not (plain and noisy) or type(base) is not nn.Linear or not unobserved(base) or base.weight.requires_grad:
+            return super().forward(x, *args, **kwargs)
+        return self._perturbed_forward(x)
+
+    @torch.compiler.disable
+    def _perturbed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        rules: dict[str, Any] = {name: self.lora_variant[name] for name in names}
+        noises = {name: rule.noise(self, name) for name, rule in rules.items()}
+        first = next((name for name, noise in noises.items() if noise is not None), None)
+        if first is None:
+            return super().forward(x)
+        base = self.base_layer
+        autocast = torch.is_autocast_enabled(x.device.type)
+        inner = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        bias = None if base.bias is None else base.bias.to(inner.dtype)
+        result = NoisyLinear.apply(inner, base.weight, bias, *noises[first])
+        dtype = result.dtype
+        for name in names:
+            lora_A: Any = self.lora_A[name]
+            x = self._cast_input_dtype(x, lora_A.weight.dtype)
+            noise = noises[name]
+            if noise is not None and name != first:
+                result = noisy_output(result, x, *noise)
+            result = rules[name].add(self, name, x, result)
+        return result.to(dtype)
