@@ -13,7 +13,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
 from .adapter import Adapter, is_dense
-from .products import at_least_fp32, unobserved, unpack
+from .products import at_least_fp32, onloaded, unobserved, unpack
 from .sites import Site, site_of
 
 PORTING = (
@@ -211,7 +211,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         stored = self.site.weight()
         weight = at_least_fp32(stored)
         for name in adapter_names:
-            weight = self.adapters[name].apply_delta(weight)
+            weight = adapted([self.adapters[name]], weight)
             if check and not torch.isfinite(weight.to(stored.dtype)).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return weight
@@ -276,5 +276,6 @@ def adapted(adapters: Sequence[Adapter], weight: torch.Tensor) -> torch.Tensor:
     """The weight with the adapters' changes, one after the other, at least in fp32."""
     weight = at_least_fp32(weight)
     for adapter in adapters:
-        weight = adapter.apply_delta(weight)
+        with onloaded(adapter):
+            weight = adapter.apply_delta(weight)
     return weight

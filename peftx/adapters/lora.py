@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from . import files
 from .config import FileConfig, Names, Number
 from .lora_layers import VariantLinear
-from .products import accumulate, unobserved
+from .products import accumulate, onloaded, unobserved
 from .sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from .sites.site import unsupported
 from .tuner import CheckedTuner, errors_naming, innermost
@@ -200,12 +200,15 @@ class VariantModel(CheckedTuner, LoraModel):
     @torch.no_grad()
     def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
         for _, layer in self._layers():
-            weight = layer.get_base_weight()
-            for name in layer.active_adapters if adapter_names is None else adapter_names:
-                if name in layer.lora_variant and name not in layer.merged_adapters:
-                    weight = layer.lora_variant[name].merge_safe(layer, name, weight)
-                    if not torch.isfinite(weight).all():
-                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            with onloaded(*layer.modules()):
+                weight = layer.get_base_weight()
+                for name in layer.active_adapters if adapter_names is None else adapter_names:
+                    if name in layer.lora_variant and name not in layer.merged_adapters:
+                        weight = layer.lora_variant[name].merge_safe(layer, name, weight)
+                        if not torch.isfinite(weight).all():
+                            raise ValueError(
+                                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                            )
 
 
 def with_rules(layer: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 
@@ -31,6 +33,23 @@ def unobserved(module: nn.Module) -> bool:
     """Whether nobody would notice if the module's parameters were used without calling it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     return not any(hooks) and "forward" not in module.__dict__
+
+
+def onloaded(*modules: nn.Module) -> AbstractContextManager:
+    """While active, the modules' own tensors are where they are computed with, also those that accelerate offloads."""
+    away = [module for module in modules if hasattr(module, "_hf_hook") and is_away(module)]
+    if not away:
+        return nullcontext()
+    stack = ExitStack()
+    for module in away:
+        stack.enter_context(align_module_device(module))
+    return stack
+
+
+def is_away(module: nn.Module) -> bool:
+    return any(
+        tensor is not None and tensor.is_meta for tensor in (*module._parameters.values(), *module._buffers.values())
+    )
 
 
 def unpack(base_layer: Any) -> None:

@@ -23,9 +23,11 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.files import belongs_to
 from ..adapters.lora import Variant
 from ..adapters.products import at_least_fp32
-from ..registry import methods
+from ..registry import info_of, methods
 from ..tuners.bone import BoneConfig
 from .loading import load_adapter, read_adapter
+
+BLOCK = ".bone_adapter.block"  # the end of the key of a Bone tensor
 
 
 def export_lora(
@@ -163,14 +165,15 @@ def export_miss(
         raise ValueError(f"Only Bone adapters are MiSS adapters too, not {config.peft_type.value}.")
     if isinstance(model, PeftModel):
         state |= _rescaled_blocks(model, state, adapter_name)
-    blocks = {key: tensor for key, tensor in state.items() if key.endswith(".bone_block")}
+    state = {info_of(BoneConfig).model.current_key(key): tensor for key, tensor in state.items()}
+    blocks = {key: tensor for key, tensor in state.items() if key.endswith(BLOCK)}
     if len(sizes := {tensor.shape[-1] if tensor.ndim == 3 else len(tensor) for tensor in blocks.values()}) > 1:
         raise ValueError(f"MiSS has one block size for all modules, this adapter has {sorted(sizes)} (`rank_pattern`).")
     bat = any(tensor.ndim == 3 for tensor in blocks.values())
     taken = {f.name for f in dataclasses.fields(MissConfig) if f.init} & {f.name for f in dataclasses.fields(config)}
     settings = {name: getattr(config, name) for name in taken - {"peft_type", "init_weights", "bias"}}
     bias = "MiSS_only" if config.bias.endswith("_only") else config.bias
-    renamed = {key.replace(".bone_block", ".miss_block"): tensor for key, tensor in state.items()}
+    renamed = {key.replace(BLOCK, ".miss_block"): tensor for key, tensor in state.items()}
     _write(path, renamed, MissConfig(**settings, bias=bias, init_weights="bat" if bat else True))
 
 
@@ -263,8 +266,8 @@ def _state_of(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
 def _rescaled_blocks(model: Any, state: dict[str, torch.Tensor], adapter_name: str | None) -> dict[str, Any]:
     """Bone's blocks times the scale that `scale_layer` or `set_scale` gave them: MiSS has no scale."""
     modules = model.base_model.model.named_modules()
-    layers = {f"base_model.model.{name}.bone_block": layer for name, layer in modules}
-    return {key: layers[key].scaling[adapter_name] * block for key, block in state.items() if key in layers}
+    layers = {f"base_model.model.{name}{BLOCK}": layer for name, layer in modules}
+    return {key: layers[key].adapters[adapter_name].scale * block for key, block in state.items() if key in layers}
 
 
 def _check_apart(source: str | os.PathLike, subfolder: str | None, path: str | os.PathLike) -> None:
@@ -277,7 +280,8 @@ def _check_apart(source: str | os.PathLike, subfolder: str | None, path: str | o
 def _write(path: str | os.PathLike, state: dict[str, torch.Tensor], config: Any) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+    stock = {key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): t for key, t in state.items()}
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in stock.items()}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(folder))

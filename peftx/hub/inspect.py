@@ -306,7 +306,7 @@ def rank_of(tensors: Mapping[str, AnyTensor], settings: Mapping[str, Any], name:
         if part in tensors and tensors[part].ndim:
             return tensors[part].shape[0]
     for part, tensor in tensors.items():
-        if part.endswith("_since"):
+        if part.endswith(("_since", ".since")):
             return int((tensor[...] >= 0).sum())
     method = settings.get("peft_type")
     if method in PeftType.__members__ and method not in {info.peft_type.value for info in methods()}:

@@ -89,7 +89,9 @@ class ALLoRA(Variant):
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        if not torch.is_grad_enabled() and not isinstance(module, Embedding):
+        if not isinstance(module, Embedding) and (
+            not torch.is_grad_enabled() or module.lora_A[active_adapter].weight.is_meta  # offloaded: nothing trains
+        ):
             return super().forward(module, active_adapter, x, result)
         scale = module.scaling[active_adapter]
         s = self.gradient_scale(module, active_adapter)

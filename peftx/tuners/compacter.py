@@ -154,6 +154,9 @@ class Rule(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
+    def forward(self) -> torch.Tensor:  # called, so that hooks see who uses the weight
+        return self.weight
+
 
 class SharedRuleModel(AdapterModel):
     """The tuner; it holds the shared rules, `compacter_rule`, to which the adapters only refer."""
@@ -305,7 +308,7 @@ class Compacter(Adapter):
         """The rules (n, n, n) of both projections, the module's own or the shared one, at least in fp32."""
         if "down_rule" in self._parameters:
             return at_least_fp32(self.down_rule).to(device), at_least_fp32(self.up_rule).to(device)
-        rule = at_least_fp32(self.shared.weight).to(device)
+        rule = at_least_fp32(self.shared()).to(device)
         return rule, rule
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:

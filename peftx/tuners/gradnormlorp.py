@@ -25,7 +25,7 @@ from ..adapters.lora import (
     with_rules,
 )
 from ..adapters.lora_layers import VariantLayer
-from ..adapters.products import at_least_fp32
+from ..adapters.products import at_least_fp32, onloaded
 
 
 @dataclass
@@ -166,7 +166,9 @@ class GradNormLoRP(Variant):
     def row_norms(self, module: Any, adapter_name: str) -> torch.Tensor:
         """||W + s B A|| of each row (out_features,), at least fp32; with gradients if they are wanted."""
         # Copies: matrix products round as their operands are aligned in memory, and those from a file lie anywhere.
-        A, B = (at_least_fp32(w[adapter_name].weight).clone() for w in (module.lora_A, module.lora_B))
+        factors = module.lora_A[adapter_name], module.lora_B[adapter_name]
+        with onloaded(*factors):
+            A, B = (at_least_fp32(factor.weight).clone() for factor in factors)
         full = self.config.norm_grad == "full" and torch.is_grad_enabled()
         with torch.set_grad_enabled(full), torch.autocast(A.device.type, enabled=False):
             base, cross = self._products(module, A)
@@ -207,7 +209,7 @@ class GradNormLoRP(Variant):
 
     def row_factor(self, module: Any, adapter_name: str) -> torch.Tensor:
         """c (out_features,), at least fp32; 1 for a row of zeros."""
-        magnitude, norms = module.lora_magnitude_vector[adapter_name].weight, self.row_norms(module, adapter_name)
+        magnitude, norms = module.lora_magnitude_vector[adapter_name](), self.row_norms(module, adapter_name)
         zero = norms == 0
         # The norm is rounded as the magnitude once was, so that c is 1 at the start in any dtype.
         norms = norms.to(magnitude.dtype).masked_fill(zero, 1)
@@ -220,7 +222,7 @@ class GradNormLoRP(Variant):
     ) -> torch.Tensor:
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, c = module.lora_dropout[active_adapter], self.row_factor(module, active_adapter)
-        factor, bias = module.scaling[active_adapter] * c, module.get_base_layer().bias
+        factor, bias = module.scaling[active_adapter] * c, module.site.bias()
         if isinstance(dropout, nn.Dropout) and module.training:
             x = dropout(x)
             dropped = module.base_layer(x.to(result.dtype))
@@ -276,6 +278,9 @@ class Magnitude(nn.Module):
     def __init__(self, weight: torch.Tensor, requires_grad: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=requires_grad)
+
+    def forward(self) -> torch.Tensor:  # called, so that hooks see who uses the weight
+        return self.weight
 
 
 @register(

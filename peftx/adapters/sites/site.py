@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import nn
 
-from ..products import accumulate, at_least_fp32, unpack
+from ..products import accumulate, at_least_fp32, onloaded, unpack
 
 
 class Site:
@@ -81,12 +80,17 @@ class Site:
         if self.backend is not None:
             unpack(self.base)
             weight = self.backend.get_base_weight(self.base)
-        elif self.base.weight.is_meta:  # offloaded by accelerate, or never loaded
-            with align_module_device(self.base):
+        elif self.base.weight.is_meta:  # offloaded, or never loaded
+            with onloaded(self.base):
                 weight = self.base.weight.data
         else:
             weight = self.base.weight.data
         return weight.T if self.transposed else weight
+
+    def bias(self) -> torch.Tensor | None:
+        """The bias, onloaded if need be."""
+        with onloaded(self.base):
+            return self.base.bias
 
     def unmerged_weight(self) -> torch.Tensor:
         """The weight without the adapters that are merged into it, at least in fp32."""
