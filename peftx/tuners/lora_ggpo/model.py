@@ -11,10 +11,11 @@ from torch import nn
 
 from ...adapters import register
 from ...adapters.lora import VariantModel
+from ...adapters.sharding import refuse_shards
 from .callback import GGPOCallback
 from .config import LoRAGGPOConfig
 from .rule import GGPO, GGPOLinear
-from .schedule import Schedule, all_schedules, schedules, update_ggpo_stats
+from .schedule import SHARDS, Schedule, all_schedules, schedules, update_ggpo_stats
 
 
 @register(
@@ -83,6 +84,18 @@ class LoRAGGPOModel(VariantModel):
         update_ggpo_stats(self.model, step)
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Says whose first moments mode `"mgpo"` follows: an optimizer with `exp_avg` or `momentum_buffer` states."""
-        for schedule in schedules(self.model):
+        """Says whose first moments mode `"mgpo"` follows: an optimizer with `exp_avg` or `momentum_buffer` states.
+
+        Raises:
+            TypeError: it is no optimizer.
+            ValueError: it is not one of this adapter's parameters, or no LoRA-GGPO adapter is being trained.
+            RuntimeError: the parameters are sharded.
+        """
+        found = schedules(self.model)
+        if not found:
+            raise ValueError("attach_optimizer: the model trains no LORAGGPO adapter, whose moments could be followed.")
+        for schedule in found:
+            refuse_shards(self.model, schedule.method, SHARDS)
+            schedule.check_optimizer(optimizer)
+        for schedule in found:
             schedule.attach(optimizer)

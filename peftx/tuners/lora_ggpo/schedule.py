@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...adapters.sharding import refuse_shards
 from .config import LoRAGGPOConfig
 
+SHARDS = "its rule needs whole rows of the weights, gradients and moments"
 PATIENCE = 20  # training forwards without statistics before a warning
 
 
@@ -33,7 +35,7 @@ class Schedule:
         self.config = config
         self.total_step = config.total_step
         self.step = self.micro = self.idle = 0
-        self.driven = self.heard = False
+        self.driven = self.heard = self.checked = False
         self.optimizer: Any = None
         self.handle: Any = None
         self.rules: list[tuple[Any, Any, str]] = []
@@ -76,6 +78,20 @@ class Schedule:
             optimizer = optimizer.optimizer
         self.optimizer = optimizer
 
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Raises TypeError or ValueError unless it is an optimizer of this adapter's parameters."""
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        weights = [w[name].weight for _, layer, name in self.live() for w in (layer.lora_A, layer.lora_B)]
+        if missing := sum(weight.requires_grad and id(weight) not in known for weight in weights):
+            raise ValueError(
+                f"The optimizer does not have {missing} of the adapter's {len(weights)} parameters: make it from those "
+                "of this model, after `get_peft_model`, and attach that one."
+            )
+
     def release(self) -> None:
         """Forgets a training: its statistics, its optimizer, and that somebody called `update_ggpo_stats`."""
         self.driven, self.optimizer = False, None
@@ -87,7 +103,14 @@ class Schedule:
         """Forward pre-hook of the whole model, which no recomputation calls: notices a backward and a step."""
         needed = not torch.compiler.is_compiling() or (self.config.auto_update and not self.driven)
         if model.training and needed:
+            if not self.checked:
+                refuse_shards(model, self.method, SHARDS)
+                self.checked = True
             self._observe()
+
+    @property
+    def method(self) -> str:
+        return f"LoRA-{self.config.mode.upper()}"
 
     @torch.compiler.disable
     def _observe(self) -> None:
@@ -200,6 +223,8 @@ def update_ggpo_stats(model: nn.Module, step: int | None = None) -> None:
     due = [schedule for schedule in schedules(model) if step is None or step != schedule.step]
     if not due and step is not None:
         return
+    for schedule in due:
+        refuse_shards(model, schedule.method, SHARDS)
     found = [(schedule, schedule.measure()) for schedule in due]
     found = [(schedule, norms) for schedule, norms in found if any(norm is not None for norm in norms)]
     if not found:

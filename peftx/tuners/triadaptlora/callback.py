@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer_callback import TrainerCallback
 
 from .config import TriAdaptLoRAConfig
-from .growth import entry, found_driver, trained_adapters, tuner_of, update_and_grow
+from .growth import check_unsharded, entry, found_driver, trained_adapters, tuner_of, update_and_grow
 
 
 class TriAdaptCallback(TrainerCallback):
@@ -32,6 +32,7 @@ class TriAdaptCallback(TrainerCallback):
         }
         if not configs:
             raise ValueError("TriAdaptCallback: the model trains no TriAdaptLoRA adapter. Leave the callback out.")
+        check_unsharded(tuner)
         for name, config in configs.items():
             if config.total_step is None:
                 config.check_total_step(state.max_steps)

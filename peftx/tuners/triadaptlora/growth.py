@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...adapters import AdapterLayer, AdapterModel
+from ...adapters.sharding import refuse_shards
 from .adapter import TriAdaptLoRA
 from .config import TriAdaptLoRAConfig
 
@@ -21,13 +22,17 @@ class GrowingModel(AdapterModel):
     """The tuner, with what drives the growth and what reads it."""
 
     peft_config: dict[str, Any]
+    _checked = False  # whether the parameters are whole
     _forwards: int | None = 0  # training passes before the first `update_and_grow`; None: not counted any more
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         # What every kind of PeftModel calls in each forward pass; `forward` only some of them do.
-        counts = not torch.compiler.is_compiling() and self._forwards is not None
-        if counts and self.training and torch.is_grad_enabled():
-            self._remind()
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if not self._checked:
+                check_unsharded(self)
+                self._checked = True
+            if self._forwards is not None:
+                self._remind()
         return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def _remind(self) -> None:
@@ -117,6 +122,7 @@ def update_and_grow(model: nn.Module, step: int) -> list[str]:
     if not isinstance(step, int) or step < 1:
         raise ValueError(f"`step` counts the optimizer steps from 1, got {step!r}.")
     tuner = tuner_of(model)
+    check_unsharded(tuner)
     found_driver(tuner)
     grown: dict[str, None] = {}
     for adapter_name, config in tuner.peft_config.items():
@@ -158,6 +164,13 @@ def trained_adapters(tuner: Any, adapter_name: str) -> dict[str, TriAdaptLoRA]:
         and not layer.disable_adapters
         and layer.adapters[adapter_name].A.requires_grad
     }
+
+
+def check_unsharded(tuner: Any) -> None:
+    """Raises RuntimeError where an adapter that has room to grow is sharded."""
+    for name in tuner.peft_config:
+        if any(adapter.rank < adapter.size for adapter in trained_adapters(tuner, name).values()):
+            refuse_shards(tuner, "TriAdaptLoRA", "ranks are written into factors that every process must hold whole")
 
 
 @torch.no_grad()
