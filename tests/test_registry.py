@@ -83,22 +83,22 @@ def test_import_is_idempotent_and_reload_safe():
 
 
 def _define(name, module="somebody.elses"):
-    """A config and layer class called after `name` in a module of their own."""
+    """A config and adapter class called after `name` in a module of their own."""
     sys.modules.setdefault(module, types.ModuleType(module))
     config = dataclasses.make_dataclass(
         name.capitalize() + "Config", [], bases=(peftx.AdapterConfig,), namespace={"__module__": module}
     )
     config.__doc__ = "Somebody's method."
-    layer = type(name.capitalize() + "Linear", (peftx.AdapterLayer,), {"adapter_layer_names": (), "__module__": module})
-    return config, layer
+    adapter = type(name.capitalize(), (peftx.Adapter,), {"__module__": module})
+    return config, adapter
 
 
 @pytest.mark.parametrize("name", ["lora", "miss"])
 def test_peft_s_own_methods_are_never_shadowed(name):
-    config, layer = _define(name)
+    config, adapter = _define(name)
     theirs = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name.upper()]]
     with pytest.warns(UserWarning, match=f"ships {name.upper()} itself.*use PEFT's own"):
-        assert peftx.register(name, config=config, paper="arXiv:0")(layer) is layer
+        assert peftx.register(name, config=config, paper="arXiv:0")(adapter) is adapter
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name.upper()]] is theirs
     with pytest.raises(RuntimeError, match="not registered.*use PEFT's own config class"):
         config()
@@ -109,7 +109,7 @@ def test_peft_catching_up_is_noticed(monkeypatch):
     monkeypatch.setattr(PeftType.BONE, "_peftx", False)
     assert registry.is_native("bone")
     with pytest.warns(UserWarning, match="BONE itself"):
-        peftx.register("bone", config=peftx.BoneConfig, paper="")(peftx.tuners.BoneLinear)
+        peftx.register("bone", config=peftx.BoneConfig, paper="")(peftx.tuners.bone.Bone)
 
 
 @pytest.mark.parametrize("name", ["Bone", "bo-ne", "bone_", "", "1bone"])
@@ -119,13 +119,28 @@ def test_impossible_names_are_refused(name):
 
 
 def test_a_name_is_given_once():
-    config, layer = _define("bone")
+    config, adapter = _define("bone")
     with pytest.raises(ValueError, match=r"'bone' is already registered by peftx\.tuners\.bone"):
-        peftx.register("bone", config=config, paper="")(layer)
+        peftx.register("bone", config=config, paper="")(adapter)
 
 
 def test_an_unknown_capability_is_refused():
-    config, layer = _define("sprout")
+    config, adapter = _define("sprout")
     with pytest.raises(TypeError, match="colour"):
-        peftx.register("sprout", config=config, paper="", colour="blue")(layer)
+        peftx.register("sprout", config=config, paper="", colour="blue")(adapter)
+    assert "SPROUT" not in PeftType.__members__
+
+
+def test_a_layer_class_of_an_earlier_release_is_told_what_to_do():
+    message = r"KronaLinear is written for an earlier peftx.*peftx\.Adapter.*constructor.*CONTRIBUTING\.md"
+    with pytest.raises(TypeError, match=message):
+        type("KronaLinear", (peftx.AdapterLayer,), {"adapter_layer_names": ("krona_A",)})
+
+
+@pytest.mark.parametrize("base", [object, torch.nn.Module, torch.nn.Linear])
+def test_only_adapters_and_tuners_are_registered(base):
+    config, _ = _define("sprout")
+    message = r"SproutLinear is no subclass of peftx\.Adapter.*CONTRIBUTING\.md"
+    with pytest.raises(TypeError, match=message):
+        peftx.register("sprout", config=config, paper="")(type("SproutLinear", (base,), {}))
     assert "SPROUT" not in PeftType.__members__

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftx
-from peftx.tuners.bone import BoneLinear, bat_delta, bat_invert, fold, tile
+from peftx.tuners.bone import BoneLayer, bat_delta, bat_invert, fold, tile
 
 TARGETS = ["lin0", "lin1", "head"]
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "bone_peft_0.17"
@@ -43,9 +43,9 @@ def layer(in_features, out_features, seed=0, **kwargs):
     """A Bone layer in float64 with random blocks."""
     torch.manual_seed(seed)
     base = nn.Linear(in_features, out_features, dtype=torch.float64)
-    adapted = BoneLinear(base, "default", peftx.BoneConfig(**kwargs)).double()
-    for block in adapted.bone_block.values():
-        nn.init.normal_(block, std=0.1)
+    adapted = BoneLayer(base, "default", peftx.BoneConfig(**kwargs)).double()
+    for adapter in adapted.adapters.values():
+        nn.init.normal_(adapter.block, std=0.1)
     return adapted
 
 
@@ -90,7 +90,7 @@ def test_forward_and_gradients_equal_the_dense_formula(init_weights):
     adapted = layer(12, 8, r=4, init_weights=init_weights)
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     g = torch.randn(2, 5, 8, dtype=torch.float64)
-    block = adapted.bone_block["default"]
+    block = adapted.adapters["default"].block
     weight, bias = adapted.base_layer.weight.detach(), adapted.base_layer.bias.detach()
     found = torch.autograd.grad(adapted(x), [x, block], g)
 
@@ -109,13 +109,13 @@ def test_trains_r_times_out_parameters(mlp, init_weights):
 
 
 def test_delta_has_period_r():
-    delta = layer(20, 6, r=8).delta_weight("default")
+    delta = layer(20, 6, r=8).adapters["default"].delta_weight()
     assert torch.equal(delta[:, :12], delta[:, 8:])
 
 
 def test_ragged_width_equals_zero_padding():
     narrow, wide = layer(20, 6, r=8), layer(24, 6, r=8)
-    wide.bone_block["default"].data = narrow.bone_block["default"].data
+    wide.adapters["default"].block.data = narrow.adapters["default"].block.data
     wide.base_layer.weight.data[:, :20], wide.base_layer.weight.data[:, 20:] = narrow.base_layer.weight, 0
     wide.base_layer.bias.data = narrow.base_layer.bias.data
     x = torch.randn(3, 20, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_merge_and_unmerge_in_fp32(init_weights, tolerance):
 def two_adapters(init_weights):
     adapted = layer(12, 8, r=4, init_weights=init_weights)
     adapted.update_layer("other", peftx.BoneConfig(r=2, init_weights=init_weights))
-    adapted.bone_block["other"].data = torch.randn_like(adapted.bone_block["other"], dtype=torch.float64) * 0.1
+    adapted.adapters["other"].block.data = torch.randn_like(adapted.adapters["other"].block, dtype=torch.float64) * 0.1
     return adapted
 
 
@@ -165,7 +165,7 @@ def test_bat_adapters_compose_in_order_and_unmerge_in_reverse():
     for order in (["default", "other"], ["other", "default"]):
         composed = weight
         for name in order:
-            composed = composed + bat_oracle(composed, adapted.bone_block[name].detach())
+            composed = composed + bat_oracle(composed, adapted.adapters[name].block.detach())
         adapted.set_adapter(order)
         y = adapted(x)
         torch.testing.assert_close(y, x @ composed.T + adapted.base_layer.bias)
@@ -181,11 +181,11 @@ def test_bat_adapters_compose_in_order_and_unmerge_in_reverse():
 def test_modes_mix_on_one_layer():
     adapted = layer(12, 8, r=4, init_weights="bat")
     adapted.update_layer("plain", peftx.BoneConfig(r=3))
-    adapted.bone_block["plain"].data = torch.randn(3, 8, dtype=torch.float64)
+    adapted.adapters["plain"].block.data = torch.randn(3, 8, dtype=torch.float64)
     x, weight = torch.randn(3, 12, dtype=torch.float64), adapted.base_layer.weight.detach()
     adapted.set_adapter(["default", "plain"])
-    wanted = weight + bat_oracle(weight, adapted.bone_block["default"].detach())
-    wanted = wanted + default_oracle(adapted.bone_block["plain"].detach(), 12)
+    wanted = weight + bat_oracle(weight, adapted.adapters["default"].block.detach())
+    wanted = wanted + default_oracle(adapted.adapters["plain"].block.detach(), 12)
     torch.testing.assert_close(adapted(x), x @ wanted.T + adapted.base_layer.bias)
 
 
@@ -205,7 +205,7 @@ def test_lora_factors_are_exact_and_bat_has_none():
     adapted = layer(20, 6, r=8)
     A, B = adapted.lora_factors("default")
     assert A.shape == (8, 20) and B.shape == (6, 8)
-    torch.testing.assert_close(B @ A, adapted.delta_weight("default"))
+    torch.testing.assert_close(B @ A, adapted.adapters["default"].delta_weight())
     with pytest.raises(NotImplementedError, match="no exact LoRA form"):
         layer(12, 8, r=4, init_weights="bat").lora_factors("default")
 
@@ -264,6 +264,7 @@ def test_loads_and_writes_the_files_of_old_peft(mlp, tmp_path, mode, low_cpu_mem
     torch.testing.assert_close(model(x), wanted(x), rtol=0, atol=1e-6)
     model.save_pretrained(tmp_path / "again")
     again, first = (load_file(p / "adapter_model.safetensors") for p in (tmp_path / "again", folder))
+    first = {k.replace(".bone_block", ".bone_adapter.block"): v for k, v in first.items()}
     assert again.keys() == first.keys() and all(torch.equal(again[k], first[k]) for k in first)
 
 
@@ -293,6 +294,7 @@ def test_loads_what_peft_0_17_wrote(tmp_path, name, low_cpu_mem_usage):
             torch.testing.assert_close(model(io[x]), io[base], rtol=0, atol=1e-6)
     model.save_pretrained(tmp_path)
     again, first = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, folder / "adapter"))
+    first = {k.replace(".bone_block", ".bone_adapter.block"): v for k, v in first.items()}
     assert again.keys() == first.keys() and all(torch.equal(again[k], first[k]) for k in first)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(io["x"]), io["y_merged"], rtol=0, atol=1e-6)
@@ -308,12 +310,13 @@ def test_renamed_to_miss_it_computes_the_same(mlp, tmp_path):
             copy.deepcopy(base), peftx.BoneConfig(r=4, init_weights=mode, target_modules=TARGETS)
         )
         for name, parameter in model.named_parameters():
-            if "bone_block" in name:
+            if name.endswith(".block"):
                 nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(tmp_path)
         tensors = load_file(tmp_path / "adapter_model.safetensors")
         save_file(
-            {k.replace(".bone_", ".miss_"): v for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors"
+            {k.replace(".bone_adapter.", ".miss_"): v for k, v in tensors.items()},
+            tmp_path / "adapter_model.safetensors",
         )
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         config.pop("rank_pattern")

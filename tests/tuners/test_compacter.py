@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 import peftx
-from peftx.tuners.compacter import ACTIVATIONS, COMPACTER, COMPACTER_PLUS_PLUS, CompacterLinear, contract, expand
+from peftx.tuners.compacter import ACTIVATIONS, COMPACTER, COMPACTER_PLUS_PLUS, CompacterLayer, contract, expand
 
 TARGETS = ["lin0", "lin1"]
 TINY = {"phm_dim": 2, "reduction_factor": 2, "target_modules": TARGETS}
@@ -50,19 +50,15 @@ def adapted(model=None, std=0.3, seed=0, **config):
 
 
 def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, CompacterLinear)]
+    return [module for module in model.modules() if isinstance(module, CompacterLayer)]
 
 
 def rule_of(model, name="default"):
-    return model.base_model.compacter_rule[name]
+    return model.base_model.compacter_rule[name].weight
 
 
 def tensors_of(layer, name="default"):
-    return {
-        attribute.removeprefix("compacter_"): getattr(layer, attribute)[name]
-        for attribute in layer.adapter_layer_names
-        if name in getattr(layer, attribute)
-    }
+    return dict(layer.adapters[name].named_parameters())
 
 
 def number_trained(model):
@@ -108,7 +104,8 @@ def test_layer_and_gradients_equal_the_formula(mode):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert ("rule" in mode or mode == "PHM-adapter") == (not model.base_model.compacter_rule)
     y = model(x)
-    wanted = oracle(layer.base_layer(x), dict(model.base_model.compacter_rule).get("default"), tensors_of(layer))
+    rule = rule_of(model) if model.base_model.compacter_rule else None
+    wanted = oracle(layer.base_layer(x), rule, tensors_of(layer))
     torch.testing.assert_close(y, wanted, rtol=0, atol=1e-10)
     for mine, theirs in zip(
         torch.autograd.grad(y, [x, *trained], g), torch.autograd.grad(wanted, [x, *trained], g), strict=True
@@ -231,7 +228,8 @@ def test_all_layers_see_one_rule_whatever_happens_to_the_model(mlp, tmp_path):
     containers = set()
     for name, twin in models.items():
         rule, layers = rule_of(twin), layers_of(twin)
-        assert all(layer.rule("default", side) is rule for layer in layers for side in ("down", "up")), name
+        rules = [layer.adapters["default"].rules(rule.device) for layer in layers]
+        assert all(down is rule and up is rule for down, up in rules), name
         assert sum(p is rule for p in twin.parameters()) == 1 and sum("rule" in k for k in twin.state_dict()) == 1
         containers.add(id(rule))
         before = [layer(torch.ones(1, layer.in_features).double()) for layer in layers]
@@ -258,9 +256,9 @@ def test_the_file_has_one_rule_and_six_tensors_a_module(mlp, tmp_path, low_cpu_m
     model = adapted(mlp).float()
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    names = {f"compacter_{side}_{part}" for side in ("down", "up") for part in ("s", "t", "bias")}
+    names = {f"compacter_adapter.{side}_{part}" for side in ("down", "up") for part in ("s", "t", "bias")}
     keys = {f"base_model.model.{module}.{name}" for module in TARGETS for name in names}
-    assert saved.keys() == keys | {"base_model.compacter_rule"}
+    assert saved.keys() == keys | {"base_model.compacter_rule.weight"}
     loaded = peft.PeftModel.from_pretrained(
         base, tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
     )
@@ -274,11 +272,11 @@ def test_the_file_has_one_rule_and_six_tensors_a_module(mlp, tmp_path, low_cpu_m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rule: {}, r"compacter_rule: missing, expected shape \(2, 2, 2\)"),
-        (lambda rule: {"rule": rule[:1]}, r"compacter_rule: found shape \(1, 2, 2\), expected \(2, 2, 2\)"),
-        (lambda rule: {"rule": rule / 0}, "compacter_rule: found values that are not finite"),
-        (lambda rule: {"rule": rule.int()}, "compacter_rule: found dtype torch.int32"),
-        (lambda rule: {"rule": rule, "other_rule": rule + 1}, "compacter_other_rule: unexpected"),
+        (lambda rule: {}, r"compacter_rule\.weight: missing, expected shape \(2, 2, 2\)"),
+        (lambda rule: {"rule": rule[:1]}, r"compacter_rule\.weight: found shape \(1, 2, 2\), expected \(2, 2, 2\)"),
+        (lambda rule: {"rule": rule / 0}, r"compacter_rule\.weight: found values that are not finite"),
+        (lambda rule: {"rule": rule.int()}, r"compacter_rule\.weight: found dtype torch.int32"),
+        (lambda rule: {"rule": rule, "other_rule": rule + 1}, r"compacter_other_rule\.weight: unexpected"),
     ],
 )
 @pytest.mark.parametrize("second", [False, True])
@@ -288,8 +286,8 @@ def test_a_faulty_rule_is_refused_and_nothing_changes(mlp, tmp_path, change, mes
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     saved = load_file(path)
-    rule = saved.pop("base_model.compacter_rule")
-    save_file({**saved, **{f"base_model.compacter_{k}": v.contiguous() for k, v in change(rule).items()}}, path)
+    rule = saved.pop("base_model.compacter_rule.weight")
+    save_file({**saved, **{f"base_model.compacter_{k}.weight": v.contiguous() for k, v in change(rule).items()}}, path)
     model, y = (model, model(x)) if second else (base, base(x))
     with pytest.raises(ValueError, match=message):
         model.load_adapter(tmp_path, "second") if second else peft.PeftModel.from_pretrained(model, tmp_path)
@@ -302,7 +300,9 @@ def test_a_shared_rule_where_none_belongs_is_refused(mlp, tmp_path):
     adapted(mlp).float().save_pretrained(tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"shared_phm_rule": true', '"shared_phm_rule": false'))
-    with pytest.raises(ValueError, match=r"compacter_down_rule: missing(.|\n)*compacter_rule: unexpected"):
+    with pytest.raises(
+        ValueError, match=r"compacter_adapter\.down_rule: missing(.|\n)*compacter_rule\.weight: unexpected"
+    ):
         peft.PeftModel.from_pretrained(base, tmp_path)
 
 
@@ -327,7 +327,7 @@ def test_the_gradient_of_the_rule_is_the_sum_over_its_uses():
 
 
 def trained_rules(model):
-    return {name for name, rule in model.base_model.compacter_rule.items() if rule.requires_grad}
+    return {name for name, rule in model.base_model.compacter_rule.items() if rule.weight.requires_grad}
 
 
 def test_rules_are_trained_frozen_and_deleted_with_their_adapters(mlp, tmp_path):
@@ -376,7 +376,7 @@ def test_active_adapters_follow_one_another():
     model = adapted(target_modules=["lin0"])
     model.add_adapter("second", peftx.CompacterConfig(**{**TINY, "phm_dim": 4, "target_modules": ["lin0"]}))
     for name, parameter in model.named_parameters():
-        if name.endswith(".second"):
+        if ".second." in name:
             nn.init.normal_(parameter, std=0.3)
     (layer,), x = layers_of(model), torch.randn(3, 12, dtype=torch.float64)
     model.base_model.set_adapter(["default", "second"])

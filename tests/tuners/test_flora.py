@@ -18,29 +18,31 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftx
-from peftx.tuners.flora import FloraConv, FloraEmbedding, FloraLinear, lora_pair, mode_ranks, start
+from peftx.adapters.sites import ConvSite, EmbeddingSite, LinearSite
+from peftx.tuners.flora import Flora, FloraLayer, lora_pair, mode_ranks, start
 
 # i, o and the kernel's axes, as in the paper: core abcde, factors ia ob pc qd te
 EINSUM = {2: "ab,ia,ob->oi", 3: "abc,ia,ob,pc->oip", 4: "abcd,ia,ob,pc,qd->oipq", 5: "abcde,ia,ob,pc,qd,te->oipqt"}
-NAMES = ("flora_A", "flora_B", "flora_K", "flora_L", "flora_M")
+NAMES = ("A", "B", "K", "L", "M")
 PATHS = {"dense": (True, None), "reduced": (False, (0, 1)), "direct": (False, (1, 0))}
 
 
 def factors(layer, name="default"):
-    return [getattr(layer, n)[name].detach() for n in NAMES if name in getattr(layer, n, ())]
+    adapter = layer.adapters[name]
+    return [getattr(adapter, n).detach() for n in NAMES if hasattr(adapter, n)]
 
 
 def oracle(layer, scale, name="default"):
     """The delta as one sum, (out, in, kernel axes); of an embedding (d, V)."""
     parts = factors(layer, name)
-    return scale * torch.einsum(EINSUM[len(parts)], layer.flora_G[name].detach(), *parts)
+    return scale * torch.einsum(EINSUM[len(parts)], layer.adapters[name].G.detach(), *parts)
 
 
 def adapt(base, seed=0, **kwargs):
     """A FLoRA layer around `base` in float64 whose delta is not zero."""
     torch.manual_seed(seed)
     config = peftx.FloraConfig(**{"r": 2, "init_weights": False, **kwargs})
-    return FloraLinear.for_base_layer(base)(base.double().requires_grad_(False), "default", config).double()
+    return FloraLayer(base.double().requires_grad_(False), "default", config).double()
 
 
 LAYERS = {
@@ -75,9 +77,12 @@ def dense(base, delta):
 def force(monkeypatch, path):
     """Makes convolutions take one of their three paths."""
     is_dense, costs = PATHS[path]
-    monkeypatch.setattr(FloraConv, "prefers_dense", lambda *_: is_dense)
+    default = Flora.prefers_dense
+    monkeypatch.setattr(
+        Flora, "prefers_dense", lambda self, n: is_dense if isinstance(self.site, ConvSite) else default(self, n)
+    )
     if costs:
-        monkeypatch.setattr(FloraConv, "_costs", lambda *_: costs)
+        monkeypatch.setattr(ConvSite, "_costs", lambda *_: costs)
 
 
 # The delta
@@ -85,7 +90,7 @@ def force(monkeypatch, path):
 
 def test_delta_is_the_tucker_sum(layer):
     adapted = adapt(layer[0], scale=0.7)
-    delta = adapted.delta_weight("default").detach()
+    delta = adapted.adapters["default"].delta_weight().detach()
     torch.testing.assert_close(delta, oracle(adapted, 0.7), rtol=0, atol=1e-12)
     stored = adapted.get_delta_weight("default")
     assert stored.shape == layer[0].weight.shape and stored.dtype == torch.float64
@@ -105,30 +110,30 @@ def test_the_lora_pair_of_any_core_is_its_delta(modes, data):
 
 def test_multilinear_rank_is_that_of_the_core():
     adapted = adapt(nn.Conv2d(9, 11, (4, 3)), r=[3, 4, 2, 1])
-    delta = adapted.delta_weight("default").detach().transpose(0, 1)
+    delta = adapted.adapters["default"].delta_weight().detach().transpose(0, 1)
     unfoldings = [delta.movedim(mode, 0).flatten(1) for mode in range(4)]
     assert [int(torch.linalg.matrix_rank(unfolding)) for unfolding in unfoldings] == [3, 4, 2, 1]
 
 
 def test_gauge_freedom(layer):
     adapted = adapt(layer[0])
-    delta = adapted.delta_weight("default").detach()
+    delta = adapted.adapters["default"].delta_weight().detach()
     for mode, name in enumerate(NAMES[: len(factors(adapted))]):
-        factor, core = getattr(adapted, name)["default"], adapted.flora_G["default"]
+        factor, core = getattr(adapted.adapters["default"], name), adapted.adapters["default"].G
         Q = torch.randn(factor.shape[1], factor.shape[1], dtype=torch.float64)
         factor.data = factor.data @ Q
         core.data = torch.tensordot(torch.linalg.inv(Q), core.data, ([1], [mode])).movedim(0, mode)
-    torch.testing.assert_close(adapted.delta_weight("default").detach(), delta)
+    torch.testing.assert_close(adapted.adapters["default"].delta_weight().detach(), delta)
 
 
 def test_an_identity_core_is_lora():
     adapted = adapt(nn.Linear(12, 10), r=3)
-    adapted.flora_G["default"].data = torch.eye(3, dtype=torch.float64)
+    adapted.adapters["default"].G.data = torch.eye(3, dtype=torch.float64)
     lora = peft.get_peft_model(
         nn.Sequential(copy.deepcopy(adapted.base_layer)), peft.LoraConfig(r=3, lora_alpha=3, target_modules=["0"])
     ).double()
-    lora.base_model.model[0].lora_A["default"].weight.data = adapted.flora_A["default"].T
-    lora.base_model.model[0].lora_B["default"].weight.data = adapted.flora_B["default"].data
+    lora.base_model.model[0].lora_A["default"].weight.data = adapted.adapters["default"].A.T
+    lora.base_model.model[0].lora_B["default"].weight.data = adapted.adapters["default"].B.data
     x = torch.randn(5, 12, dtype=torch.float64)
     torch.testing.assert_close(adapted(x), lora(x))
 
@@ -136,11 +141,15 @@ def test_an_identity_core_is_lora():
 @pytest.mark.parametrize("config, factor", [({"scale": 3}, 3), ({"alpha": 6}, 2), ({"alpha": 6, "r": [2, 4]}, 1.5)])
 def test_the_constant_is_scale_or_alpha_over_rank(config, factor):
     for base, default in ((nn.Linear(12, 10), 1.0), (nn.Conv2d(4, 6, 3), 4.0)):
-        torch.testing.assert_close(adapt(base, r=3).delta_weight("default"), oracle(adapt(base, r=3), default))
+        torch.testing.assert_close(
+            adapt(base, r=3).adapters["default"].delta_weight(), oracle(adapt(base, r=3), default)
+        )
         adapted = adapt(base, **{"r": 3, **config})
-        torch.testing.assert_close(adapted.delta_weight("default"), oracle(adapted, factor))
+        torch.testing.assert_close(adapted.adapters["default"].delta_weight(), oracle(adapted, factor))
         twice = adapt(base, **{"r": 3, **{name: 2 * value if name != "r" else value for name, value in config.items()}})
-        torch.testing.assert_close(twice.delta_weight("default"), 2 * adapted.delta_weight("default"))
+        torch.testing.assert_close(
+            twice.adapters["default"].delta_weight(), 2 * adapted.adapters["default"].delta_weight()
+        )
 
 
 # The forward
@@ -205,9 +214,9 @@ def test_every_kind_of_convolution(path, groups, kernel, padding, stride, **opti
 
 def test_the_cheapest_path_is_taken(monkeypatch):
     calls = []
-    convolve = FloraConv.project
+    convolve = ConvSite.project
     monkeypatch.setattr(
-        FloraConv, "project", lambda self, x, w, b=None: calls.append(w.shape) or convolve(self, x, w, b)
+        ConvSite, "project", lambda self, x, w, b=None: calls.append(w.shape) or convolve(self, x, w, b)
     )
 
     def weights(*args, r=4, size=16, **kwargs):
@@ -221,8 +230,8 @@ def test_the_cheapest_path_is_taken(monkeypatch):
     assert weights(64, 64, 7, padding=3, groups=64) == [(64, 1, 7, 7)]  # the adapted weight in one convolution
     assert weights(8, 8, 3, r=8, size=32) == [(8, 8, 3, 3)]
     with torch.no_grad():
-        assert adapt(nn.Linear(64, 64), r=32).prefers_dense("default", 10**4)
-        assert not adapt(nn.Linear(64, 64), r=4).prefers_dense("default", 10**4)
+        assert adapt(nn.Linear(64, 64), r=32).adapters["default"].prefers_dense(10**4)
+        assert not adapt(nn.Linear(64, 64), r=4).adapters["default"].prefers_dense(10**4)
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -278,7 +287,7 @@ def test_embeddings_are_scaled_as_gemma_scales_them_and_keep_the_padding_row():
     torch.testing.assert_close(y, dense(base, oracle(adapted, 1.0))(x))
     assert torch.equal(y[x == 3], base(x)[x == 3]) and not torch.allclose(y[x == 7], base(x)[x == 7])
     y.sum().backward()
-    assert not adapted.flora_A["default"].grad[3].any()
+    assert not adapted.adapters["default"].A.grad[3].any()
     assert torch.equal(adapted(torch.tensor(7)), y[0, 2])
     with pytest.raises(TypeError, match="'0'.*max_norm"):
         peft.get_peft_model(
@@ -298,8 +307,10 @@ def test_starts_exactly_as_the_base_and_moves_the_core_first(layer):
         model = peft.get_peft_model(model, peftx.FloraConfig(r=2, init_scheme=scheme, target_modules=["0"]))
         assert torch.equal(model(x), y)
         model(x).float().square().sum().backward()
-        moving = {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-        assert moving == {"flora_G"}
+        moving = {
+            name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
+        }
+        assert moving == {"G"}
 
 
 @pytest.mark.parametrize("size, rank", [(4000, 16), (400, 100)])
@@ -309,7 +320,7 @@ def test_factors_start_as_their_schemes_say(size, rank):
     assert start(size, rank, "gaussian", 1).std().item() == pytest.approx(0.02, rel=0.05)
     uniform = start(size, rank, "lora_like", 25)
     assert uniform.abs().max() <= 0.2 and uniform.std().item() == pytest.approx(0.2 / 3**0.5, rel=0.05)
-    adapted = FloraLinear(nn.Linear(size, 2000), "default", peftx.FloraConfig(r=[rank, 50], init_scheme="lora_like"))
+    adapted = FloraLayer(nn.Linear(size, 2000), "default", peftx.FloraConfig(r=[rank, 50], init_scheme="lora_like"))
     bounds = [tensor.abs().max().item() for tensor in factors(adapted)]
     assert bounds == pytest.approx([size**-0.5, 50**-0.5], rel=0.01)  # as nn.Linear starts: the width that is read
 
@@ -371,7 +382,7 @@ def test_ranks_that_do_not_fit_are_refused(base, config, message):
         peft.get_peft_model(model, peftx.FloraConfig(**config, target_modules=["0", "1"]))
     assert type(model[0]) is nn.Linear
     model = peft.get_peft_model(model, peftx.FloraConfig(r=config["r"], rank_pattern={"1": 2}, target_modules=["1"]))
-    assert isinstance(model.base_model.model[1], FloraLinear)
+    assert isinstance(model.base_model.model[1], FloraLayer)
 
 
 @pytest.mark.parametrize("error, config, message", [
@@ -397,7 +408,7 @@ def test_config_refuses_wrong_values(error, config, message):
 
 @pytest.mark.parametrize("base", [nn.ConvTranspose2d(4, 4, 3), nn.LayerNorm(4), nn.Bilinear(4, 4, 4)])
 def test_other_layers_are_refused(base):
-    with pytest.raises(TypeError, match=f"'0': {type(base).__name__} is not supported, only .*nn.Conv3d are"):
+    with pytest.raises(TypeError, match=f"'0': {type(base).__name__} is not supported, only .*nn.Conv3d, .* are"):
         peft.get_peft_model(nn.Sequential(base), peftx.FloraConfig(r=2, target_modules=["0"]))
 
 
@@ -499,8 +510,8 @@ def flora(net, *names, **kwargs):
 
 def test_save_and_load(net, batch, tmp_path):
     base, model = copy.deepcopy(net), flora(net, rank_pattern={"stem": [3, 4, 1, 3], "seq": 1}, init_scheme="gaussian")
-    assert model.base_model.model.stem.flora_G["default"].shape == (3, 4, 1, 3)
-    assert model.base_model.model.seq.flora_G["default"].shape == (1, 1, 2)
+    assert model.base_model.model.stem.adapters["default"].G.shape == (3, 4, 1, 3)
+    assert model.base_model.model.seq.adapters["default"].G.shape == (1, 1, 2)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]["stem"] == [3, 4, 1, 3]
     for low_cpu_mem_usage in (False, True):
@@ -551,7 +562,7 @@ def test_deepcopy_is_independent(net, batch):
     y, twin = model(**batch), copy.deepcopy(model)
     assert torch.equal(twin(**batch), y)
     for name, parameter in twin.named_parameters():
-        parameter.data += 0.1 * ("flora_G" in name)
+        parameter.data += 0.1 * name.endswith(".G")
     assert torch.equal(model(**batch), y) and not torch.allclose(twin(**batch), y)
 
 
@@ -575,8 +586,8 @@ def test_a_convnext_from_a_config_trains_and_merges():
     assert {(8, 8), (16, 16), (1, 3)} <= kinds
     targets = r".*(dwconv|pwconv\d|patch_embeddings|downsampling_layer\.1)"
     model = peft.get_peft_model(model, peftx.FloraConfig(r=8, target_modules=targets, modules_to_save=["classifier"]))
-    layers = [m for m in model.modules() if isinstance(m, FloraLinear)]
-    assert sum(isinstance(m, FloraConv) for m in layers) == len(convolutions) and len(layers) > len(convolutions)
+    layers = [m for m in model.modules() if isinstance(m, FloraLayer)]
+    assert sum(isinstance(m.site, ConvSite) for m in layers) == len(convolutions) and len(layers) > len(convolutions)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 2
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     losses = []
@@ -587,13 +598,14 @@ def test_a_convnext_from_a_config_trains_and_merges():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    assert all(layer.flora_G["default"].any() for layer in layers)
+    assert all(layer.adapters["default"].G.any() for layer in layers)
     logits = model.eval()(pixel_values=images).logits
     torch.testing.assert_close(model.merge_and_unload()(pixel_values=images).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_are_wrapped_by_their_kind():
-    kinds = {nn.Linear: FloraLinear, nn.Embedding: FloraEmbedding, nn.Conv1d: FloraConv, nn.Conv3d: FloraConv}
-    for base, wrapped in kinds.items():
-        assert type(adapt(base(4, 4) if base in (nn.Linear, nn.Embedding) else base(4, 4, 3))) is wrapped
-    assert type(peft.get_peft_model(MLP(), peftx.FloraConfig(r=2, target_modules=["lin0"])).lin0) is FloraLinear
+    kinds = {nn.Linear: LinearSite, nn.Embedding: EmbeddingSite, nn.Conv1d: ConvSite, nn.Conv3d: ConvSite}
+    for base, site in kinds.items():
+        adapted = adapt(base(4, 4) if base in (nn.Linear, nn.Embedding) else base(4, 4, 3))
+        assert type(adapted) is FloraLayer and type(adapted.site) is site
+    assert type(peft.get_peft_model(MLP(), peftx.FloraConfig(r=2, target_modules=["lin0"])).lin0) is FloraLayer

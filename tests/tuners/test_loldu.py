@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftx
-from peftx.tuners.loldu import InitMethod, LoLDULinear, ldu, start
+from peftx.tuners.loldu import InitMethod, LoLDU, LoLDULayer, ldu, start
 
 INIT_METHODS = typing.get_args(InitMethod)
 TARGETS = ["lin0", "lin1"]
@@ -40,10 +40,10 @@ def layer(in_features=12, out_features=10, seed=0, trained=True, **kwargs):
     """A LoLDU layer in float64, with z and sigma moved away from their start."""
     torch.manual_seed(seed)
     base = nn.Linear(in_features, out_features, dtype=torch.float64)
-    adapted = LoLDULinear(base, "default", peftx.LoLDUConfig(**{"r": 4, **kwargs}))
+    adapted = LoLDULayer(base, "default", peftx.LoLDUConfig(**{"r": 4, **kwargs}))
     if trained:
-        adapted.loldu_z["default"].data += torch.randn(adapted.loldu_z["default"].shape, dtype=torch.float64)
-        adapted.loldu_sigma["default"].data += 0.5
+        adapted.adapters["default"].z.data += torch.randn(adapted.adapters["default"].z.shape, dtype=torch.float64)
+        adapted.adapters["default"].sigma.data += 0.5
     return adapted
 
 
@@ -51,7 +51,9 @@ def dense_oracle(adapted, z, sigma):
     """W + PL diag(sigma z - sigma_0 z_0) U from the step-by-step elimination."""
     r = len(z)
     L, _, U = elimination(adapted.base_layer.weight.detach())
-    return adapted.base_layer.weight.detach() + L[:, :r] @ torch.diag(sigma * z - adapted.loldu_c0["default"]) @ U[:r]
+    return (
+        adapted.base_layer.weight.detach() + L[:, :r] @ torch.diag(sigma * z - adapted.adapters["default"].c0) @ U[:r]
+    )
 
 
 @given(out=st.integers(1, 9), n=st.integers(1, 9), data=st.data())
@@ -102,10 +104,10 @@ def test_singular_weights_are_safe(kind):
     torch.testing.assert_close((found.PL * found.d) @ found.U, weight)
     base = nn.Linear(6, 8, dtype=torch.float64)
     base.weight.data = weight
-    adapted = LoLDULinear(base, "default", peftx.LoLDUConfig(r=6))
+    adapted = LoLDULayer(base, "default", peftx.LoLDUConfig(r=6))
     x = torch.randn(3, 6, dtype=torch.float64)
     assert torch.equal(adapted(x), base(x))
-    adapted.loldu_z["default"].data += 1
+    adapted.adapters["default"].z.data += 1
     assert torch.isfinite(adapted(x)).all()
 
 
@@ -121,8 +123,8 @@ def test_starts_exactly_as_the_base(mlp, init_method, dtype, alpha, autocast_ada
     model = peft.get_peft_model(mlp, config, autocast_adapter_dtype=autocast_adapter_dtype)
     assert torch.equal(model(x), y)
     for module in model.modules():
-        if isinstance(module, LoLDULinear):
-            assert torch.count_nonzero(module.coefficients("default")) == 0
+        if isinstance(module, LoLDULayer):
+            assert torch.count_nonzero(module.adapters["default"].coefficients()) == 0
 
 
 def test_start_follows_its_definition():
@@ -145,10 +147,10 @@ def test_start_follows_its_definition():
 @pytest.mark.parametrize("r, tokens", [(1, 6), (4, 6), (10, 6), (10, 4000)])
 def test_forward_and_gradients_equal_the_dense_formula(r, tokens):
     adapted = layer(r=r)  # the last case takes the dense path
-    assert adapted.prefers_dense("default", tokens) == (tokens == 4000)
+    assert adapted.adapters["default"].prefers_dense(tokens) == (tokens == 4000)
     x = torch.randn(tokens, 12, dtype=torch.float64, requires_grad=True)
     g = torch.randn(tokens, 10, dtype=torch.float64) / tokens
-    z, sigma = adapted.loldu_z["default"], adapted.loldu_sigma["default"]
+    z, sigma = adapted.adapters["default"].z, adapted.adapters["default"].sigma
     y = adapted(x)
     found = torch.autograd.grad(y, [x, z, sigma], g)
 
@@ -165,7 +167,7 @@ def test_paths_agree(monkeypatch):
     adapted, x = layer(r=10), torch.randn(7, 12, dtype=torch.float64)
     outputs = []
     for dense in (False, True):
-        monkeypatch.setattr(LoLDULinear, "prefers_dense", lambda *_, dense=dense: dense)
+        monkeypatch.setattr(LoLDU, "prefers_dense", lambda *_, dense=dense: dense)
         outputs.append(adapted(x))
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
 
@@ -177,17 +179,17 @@ def test_trains_r_plus_one_parameters_and_freezes_the_rest(mlp, train_sigma):
     model.set_adapter("default")  # which would make everything trainable again
     assert model.get_nb_trainable_parameters()[0] == 2 * (5 + train_sigma)
     model(torch.randn(3, 12)).sum().backward()
-    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.grad is not None}
-    assert trained == ({"loldu_z", "loldu_sigma"} if train_sigma else {"loldu_z"})
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == ({"z", "sigma"} if train_sigma else {"z"})
     assert not any(b.requires_grad for _, b in model.named_buffers())
 
 
 def test_delta_has_rank_r_and_only_sigma_z_enters():
     adapted, x = layer(r=3), torch.randn(5, 12, dtype=torch.float64)
-    assert torch.linalg.matrix_rank(adapted.delta_weight("default")) == 3
+    assert torch.linalg.matrix_rank(adapted.adapters["default"].delta_weight()) == 3
     y = adapted(x)
-    adapted.loldu_z["default"].data *= 4
-    adapted.loldu_sigma["default"].data /= 4
+    adapted.adapters["default"].z.data *= 4
+    adapted.adapters["default"].sigma.data /= 4
     torch.testing.assert_close(adapted(x), y)
 
 
@@ -213,7 +215,7 @@ def deltas_after_training(base, init_method, steps=15):
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [m.delta_weight("default").detach() for m in model.modules() if isinstance(m, LoLDULinear)]
+    return [m.adapters["default"].delta_weight().detach() for m in model.modules() if isinstance(m, LoLDULayer)]
 
 
 def test_the_start_of_z_is_irrelevant_without_sigma_and_decay(mlp):
@@ -239,8 +241,8 @@ def test_round_trip_with_another_seed_is_exact(mlp, tmp_path, init_method, save_
     y = model(x)
     model.save_pretrained(tmp_path)
     saved = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
-    projection = {"loldu_PL", "loldu_U"} if save_projection else set()
-    assert saved == {"loldu_z", "loldu_sigma", "loldu_c0", "loldu_checksum"} | projection
+    projection = {"PL", "U"} if save_projection else set()
+    assert saved == {"z", "sigma", "c0", "checksum"} | projection
     torch.manual_seed(99)
     for low_cpu_mem_usage in (False, True):
         loaded = peft.PeftModel.from_pretrained(
@@ -282,9 +284,9 @@ def test_a_rank_above_the_width_is_refused(mlp, r):
     model = peft.get_peft_model(
         mlp, peftx.LoLDUConfig(r=12, rank_pattern={"lin1": 8}, alpha_pattern={"lin1": 4}, target_modules=TARGETS)
     )
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoLDULinear)}
-    assert [len(m.loldu_z["default"]) for m in layers.values()] == [12, 8]
-    assert [m.loldu_sigma["default"].item() for m in layers.values()] == [1.0, 0.5]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoLDULayer)}
+    assert [len(m.adapters["default"].z) for m in layers.values()] == [12, 8]
+    assert [m.adapters["default"].sigma.item() for m in layers.values()] == [1.0, 0.5]
 
 
 def test_a_second_adapter_factorises_the_unmerged_weight():
@@ -293,14 +295,14 @@ def test_a_second_adapter_factorises_the_unmerged_weight():
     y = adapted(x)
     adapted.merge()
     adapted.update_layer("second", peftx.LoLDUConfig(r=3))
-    torch.testing.assert_close(adapted.loldu_PL["second"], wanted.PL)
-    torch.testing.assert_close(adapted.loldu_U["second"], wanted.U)
+    torch.testing.assert_close(adapted.adapters["second"].PL, wanted.PL)
+    torch.testing.assert_close(adapted.adapters["second"].U, wanted.U)
     adapted.unmerge()
     base = adapted.base_layer(x)
-    adapted.loldu_z["second"].data += 1
+    adapted.adapters["second"].z.data += 1
     adapted.set_adapter("second")
     second = adapted(x)
-    torch.testing.assert_close(second, base + x @ adapted.delta_weight("second").T)
+    torch.testing.assert_close(second, base + x @ adapted.adapters["second"].delta_weight().T)
     adapted.set_adapter(["default", "second"])
     torch.testing.assert_close(adapted(x), y + second - base)
     adapted.enable_adapters(False)
@@ -311,7 +313,7 @@ def test_meta_weights_are_refused_with_the_reason():
     with torch.device("meta"):
         base = nn.Linear(8, 8)
     with pytest.raises(ValueError, match="meta device"):
-        LoLDULinear(base, "default", peftx.LoLDUConfig(r=2))
+        LoLDULayer(base, "default", peftx.LoLDUConfig(r=2))
 
 
 @pytest.mark.parametrize("field, value", [("init_method", "svd"), ("train_sigma", 1), ("alpha", "8"), ("r", 2.0)])
