@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import typing
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import type_validator
@@ -23,10 +25,17 @@ HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_down
 
 
 class FileConfig(PeftConfig):
-    """What the configs of both families add to PEFT's: types are checked, a broken file is found before any model is
-    touched, and the model card of a saved adapter says how to load it, and what it is."""
+    """What the configs of both families add to PEFT's: types and numbers are checked, and the model card of a saved
+    adapter says how to load it, and what it is.
 
-    source: ClassVar[Source | None] = None  # of an instance that was read from a file that has not been loaded yet
+    A config that is read by `from_pretrained` remembers where it comes from: an adapter that is made for a file is
+    compared with it before memory is taken, and leaves the model again where it does not fit.
+
+    Raises:
+        ValueError: the weights beside a config that is read are truncated, no safetensors file, or no file at all.
+    """
+
+    source: Any = None  # the file of a config that was read and whose weights are yet to be loaded
     # types of fields that PEFT defines and does not check
     inherited: ClassVar[dict[str, Any]] = {}
 
@@ -36,23 +45,10 @@ class FileConfig(PeftConfig):
         _check_values(self)
         super().__post_init__()
         self.peft_type = peft_type
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any):
-        """As in PEFT; a weight file beside the config that nobody can read is reported before any model is touched.
-
-        The config remembers where it comes from: an adapter that is made for a file is compared with it before memory
-        is taken, and leaves the model again where it does not fit.
-
-        Raises:
-            ValueError: the adapter's safetensors file is truncated, or is not a safetensors file, or no file at all.
-        """
-        options = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
-        source = Source(str(pretrained_model_name_or_path), {"subfolder": subfolder, **options})
-        source.check()
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.source = source
-        return config
+        # transformers reads configs by PEFT's base class, which tells nobody from where.
+        self.source = reader(sys._getframe(1))
+        if self.source is not None:
+            self.source.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `get_peft_model` and `add_adapter` name the model they put a new adapter on; whoever loads a file does not.
@@ -66,6 +62,21 @@ class FileConfig(PeftConfig):
         card = Path(save_directory, "README.md")
         if card.is_file():
             complete_card(card, self)
+
+
+def reader(frame: FrameType | None) -> Source | None:
+    """Where `PeftConfig.from_pretrained`, if it is at work further up the stack, reads a config."""
+    code = PeftConfig.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
+    for _ in range(8):  # dataclass, from_peft_type (twice with unknown fields), from_pretrained
+        if frame is None:
+            return None
+        if frame.f_code is code:
+            found = frame.f_locals
+            options = {key: found["hf_hub_download_kwargs"].get(key) for key in HUB_OPTIONS}
+            options = {key: value for key, value in options.items() if value is not None}
+            return Source(str(found["pretrained_model_name_or_path"]), {"subfolder": found["subfolder"], **options})
+        frame = frame.f_back
+    return None
 
 
 @dataclasses.dataclass

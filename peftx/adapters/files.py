@@ -98,8 +98,8 @@ def check_header(
         if old := next((key for key in header if tuner.current_key(key) != key), None):
             raise ValueError(
                 f"The {method} adapter was written by an earlier release, with keys such as {old!r}, which "
-                "transformers' own `load_adapter` cannot rename. Load it by `peft.PeftModel.from_pretrained` and save it "
-                "again."
+                "transformers' own `load_adapter` cannot rename. Load it by `peft.PeftModel.from_pretrained`, and save "
+                "it again."
             )
         header = load_file(weights)
     tensors = current(tuner, header)

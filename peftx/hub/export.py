@@ -165,7 +165,8 @@ def export_miss(
         raise ValueError(f"Only Bone adapters are MiSS adapters too, not {config.peft_type.value}.")
     if isinstance(model, PeftModel):
         state |= _rescaled_blocks(model, state, adapter_name)
-    state = {info_of(BoneConfig).model.current_key(key): tensor for key, tensor in state.items()}
+    current: Any = info_of(BoneConfig).model.current_key  # type: ignore[attr-defined]
+    state = {current(key): tensor for key, tensor in state.items()}
     blocks = {key: tensor for key, tensor in state.items() if key.endswith(BLOCK)}
     if len(sizes := {tensor.shape[-1] if tensor.ndim == 3 else len(tensor) for tensor in blocks.values()}) > 1:
         raise ValueError(f"MiSS has one block size for all modules, this adapter has {sorted(sizes)} (`rank_pattern`).")

@@ -187,7 +187,7 @@ class LoLDU(Adapter):
 
     def prepare_load(self, tensors: dict[str, torch.Tensor]) -> None:
         found = tensors.get("checksum")
-        if found is None or found.is_meta or found.numel() != 1 or self.config.save_projection:
+        if found is None or found.is_meta or self.checksum.is_meta or found.numel() != 1 or self.config.save_projection:
             return
         if int(found) != int(self.checksum):
             raise ValueError(
