@@ -8,7 +8,15 @@ import importlib
 from typing import Any
 
 from . import compression as compression  # registers the loader of compressed models
-from .adapters import Adapter, AdapterConfig, AdapterLayer, AdapterModel, Site, register
+from .adapters import (
+    Adapter,
+    AdapterConfig,
+    AdapterLayer,
+    AdapterModel,
+    Site,
+    register,
+    rescale_adapter_scale,
+)
 from .registry import MethodInfo, methods
 from .tuners import (
     ALLoRAConfig,
@@ -51,6 +59,7 @@ __all__ = [
     "methods",
     "plot_ranks",
     "register",
+    "rescale_adapter_scale",
 ]
 
 _PACKAGES = ("compression", "federated", "hub", "optim", "pruning", "train")  # imported when they are first used,

@@ -8,6 +8,7 @@ from .adapter import Adapter
 from .config import AdapterConfig, Number
 from .layer import AdapterLayer
 from .method import register
+from .scale import rescale_adapter_scale
 from .sites import ConvSite, EmbeddingSite, LinearSite, Site
 from .tuner import AdapterModel
 
@@ -22,4 +23,5 @@ __all__ = [
     "Number",
     "Site",
     "register",
+    "rescale_adapter_scale",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import re
 import sys
 import typing
 from functools import cache
@@ -91,6 +93,9 @@ class AdapterConfig(FileConfig):
         modules_to_save: modules that are trained and saved whole, e.g. a classifier head.
         bias: `"none"`, `"all"`, or `"<method>_only"`: which biases of the base model are trained.
         init_weights: `True` starts as the base model; `False` starts with a random delta (for tests).
+        trainable_token_indices: rows of the input embeddings (or, by name, of other ones) that are trained and saved.
+        ensure_weight_tying: whether `modules_to_save` that the base model ties stay tied.
+        layer_replication: as in PEFT's LoRA, `[(start, end), ...]` of the layers that the model is rebuilt from.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -117,6 +122,16 @@ class AdapterConfig(FileConfig):
     )
     init_weights: bool = dataclasses.field(
         default=True, metadata={"help": "True: start as the base model. False: start with a random delta (tests)."}
+    )
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = dataclasses.field(
+        default=None, metadata={"help": "Rows of the embeddings that are trained too."}
+    )
+    ensure_weight_tying: bool = dataclasses.field(
+        default=False, metadata={"help": "Whether modules to save that the base model ties stay tied."}
+    )
+    layer_replication: list[tuple[int, int] | list[int]] | None = dataclasses.field(
+        default=None, metadata={"help": "Ranges of layers that the model is rebuilt from."}
     )
 
     # config field holding a pattern -> config field that a match overrides
@@ -171,9 +186,34 @@ def _check_values(config: Any) -> None:
         raise ValueError("`layers_pattern` needs `layers_to_transform`.")
     if config.bias not in ("none", "all") and not config.bias.endswith("_only"):
         raise ValueError(f"`bias` must be 'none', 'all' or end in '_only', got {config.bias!r}.")
-    r = getattr(config, "r", 1)
-    if isinstance(r, int) and r <= 0:
-        raise ValueError(f"`r` must be a positive integer, got {r}.")
+    for name in (f.name for f in dataclasses.fields(config)):
+        _check_numbers(name, getattr(config, name))
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name, None)
+        for pattern in [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, dict) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`{name}`: {pattern!r} is no regular expression ({error}).") from None
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Every number is finite; ranks are positive, and dropouts are probabilities."""
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(part, (list, tuple)):
+            _check_numbers(name, part)
+        if isinstance(part, bool) or not isinstance(part, int | float):
+            continue
+        if not math.isfinite(part):
+            raise ValueError(f"`{name}` must be finite, got {value}.")
+        if name in ("r", "rank_pattern") and part <= 0:
+            raise ValueError(f"`{name}` must be positive, got {value}.")
+        if name in ("alpha", "lora_alpha", "alpha_pattern") and part <= 0:
+            raise ValueError(f"`{name}` must be positive, got {value}: the delta would stay zero, or be turned around.")
+        if name.endswith("dropout") and not 0 <= part < 1:
+            raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
+        if name in ("layers_to_transform", "trainable_token_indices") and part < 0:
+            raise ValueError(f"`{name}` must not be negative, got {value}.")
 
 
 def _admits_bool(expected: Any) -> bool:

@@ -159,6 +159,7 @@ class VariantModel(CheckedTuner, LoraModel):
             layer.quantization_backend = layer.site.backend
             if not self._follows_rule(layer):
                 raise unsupported(base_layer, self.supported)
+            layer.site.check_dense_kernel()
         layer.lora_variant[adapter_name] = self._make_rule(lora_config, layer, adapter_name, current_key)
 
     def _place(self, config: Any, key: str) -> Any:
@@ -195,6 +196,12 @@ class VariantModel(CheckedTuner, LoraModel):
     def _check_merge_allowed(self) -> None:
         for _, layer in self._layers():
             layer.site.check_writable()
+            if layer.site.groups > 1:
+                raise NotImplementedError(
+                    f"Cannot merge into a {type(layer.site.base).__name__} with groups={layer.site.groups}: PEFT's "
+                    "LoRA connects all its channels, which no weight of the layer does. Keep the adapter attached, or "
+                    "use FLoRA, whose deltas have groups."
+                )
         super()._check_merge_allowed()
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba, replicate_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
@@ -217,6 +218,31 @@ class AdapterModel(CheckedTuner):
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if peft_config.layer_replication:
+            replicate_layers(model, peft_config.layer_replication)
+
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise NotImplementedError(
+            f"{peft_config.peft_type.value} cannot tie the adapters of tied modules ({', '.join(tied_weight_keys)}). "
+            "Put them into `modules_to_save`, which stay tied, or target one of them without `ensure_weight_tying`."
+        )
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Not here: a weighted sum of such deltas has no form in the method.
+
+        Raises:
+            NotImplementedError: always, with the way out.
+        """
+        method: str = next(iter(self.peft_config.values())).peft_type.value  # type: ignore[union-attr]
+        raise NotImplementedError(
+            f"A weighted sum of {method} adapters is no {method} adapter. Activate them together "
+            "(`model.base_model.set_adapter([...])`), merge them in turn, or write each by `peftx.export_lora` and "
+            "combine those with PEFT's `add_weighted_adapter`."
+        )
+
     def _place(self, target: nn.Module, config: Any, key: str) -> Any:
         """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
         if self._header is None:
@@ -255,6 +281,11 @@ class AdapterModel(CheckedTuner):
     def _check_merge_allowed(self) -> None:
         for _, layer in self._layers():
             layer.check_mergeable()
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise NotImplementedError(
+                "Cannot merge where `layer_replication` shares a base weight among layers: each has an adapter of its "
+                "own. Keep the adapters attached."
+            )
         super()._check_merge_allowed()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -59,7 +59,8 @@ COMPACTER_PLUS_PLUS = {model_type: ffn for types, _, ffn in SITES for model_type
 class CompacterConfig(AdapterConfig):
     """Bottleneck adapters behind the targeted modules, made of Kronecker products with one rule that all share.
 
-    For the output h (d values) of a targeted module, with b = d // reduction_factor and n = phm_dim:
+    For the output h (d values) of a targeted module, with n = phm_dim and b = d // reduction_factor, down to a multiple
+    of n and at least n:
 
         h' = h + up(phi(down(h))),    down and up: x -> x H + bias,    H = sum_i kron(A_i, s_i t_i)
 
@@ -73,8 +74,8 @@ class CompacterConfig(AdapterConfig):
     checkpointed blocks. With FSDP keep the rule, which is outside of the blocks, in the root unit.
 
     Args:
-        phm_dim: n; it divides d and b of every target. Default 4.
-        reduction_factor: d // b; default 32.
+        phm_dim: n; it divides d of every target. Default 4.
+        reduction_factor: d over b; default 32.
         phm_rank: rank of s_i t_i; default 1.
         ffn_only: `True` is Compacter++, adapters behind feed-forward blocks only; `False` (default) is Compacter,
             behind self-attention too. It chooses the default of `target_modules`; never cross-attention.
@@ -278,12 +279,10 @@ class Compacter(Adapter):
     def __init__(self, site: Site, config: CompacterConfig) -> None:
         super().__init__(site, config)
         d, n, k = site.out_features, config.phm_dim, config.phm_rank
-        b = d // config.reduction_factor
-        if d % n or b % n or not b:
-            raise ValueError(
-                f"phm_dim={n} must divide the width d={d} of the module's output and the width of the bottleneck, "
-                f"b = d // reduction_factor = {d} // {config.reduction_factor} = {b}, which must be at least phm_dim."
-            )
+        if d % n:
+            fitting = ", ".join(str(m) for m in range(1, min(d, 16) + 1) if d % m == 0)
+            raise ValueError(f"phm_dim={n} does not divide d={d}, the width of the module's output; {fitting} do.")
+        b = self.bottleneck
         factors = {"down_s": (n, d // n, k), "down_t": (n, k, b // n), "up_s": (n, b // n, k), "up_t": (n, k, d // n)}
         if not config.factorized_phm:
             factors = {"down_s": (n, d // n, b // n), "up_t": (n, b // n, d // n)}
@@ -300,6 +299,12 @@ class Compacter(Adapter):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
 
+    @property
+    def bottleneck(self) -> int:
+        """b, the width between the two projections."""
+        n = self.config.phm_dim
+        return max(self.site.out_features // self.config.reduction_factor // n, 1) * n
+
     def share(self, rule: Rule) -> None:
         """Takes the rule of all modules for both projections."""
         object.__setattr__(self, "shared", rule)  # not registered: one tensor in the file
@@ -313,7 +318,8 @@ class Compacter(Adapter):
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         config, (down, up) = self.config, self.rules(result.device)
-        n, k = config.phm_dim, self.site.out_features // config.reduction_factor // config.phm_dim
+        n = config.phm_dim
+        k = self.bottleneck // n
         own = {name: parameter.to(down.dtype) for name, parameter in self.named_parameters()}
         if not config.factorized_phm:
             own["down_t"] = own["up_s"] = torch.eye(k, dtype=down.dtype, device=down.device).expand(n, k, k)

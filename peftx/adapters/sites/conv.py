@@ -61,6 +61,14 @@ class ConvSite(Site):
     ) -> torch.Tensor:
         return pointwise(factor.to(h.dtype).unflatten(0, (self.groups, -1)), h, len(self.kernel), result, scale)
 
+    def check_dense_kernel(self) -> None:
+        if max(self.base.dilation) > 1 or self.base.padding_mode != "zeros":
+            raise TypeError(
+                f"PEFT's LoRA for convolutions ignores dilation={self.base.dilation} and padding_mode="
+                f"{self.base.padding_mode!r} of the layer. Use FLoRA, which has both, or leave the module out by "
+                "`exclude_modules`."
+            )
+
     def check_lora(self, method: str) -> None:
         groups, dilation, padding = self.groups, self.base.dilation, self.base.padding_mode
         reasons = {

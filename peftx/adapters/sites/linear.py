@@ -25,6 +25,9 @@ class LinearSite(Site):
         return isinstance(self.base, Conv1D)
 
     def project(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.transposed and bias is not None:  # as Conv1D does it, or a fresh adapter would round otherwise
+            flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T.contiguous())
+            return flat.view(*x.shape[:-1], len(weight))
         return F.linear(x, weight, bias)
 
     def tokens(self, x: torch.Tensor) -> int:

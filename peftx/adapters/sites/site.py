@@ -144,6 +144,9 @@ class Site:
     def check_lora(self, method: str) -> None:
         """Raises NotImplementedError where PEFT's LoRA for this layer cannot be what a low-rank delta is here."""
 
+    def check_dense_kernel(self) -> None:
+        """Raises TypeError where PEFT's LoRA computes something else than a change of this layer's weight."""
+
     def check_writable(self) -> None:
         """Raises NotImplementedError, with the reason and the way out, where the weight cannot be written."""
         if self.backend is not None and not self.backend.supports_merge:

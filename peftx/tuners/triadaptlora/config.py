@@ -136,6 +136,16 @@ class TriAdaptLoRAConfig(AdapterConfig):
                 f"init_warmup={self.init_warmup} leaves none of the total_step={total_step} optimizer steps for "
                 "growth. Lower `init_warmup` (and `growth_interval`), or train for longer."
             )
+        planned = copy.copy(self)
+        planned.total_step = total_step
+        first = (planned.warmup // planned.interval + 1) * planned.interval
+        if not planned.is_due(first):
+            raise ValueError(
+                f"No rank would ever grow: the first growth would come after optimizer step {first} "
+                f"(growth_interval={planned.interval}, init_warmup={planned.warmup}), but growth ends at step "
+                f"{self.growth_end * total_step:g} (total_step={total_step}, growth_end={self.growth_end}). Lower "
+                "`growth_interval` or `init_warmup`, or train for longer."
+            )
 
     def for_module(self, key: str) -> TriAdaptLoRAConfig:
         config = super().for_module(key)
