@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import peftx
-from peftx.adapters.layer import accumulate
+from peftx.adapters.products import accumulate
+from peftx.adapters.sites import LinearSite
 
 TARGETS = ["lin0", "lin1"]
 
@@ -357,12 +358,17 @@ def test_repr_names_the_layer(case, mlp):
     assert f"{package}.{type(layers(model)[0]).__name__}" in repr(model) and "base_layer" in repr(model)
 
 
-def test_a_layer_needs_create_and_delta():
-    class Half(peftx.AdapterLayer):
-        adapter_layer_names = ()
+def test_an_adapter_needs_a_delta():
+    class Half(peftx.Adapter):
+        pass
 
+    half = Half(LinearSite(nn.Linear(2, 2)), peftx.BoneConfig(r=1))
     with pytest.raises(NotImplementedError):
-        Half(nn.Linear(2, 2), "default", peftx.BoneConfig(r=1))
+        half.delta_weight()
+    with pytest.raises(NotImplementedError):
+        half(torch.ones(1, 2), torch.ones(1, 2))
+    with pytest.raises(NotImplementedError, match="Half has no exact LoRA form"):
+        half.lora_factors()
 
 
 def test_the_global_rng_is_left_alone_in_training(case):

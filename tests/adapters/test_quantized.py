@@ -95,7 +95,7 @@ def layers_of(model: nn.Module) -> list[BaseTunerLayer]:
 def merged(layer: BaseTunerLayer, adapter_name: str, weight: torch.Tensor) -> torch.Tensor:
     """`weight` (out_features, in_features) with an adapter merged in."""
     if isinstance(layer, peftx.AdapterLayer):
-        return layer.apply_delta(adapter_name, weight)
+        return layer.adapters[adapter_name].apply_delta(weight)
     return layer.lora_variant[adapter_name].merge_safe(layer, adapter_name, weight)
 
 
@@ -336,7 +336,7 @@ def forward_only(monkeypatch: pytest.MonkeyPatch, mlp: MLP) -> MLP:
         if isinstance(target, ForwardOnlyLinear):
             return GPTQLoraLinear(target, adapter_name, config=config, **kwargs)
 
-    monkeypatch.setattr("peftx.adapters.layer.resolve_quantization_backend", resolve)
+    monkeypatch.setattr("peftx.adapters.sites.site.resolve_quantization_backend", resolve)
     monkeypatch.setattr("peftx.adapters.lora.resolve_quantization_backend", resolve)
     monkeypatch.setattr("peft.tuners.lora.model.dispatch_gptq", dispatch)
     mlp.lin1 = ForwardOnlyLinear(mlp.lin1)

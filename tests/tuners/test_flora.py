@@ -145,7 +145,8 @@ def test_the_constant_is_scale_or_alpha_over_rank(config, factor):
             adapt(base, r=3).adapters["default"].delta_weight(), oracle(adapt(base, r=3), default)
         )
         adapted = adapt(base, **{"r": 3, **config})
-        torch.testing.assert_close(adapted.adapters["default"].delta_weight(), oracle(adapted, factor))
+        delta = adapted.adapters["default"].delta_weight()
+        torch.testing.assert_close(delta, oracle(adapted, factor))
         twice = adapt(base, **{"r": 3, **{name: 2 * value if name != "r" else value for name, value in config.items()}})
         torch.testing.assert_close(
             twice.adapters["default"].delta_weight(), 2 * adapted.adapters["default"].delta_weight()

@@ -48,8 +48,8 @@ def wrap(
 
 def tensors(layer, name="default"):
     """A, B and m."""
-    magnitude = layer.lora_magnitude_vector[name]
-    return [layer.lora_A[name].weight, layer.lora_B[name].weight, getattr(magnitude, "weight", magnitude)]
+    modules = (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+    return [module[name].weight for module in modules]
 
 
 def base_weight(layer):
@@ -154,7 +154,7 @@ def test_rows_of_zeros_stay_finite_and_wake_up(mode):
         optimizer.zero_grad()
     assert (layer.get_delta_weight("default")[2] != 0).all() and tensors(layer)[2][2] != 0
     y = model(x)
-    layer.lora_magnitude_vector["default"].data[2] = 0  # and a row that its magnitude makes zero comes back
+    layer.lora_magnitude_vector["default"].weight.data[2] = 0  # and a row that its magnitude makes zero comes back
     weight = layer.get_base_layer().weight.clone()
     model.merge_adapter()
     assert (layer.get_base_layer().weight[2] == 0).all()
@@ -290,7 +290,7 @@ def test_merging_is_exact_and_unmerging_restores_the_weight(kind, safe):
 
 def test_a_merged_adapter_is_removed_in_another_dtype():
     model, layer = wrap()
-    layer.lora_magnitude_vector["default"].data[2] = 0
+    layer.lora_magnitude_vector["default"].weight.data[2] = 0
     weight = layer.get_base_layer().weight.detach().clone()
     model.float().merge_adapter()
     model.double().unmerge_adapter()

@@ -16,8 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import peftx
+from peftx.adapters.lora import weight_row_norms2
 from peftx.tuners import lora_ggpo
-from peftx.tuners.lora_ggpo import GGPO, draw, gradient_row_norms2, schedules, weight_row_norms2
+from peftx.tuners.lora_ggpo import schedules
+from peftx.tuners.lora_ggpo.noise import draw, gradient_row_norms2
+from peftx.tuners.lora_ggpo.rule import GGPO
 
 
 def net(kind: str = "Linear", dtype=torch.float64) -> nn.Sequential:
@@ -104,7 +107,7 @@ def dense_run(model, x, eps):
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D", "watched base"])
 @pytest.mark.parametrize("block", [1, 2**22], ids=["blocks", "whole"])
 def test_outputs_and_gradients_are_those_of_the_perturbed_weight(monkeypatch, kind, combine, block):
-    monkeypatch.setattr(lora_ggpo, "BLOCK", block)
+    monkeypatch.setattr(lora_ggpo.noise, "BLOCK", block)
     model = wrap(net(kind), combine=combine)
     if kind == "watched base":
         for layer in layers(model):
@@ -824,7 +827,7 @@ def test_other_layers_are_refused(base):
 def test_rules_are_of_the_right_kind():
     model = wrap()
     assert all(isinstance(layer.lora_variant["default"], GGPO) for layer in layers(model))
-    assert all(type(layer) is lora_ggpo.GGPOLinear for layer in layers(model))
+    assert all(type(layer) is lora_ggpo.rule.GGPOLinear for layer in layers(model))
 
 
 def test_steps_that_a_grad_scaler_skips_change_no_statistics():

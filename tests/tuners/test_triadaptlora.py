@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from training import adapter_of, assert_equal, losses, trainer
 
 import peftx
-from peftx.tuners.triadaptlora import TriAdaptLoRALinear, plot_ranks, update_and_grow
+from peftx.tuners.triadaptlora import plot_ranks, update_and_grow
+from peftx.tuners.triadaptlora.adapter import TriAdaptLoRALayer
 
 INITS = ["identity", "zero_core"]
 TARGETS = ["lin0", "lin1"]
-TENSORS = TriAdaptLoRALinear.adapter_layer_names
+TENSORS = ("A", "B", "lower", "upper")
 X = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
 
 
@@ -35,9 +36,9 @@ def config(**kwargs: Any) -> peftx.TriAdaptLoRAConfig:
     return peftx.TriAdaptLoRAConfig(**{"target_modules": TARGETS, **options, **kwargs})
 
 
-def layers_of(model: nn.Module) -> dict[str, TriAdaptLoRALinear]:
+def layers_of(model: nn.Module) -> dict[str, TriAdaptLoRALayer]:
     names = ((name.removeprefix("base_model.model."), module) for name, module in model.named_modules())
-    return {name: module for name, module in names if isinstance(module, TriAdaptLoRALinear)}
+    return {name: module for name, module in names if isinstance(module, TriAdaptLoRALayer)}
 
 
 def shake(model: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
@@ -59,13 +60,13 @@ def state(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Te
 
 
 def ranks(model: nn.Module) -> list[int]:
-    return [layer.rank(layer.active_adapters[0]) for layer in layers_of(model).values()]
+    return [layer.adapters[layer.active_adapters[0]].rank for layer in layers_of(model).values()]
 
 
-def only(model: nn.Module) -> tuple[TriAdaptLoRALinear, list[torch.Tensor]]:
+def only(model: nn.Module) -> tuple[TriAdaptLoRALayer, list[torch.Tensor]]:
     """The only layer, and its A, B, L and U."""
     (layer,) = layers_of(model).values()
-    return layer, [getattr(layer, name)["default"] for name in TENSORS]
+    return layer, [getattr(layer.adapters["default"], name) for name in TENSORS]
 
 
 def assembled(L: torch.Tensor, U: torch.Tensor, r: int) -> torch.Tensor:
@@ -78,8 +79,8 @@ def assembled(L: torch.Tensor, U: torch.Tensor, r: int) -> torch.Tensor:
     return core
 
 
-def dense(layer: TriAdaptLoRALinear, r: int, scale: float) -> torch.Tensor:
-    A, B, L, U = (getattr(layer, name)["default"].detach() for name in TENSORS)
+def dense(layer: TriAdaptLoRALayer, r: int, scale: float) -> torch.Tensor:
+    A, B, L, U = (getattr(layer.adapters["default"], name).detach() for name in TENSORS)
     return scale * torch.einsum("or,rq,qi->oi", B[:, :r], assembled(L, U, r), A[:r])
 
 
@@ -92,7 +93,7 @@ def test_the_output_is_that_of_the_shells(init: str, r: int) -> None:
     base = nn.Linear(7, 9).double()
     model = shake(wrap(nn.Sequential(base), target_modules=["0"], init=init, init_r=r, target_r=6, lora_alpha=9))
     layer, _ = only(model)
-    assert layer.rank("default") == r and layer.size("default") == 7
+    assert layer.adapters["default"].rank == r and layer.adapters["default"].size == 7
     delta, x = dense(layer, r, scale=9 / 6), torch.randn(2, 3, 7, dtype=torch.float64)
     assert delta.abs().max() > 1e-3
     torch.testing.assert_close(model(x), F.linear(x, base.weight + delta, base.bias))
@@ -129,7 +130,7 @@ def test_active_and_allocated_parameters(mlp: MLP) -> None:
     allocated = [(6, 12, 16), (6, 16, 8)]
     assert model.get_nb_trainable_parameters()[0] == sum(k * (m + n) + 2 * k * k for k, n, m in allocated)
     assert model.base_model.get_nb_active_parameters() == (12 + 16 + 2) + (16 + 8 + 2)
-    layers_of(model)["lin0"].activate("default", 2, step=1, key="")
+    layers_of(model)["lin0"].adapters["default"].activate(2, step=1, key="")
     assert model.base_model.get_nb_active_parameters("default") == 3 * (12 + 16) + 12 + (16 + 8 + 2)
     with pytest.raises(ValueError, match="no TriAdaptLoRA adapter 'other'; there are: default"):
         model.base_model.get_nb_active_parameters("other")
@@ -143,15 +144,15 @@ def test_it_starts_as_the_base_and_learns_at_once(init: str, mlp: MLP) -> None:
     assert torch.equal(model(x), wanted)
     model(x).square().sum().backward()
     for layer in layers_of(model).values():
-        grads = [getattr(layer, name)["default"].grad for name in TENSORS]
+        grads = [getattr(layer.adapters["default"], name).grad for name in TENSORS]
         assert [bool(grad.any()) for grad in grads] == ([False, True, False, False] if init == INITS[0] else
                                                         [False, False, True, True])  # fmt: skip
     for layer in layers_of(model).values():
-        layer.activate("default", 1, step=1, key="")
+        layer.adapters["default"].activate(1, step=1, key="")
     model.zero_grad()
     model(x).square().sum().backward()
     for layer in layers_of(model).values():  # the new shell lives from its first step on
-        grads = [getattr(layer, name)["default"].grad for name in TENSORS]
+        grads = [getattr(layer.adapters["default"], name).grad for name in TENSORS]
         assert grads[1][:, 2].any() if init == INITS[0] else grads[2][2].any() and grads[3][:, 2].any()
 
 
@@ -160,9 +161,9 @@ def test_b_and_the_core_are_never_both_zero(init: str) -> None:
     model = wrap(nn.Sequential(nn.Linear(8, 8)), target_modules=["0"], init=init, init_r=1, target_r=8)
     layer, (_, B, L, U) = only(model)
     for r in range(1, 9):
-        assert layer.rank("default") == r
+        assert layer.adapters["default"].rank == r
         assert B[:, r - 1].any() != (L[r - 1].any() or U[:, r - 1].any())
-        layer.activate("default", 1, step=r, key="")
+        layer.adapters["default"].activate(1, step=r, key="")
 
 
 # Growth of a module
@@ -175,8 +176,8 @@ def test_growth_changes_no_output(init: str, count: int) -> None:
     layer, _ = only(model)
     x = torch.randn(3, 8, dtype=torch.float64)
     wanted = model(x)
-    layer.activate("default", count, step=1, key="")
-    assert layer.rank("default") == 2 + count
+    layer.adapters["default"].activate(count, step=1, key="")
+    assert layer.adapters["default"].rank == 2 + count
     torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-15)
 
 
@@ -186,7 +187,7 @@ def test_scaling_by_the_current_rank_shrinks_the_delta() -> None:
     layer, _ = only(model)
     torch.testing.assert_close(layer.get_delta_weight("default"), dense(layer, 2, scale=3 / 2))
     before = layer.get_delta_weight("default").clone()
-    layer.activate("default", 3, step=1, key="")
+    layer.adapters["default"].activate(3, step=1, key="")
     torch.testing.assert_close(layer.get_delta_weight("default"), before * 2 / 5)
 
 
@@ -203,9 +204,9 @@ def test_a_new_rank_starts_anew_whatever_weight_decay_did(init: str) -> None:
         moved = tensors[0][2:] != before[0][2:]
         assert moved.all(), "AdamW decays what takes no gradient"
         parameters = [id(tensor) for tensor in tensors]
-        layer.activate("default", 2, step=3, key="the same")
-        assert parameters == [id(getattr(layer, name)["default"]) for name in TENSORS]
-        assert layer.triadaptlora_since["default"].tolist() == [0, 0, 3, 3, -1, -1, -1, -1]
+        layer.adapters["default"].activate(2, step=3, key="the same")
+        assert parameters == [id(getattr(layer.adapters["default"], name)) for name in TENSORS]
+        assert layer.adapters["default"].since.tolist() == [0, 0, 3, 3, -1, -1, -1, -1]
     first, second = (only(model)[1] for model in models)
     assert torch.equal(first[0][2:4], second[0][2:4]) and not torch.equal(first[0][2], first[0][3])
     assert 0.01 < first[0][2:4].std() < 0.03 and not torch.equal(first[0][4:], second[0][4:])
@@ -223,15 +224,15 @@ def test_a_new_rank_starts_anew_whatever_weight_decay_did(init: str) -> None:
 def test_the_norm_and_the_score() -> None:
     model = wrap(nn.Sequential(nn.Linear(8, 8)).double(), target_modules=["0"], init_r=3)
     layer, (_, _, L, U) = only(model)
-    assert layer.score("default", 1) == 0.0
+    assert layer.adapters["default"].score(1) == 0.0
     shake(model, std=1.0)
     now = assembled(L.detach(), U.detach(), 3).norm() / 3
-    assert layer.score("default", 2) == pytest.approx(float(now - 3**0.5 / 3), rel=1e-5)
-    assert layer.score("default", 3) == 0.0
+    assert layer.adapters["default"].score(2) == pytest.approx(float(now - 3**0.5 / 3), rel=1e-5)
+    assert layer.adapters["default"].score(3) == 0.0
     L.data *= 0.5
     U.data *= 0.5
-    assert layer.score("default", 4) == pytest.approx(-float(now) / 2, rel=1e-5)
-    assert layer.triadaptlora_scored["default"].item() == 4
+    assert layer.adapters["default"].score(4) == pytest.approx(-float(now) / 2, rel=1e-5)
+    assert layer.adapters["default"].scored.item() == 4
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -242,13 +243,13 @@ def test_the_module_whose_core_grew_gets_the_ranks(init: str, rebaseline: bool, 
     layers = layers_of(model)
 
     def inflate(name: str, by: float) -> None:
-        layers[name].triadaptlora_lower["default"].data[0, 0] += by
+        layers[name].adapters["default"].lower.data[0, 0] += by
 
     inflate("lin1", 0.5)
     inflate("head", 0.25)
     assert model.base_model.update_and_grow(1) == ["lin1"]
     for name, layer in layers.items():  # every module has a new reference, and only the last one's depends on the mode
-        since_growth = layer.core_norm("default") - layer.triadaptlora_norm["default"]
+        since_growth = layer.adapters["default"].core_norm() - layer.adapters["default"].norm
         assert bool(since_growth == 0) is (rebaseline or name != "lin1")
     # Nothing has changed since: with the reference from before the growth, r divides the norm of lin1 down.
     assert model.base_model.update_and_grow(2) == ["lin0"]
@@ -338,7 +339,7 @@ def test_the_budget_is_kept_and_used(
     options = {"growth_size": size, "target_total_rank": total_rank, "max_rank": max_rank, "growth": growth}
     options |= {"init_r": 1, "init_warmup": 4, "growth_interval": 2, "total_step": 60}
     model = wrap(mlp, target_modules=[*TARGETS, "head"], **options)
-    budget = min(total_rank or 12, sum(layer.size("default") for layer in layers_of(model).values()))
+    budget = min(total_rank or 12, sum(layer.adapters["default"].size for layer in layers_of(model).values()))
     totals, before = [3], ranks(model)
     for step in range(1, 61):
         shake(model, seed=step)
@@ -347,7 +348,9 @@ def test_the_budget_is_kept_and_used(
         assert [r > old for r, old in zip(ranks(model), before, strict=True)] == [n in grown for n in layers_of(model)]
         before = ranks(model)
         totals.append(sum(before))
-        assert all(r <= layer.size("default") for r, layer in zip(before, layers_of(model).values(), strict=True))
+        assert all(
+            r <= layer.adapters["default"].size for r, layer in zip(before, layers_of(model).values(), strict=True)
+        )
     assert totals == sorted(totals) and totals[-1] == budget == max(totals)
 
 
@@ -392,7 +395,7 @@ def test_only_active_trainable_adapters_grow(mlp: MLP) -> None:
     with model.disable_adapter():
         assert tuner.update_and_grow(2) == []
     for layer in layers_of(model).values():
-        layer.triadaptlora_A["default"].requires_grad_(True)
+        layer.adapters["default"].A.requires_grad_(True)
     assert_equal(state(model), first)
     tuner.update_and_grow(2)
     assert_equal(state(model), first)  # trainable, but not active
@@ -405,7 +408,7 @@ def test_only_active_trainable_adapters_grow(mlp: MLP) -> None:
 
 def test_a_module_has_room_up_to_its_smaller_width(mlp: MLP) -> None:
     model = wrap(mlp, target_modules=[*TARGETS, "head"], target_r=7, init_r=5)
-    assert {name: layer.size("default") for name, layer in layers_of(model).items()} == {
+    assert {name: layer.adapters["default"].size for name, layer in layers_of(model).items()} == {
         "lin0": 12,
         "lin1": 8,
         "head": 5,
@@ -472,7 +475,7 @@ def test_a_merged_adapter_does_not_grow(mlp: MLP) -> None:
     wanted, before = model(x), state(model)
     model.merge_adapter()
     torch.testing.assert_close(model(x), wanted)
-    with pytest.raises(RuntimeError, match="lin0: default is merged.*unmerge_adapter"):
+    with pytest.raises(RuntimeError, match="lin0: an adapter is merged.*unmerge_adapter"):
         model.base_model.update_and_grow(1)
     assert_equal(state(model), before)
     model.unmerge_adapter()
@@ -484,7 +487,7 @@ def test_a_merged_adapter_does_not_grow(mlp: MLP) -> None:
 
 def test_sharded_parameters_are_refused(mlp: MLP) -> None:
     model = wrap(mlp)
-    factor = layers_of(model)["lin0"].triadaptlora_A["default"]
+    factor = layers_of(model)["lin0"].adapters["default"].A
     factor.data = factor.data.flatten()[:10]  # as FSDP shows it outside of a forward pass
     with pytest.raises(RuntimeError, match="sharded parameters cannot grow"):
         model.base_model.update_and_grow(1)
@@ -493,7 +496,7 @@ def test_sharded_parameters_are_refused(mlp: MLP) -> None:
 
 def test_a_rank_of_its_own_stays(mlp: MLP, tmp_path: Path) -> None:
     model = wrap(mlp, target_modules=[*TARGETS, "head"], rank_pattern={"lin1": 3, "head": 1})
-    assert [layer.size("default") for layer in layers_of(model).values()] == [8, 3, 1]
+    assert [layer.adapters["default"].size for layer in layers_of(model).values()] == [8, 3, 1]
     grown = {name for step in range(1, 11) for name in model.base_model.update_and_grow(step)}
     assert grown == {"lin0"} and ranks(model) == [8, 3, 1]
     model.save_pretrained(tmp_path)
@@ -542,7 +545,7 @@ def grown(mlp: MLP) -> PeftModel:
     model = wrap(mlp, growth="exponential", total_step=40, target_total_rank=10)
     for step in range(1, 6):
         shake(model, seed=step)
-        layers_of(model)["lin0"].triadaptlora_lower["default"].data[0, 0] += 0.5 * (step % 3 != 0)
+        layers_of(model)["lin0"].adapters["default"].lower.data[0, 0] += 0.5 * (step % 3 != 0)
         model.base_model.update_and_grow(step)
     assert sorted(ranks(model)) == [4, 5]
     return model.eval()
@@ -569,8 +572,8 @@ def test_a_loaded_adapter_goes_on_as_the_saved_one(grown: PeftModel, tmp_path: P
         ]
         assert loaded.base_model.update_and_grow(5) == []  # it was done before the adapter was saved
         for step in (6, 7):
-            layers_of(twin)["lin1"].triadaptlora_upper["default"].data[0, 1] += step
-            layers_of(loaded)["lin1"].triadaptlora_upper[name].data[0, 1] += step
+            layers_of(twin)["lin1"].adapters["default"].upper.data[0, 1] += step
+            layers_of(loaded)["lin1"].adapters[name].upper.data[0, 1] += step
             decision = twin.base_model.update_and_grow(step)
             assert loaded.base_model.update_and_grow(step) == decision and len(decision) == (step == 6)
         assert_equal(state(loaded, name), state(twin))
@@ -613,7 +616,7 @@ def test_finalize_keeps_outputs_and_history_and_shrinks_the_file(grown: PeftMode
     grown.save_pretrained(tmp_path / "padded")
     grown.base_model.finalize()
     torch.testing.assert_close(grown(X), wanted, rtol=0, atol=1e-6)
-    assert ranks(grown) == kept == [layer.size("default") for layer in layers_of(grown).values()]
+    assert ranks(grown) == kept == [layer.adapters["default"].size for layer in layers_of(grown).values()]
     grown.save_pretrained(tmp_path / "small")
     sizes = {kind: (tmp_path / kind / "adapter_model.safetensors").stat().st_size for kind in ("padded", "small")}
     assert sizes["small"] < 0.7 * sizes["padded"]
@@ -636,7 +639,7 @@ def test_names_in_the_pattern_are_whole_names() -> None:
             self.lin0, self.inner = nn.Linear(8, 8), MLP()
 
     model = wrap(Outer(), target_modules=["lin0"])
-    layers_of(model)["inner.lin0"].activate("default", 2, step=1, key="")
+    layers_of(model)["inner.lin0"].adapters["default"].activate(2, step=1, key="")
     model.base_model.finalize()
     again = get_peft_model(Outer(), model.peft_config["default"])
     assert again.base_model.ranks() == {"lin0": 2, "inner.lin0": 4}
@@ -651,7 +654,9 @@ def test_files_of_another_allocation_fit(grown: PeftModel, tmp_path: Path) -> No
         for max_rank in (5, 12):
             model = wrap(base(), max_rank=max_rank).eval()
             set_peft_model_state_dict(model, tensors)
-            assert ranks(model) == ranks(grown) and {m.size("default") for m in layers_of(model).values()} == {max_rank}
+            assert ranks(model) == ranks(grown) and {m.adapters["default"].size for m in layers_of(model).values()} == {
+                max_rank
+            }
             torch.testing.assert_close(model(X), wanted)
             assert model.base_model.rank_history() == grown.base_model.rank_history()
             for step in range(6, 11):  # the room that was padded can be used
@@ -659,7 +664,7 @@ def test_files_of_another_allocation_fit(grown: PeftModel, tmp_path: Path) -> No
             torch.testing.assert_close(model(X), wanted)
     model = wrap(base(), max_rank=4)
     before = state(model)
-    with pytest.raises(ValueError, match=r"lin0\.triadaptlora_A: found shape \(8, 12\), expected \(4, 12\)"):
+    with pytest.raises(ValueError, match=r"lin0\.triadaptlora_adapter\.A: found shape \(8, 12\), expected \(4, 12\)"):
         set_peft_model_state_dict(model, padded)
     assert_equal(state(model), before)
 
@@ -667,11 +672,11 @@ def test_files_of_another_allocation_fit(grown: PeftModel, tmp_path: Path) -> No
 @pytest.mark.parametrize("values", [[-1] * 8, [0, -1, 3, -1, -1, -1, -1, -1]])
 def test_a_file_with_impossible_ranks_is_refused(grown: PeftModel, values: list[int]) -> None:
     tensors = state(grown)
-    key = next(key for key in tensors if key.endswith("lin0.triadaptlora_since"))
+    key = next(key for key in tensors if key.endswith("lin0.triadaptlora_adapter.since"))
     tensors[key] = torch.tensor(values)
     model = wrap(base())
     before = state(model)
-    with pytest.raises(ValueError, match="lin0: triadaptlora_since: found .*, expected active ranks before inactive"):
+    with pytest.raises(ValueError, match="lin0: since: found .*, expected active ranks before inactive"):
         set_peft_model_state_dict(model, tensors)
     assert_equal(state(model), before)
 
@@ -871,7 +876,7 @@ def process(rank: int, folder: Path) -> None:
     model = get_peft_model(base(), config(growth="exponential", total_step=DDP_STEPS))
     shake(model, seed=rank)
     if rank:
-        layers_of(model)["lin1"].activate("default", 1, step=0, key="")  # its ranks, too
+        layers_of(model)["lin1"].adapters["default"].activate(1, step=0, key="")  # its ranks, too
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer, grown = adamw(model), []
     for step in range(1, DDP_STEPS + 1):
@@ -939,5 +944,5 @@ def test_a_wrapped_model_grows_too():
 def test_an_untouched_core_scores_zero_in_bf16_too():
     config = peftx.TriAdaptLoRAConfig(target_modules=["q_proj"], init_r=3, total_step=4, init_warmup=0)
     model = get_peft_model(tiny_model("llama"), config).bfloat16()
-    (layer, *_) = (m for m in model.modules() if isinstance(m, TriAdaptLoRALinear))
-    assert layer.score("default", 1) == 0
+    (layer, *_) = (m for m in model.modules() if isinstance(m, TriAdaptLoRALayer))
+    assert layer.adapters["default"].score(1) == 0
