@@ -159,9 +159,21 @@ def check_tensors(
 def _prepared(
     tuner: Any, layer: nn.Module, adapter_name: str, keys: dict[str, str], tensors: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors that a layer expects, by their keys in `tensors`; what the adapter replaces is replaced there."""
+    """The tensors that a layer expects, by their keys in `tensors`.
+
+    What the adapter replaces is replaced there, and tensors of an earlier release that it takes are taken.
+    """
+    container = f".{tuner.prefix}adapter."
+    starts = {key.partition(container)[0].removeprefix(PREFIX) + container for key in keys.values() if container in key}
+    if any(key not in tensors for key in keys.values()):
+        others = {key: key.removeprefix(PREFIX) for key in tensors if key not in keys.values()}
+        former = {k: (key, start) for k, key in others.items() for start in starts if key.startswith(start)}
+        keys = {**{key.removeprefix(start): k for k, (key, start) in former.items()}, **keys}
     found = {part: tensors[key] for part, key in keys.items() if key in tensors}
+    before = set(found)
     tuner.prepare_load(layer, adapter_name, found)
+    for part in before - set(found):
+        del tensors[keys[part]]
     tensors.update({keys[part]: tensor for part, tensor in found.items()})
     return {keys[part]: tensor for part, (_, tensor) in saved(layer, "", adapter_name).items()}
 

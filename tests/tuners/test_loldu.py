@@ -242,7 +242,7 @@ def test_round_trip_with_another_seed_is_exact(mlp, tmp_path, init_method, save_
     model.save_pretrained(tmp_path)
     saved = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
     projection = {"PL", "U"} if save_projection else set()
-    assert saved == {"z", "sigma", "c0", "checksum"} | projection
+    assert saved == {"z", "sigma", "c0", "rows", "pivots"} | projection
     torch.manual_seed(99)
     for low_cpu_mem_usage in (False, True):
         loaded = peft.PeftModel.from_pretrained(
@@ -320,3 +320,120 @@ def test_meta_weights_are_refused_with_the_reason():
 def test_config_refuses_wrong_values(field, value):
     with pytest.raises(TypeError, match=rf"LoLDUConfig: .*{field}"):
         peftx.LoLDUConfig(**{field: value})
+
+
+# Files of one base in several dtypes
+
+
+def in_dtype(base, kind):
+    """The same base with other weights: rounded, or quantised by bitsandbytes."""
+    if isinstance(kind, torch.dtype):
+        return copy.deepcopy(base).to(kind)
+    bnb = pytest.importorskip("bitsandbytes")
+    model = copy.deepcopy(base)
+    for name in TARGETS:
+        dense = getattr(model, name)
+        size = dense.in_features, dense.out_features
+        new = (
+            bnb.nn.Linear4bit(*size, quant_type="nf4")
+            if kind == "nf4"
+            else bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+        )
+        new.load_state_dict(dense.state_dict())
+        setattr(model, name, new.to("cpu"))
+    return model
+
+
+def wide():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("lin0", nn.Linear(128, 192))
+    model.add_module("lin1", nn.Linear(192, 64))
+    return model.eval()
+
+
+KINDS = [torch.float32, torch.float16, torch.bfloat16, "int8", "nf4"]
+BOUNDS = {torch.float32: 1e-6, torch.float16: 0.01, torch.bfloat16: 0.05, "int8": 0.2, "nf4": 0.9}
+
+
+@pytest.mark.parametrize("served", KINDS, ids=str)
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, "nf4"], ids=str)
+def test_a_file_serves_the_same_base_in_another_dtype(trained, served, tmp_path):
+    model = peft.get_peft_model(in_dtype(wide(), trained), peftx.LoLDUConfig(r=16, target_modules=TARGETS))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".z"):
+            parameter.data += 0.1 * parameter.abs().mean() * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(in_dtype(wide(), served), tmp_path)
+    for name in TARGETS:
+        theirs, mine = (m.base_model.model.get_submodule(name).get_delta_weight("default") for m in (model, loaded))
+        bound = BOUNDS[served] + BOUNDS[trained]
+        assert (mine - theirs).norm() <= bound * theirs.norm()
+        if trained == served == torch.float32:
+            assert torch.equal(mine, theirs)
+    loaded.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(in_dtype(wide(), served), tmp_path / "again")
+    for name in TARGETS:
+        mine, theirs = (m.base_model.model.get_submodule(name).get_delta_weight("default") for m in (again, loaded))
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("change", ["other", "shuffled", "negated", "scaled"])
+def test_other_weights_are_no_other_dtype(change, tmp_path):
+    base = wide()
+    peft.get_peft_model(copy.deepcopy(base), peftx.LoLDUConfig(r=16, target_modules=TARGETS)).save_pretrained(tmp_path)
+    with torch.no_grad():
+        weight = base.lin1.weight
+        if change == "other":
+            weight.normal_(std=weight.std())
+        elif change == "shuffled":
+            weight.copy_(weight[torch.randperm(64)])
+        else:
+            weight *= -1 if change == "negated" else 1.5
+    before = base.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    with pytest.raises(ValueError, match=r"lin1: .*factorises otherwise"):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1], [0, 1, 99], [-1, 0, 1]])
+def test_rows_of_a_file_are_rows_of_the_weight(mlp, rows, tmp_path):
+    from safetensors.torch import save_file
+
+    peft.get_peft_model(copy.deepcopy(mlp), peftx.LoLDUConfig(r=3, target_modules=["lin0"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lin0.loldu_adapter.rows"] = torch.tensor(rows, dtype=torch.int32)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="lin0: rows: found .* expected 3 different rows"):
+        peft.PeftModel.from_pretrained(mlp, tmp_path)
+
+
+def test_given_rows_make_the_factors_of_their_order():
+    weight = torch.randn(9, 7, dtype=torch.float64)
+    own = ldu(weight, 4)
+    again = ldu(weight, 4, own.rows)
+    for mine, theirs in zip(own, again, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    other = ldu(weight, 4, own.rows.flip(0))  # any order of the same rows spans the same
+    torch.testing.assert_close((other.PL * other.d) @ other.U, (own.PL * own.d) @ own.U)
+
+
+def test_only_the_panel_is_converted():
+    weight = torch.randn(64, 512).to(torch.bfloat16)
+    seen = []
+    original = torch.Tensor.to
+
+    def watched(tensor, *args, **kwargs):
+        result = original(tensor, *args, **kwargs)
+        if result.dtype == torch.float64:
+            seen.append(result.numel())
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", watched)
+        LoLDULayer(nn.Linear(512, 64).to(torch.bfloat16), "default", peftx.LoLDUConfig(r=4))
+    assert seen and sum(seen) <= 4 * (64 + 512) + 64
+    assert weight.dtype == torch.bfloat16
