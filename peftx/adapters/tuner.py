@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba, replicate_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from ..cards.adapter import keep_card
@@ -44,6 +46,8 @@ class CheckedTuner(BaseTuner):
         try:
             if "." in adapter_name or not adapter_name:
                 raise ValueError(f"An adapter's name becomes that of a module: it has no '.', got {adapter_name!r}.")
+            if not config.source:
+                _refuse_experts(model, config)
             weights = config.source.weights() if config.source else None
             self._header = read_header(weights) if weights else None
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -309,6 +313,23 @@ def errors_naming(config: Any, key: str) -> Iterator[None]:
 def innermost(module: nn.Module) -> nn.Module:
     """The layer under all tuner layers."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _refuse_experts(model: nn.Module, config: Any) -> None:
+    """Raises NotImplementedError where names among the targets mean fused experts to PEFT's LoRA, and nothing to us."""
+    if config.target_modules is None or not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    lora = LoraConfig(target_modules=config.target_modules)
+    convert_peft_config_for_transformers(lora, model=model, conversions=None)
+    if lora.target_parameters:
+        known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        targets = [] if isinstance(config.target_modules, str) else sorted(config.target_modules)
+        names = ", ".join(repr(name) for name in targets if name not in known) or "the targets"
+        raise NotImplementedError(
+            f"{config.peft_type.value} cannot adapt the fused experts that {names} stand for in this model, and would "
+            "adapt the other targets alone. Leave those names out to do just that, or use PEFT's LoRA, which adapts "
+            f"{', '.join(sorted(lora.target_parameters))}."
+        )
 
 
 def _restore(model: nn.Module, trained: list[nn.Parameter]) -> None:

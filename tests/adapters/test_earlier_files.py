@@ -30,6 +30,8 @@ def test_an_earlier_file_loads_and_is_saved_anew(
     model.save_pretrained(tmp_path)
     old, new = (load_file(folder / "adapter_model.safetensors") for folder in (FILES / case.name, tmp_path))
     renamed = {type(model.base_model).current_key(key): tensor for key, tensor in old.items()}
-    gone, added = ({key.rpartition(".")[2] for key in keys} for keys in (renamed.keys() - new.keys(), new.keys() - renamed.keys()))
+    gone, added = (
+        {key.rpartition(".")[2] for key in keys} for keys in (renamed.keys() - new.keys(), new.keys() - renamed.keys())
+    )
     assert (gone, added) == (({"checksum"}, {"rows", "pivots"}) if case.info.name == "loldu" else (set(), set()))
     assert all(torch.equal(renamed[key], new[key]) for key in renamed.keys() & new.keys())

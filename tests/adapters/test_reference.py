@@ -43,7 +43,7 @@ def test_the_reference_computes_what_the_policy_does(case: Case, tokens: torch.T
         after = model.state_dict()
         assert all(torch.equal(after[name], tensor) for name, tensor in state.items())
         with torch.no_grad():  # the two are apart
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter += 0.1
         model.set_adapter("ref")

@@ -5,7 +5,8 @@ import math
 import peft
 import pytest
 import torch
-from conftest import CASES, MLP, Case, adapted, logits, tiny_model
+import transformers
+from conftest import CASES, MLP, SMALL, Case, adapted, logits, tiny_model
 
 import peftx
 
@@ -142,3 +143,27 @@ def test_a_safe_merge_is_finite_in_the_dtype_of_the_base(mergeable: Case, mlp: M
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(weight, before)
+
+
+EXPERTS = {"qwen3_moe": ["gate_proj", "up_proj", "down_proj"], "mixtral": ["w1", "w2", "w3"]}
+
+
+def mixture(kind: str) -> transformers.PreTrainedModel:
+    sizes = dict(SMALL, num_key_value_heads=2, head_dim=4, num_experts_per_tok=2, max_position_embeddings=64)
+    if kind == "mixtral":
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=4))
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=8, decoder_sparse_step=1)
+    )
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_names_of_fused_experts_are_not_passed_over(case: Case, kind: str) -> None:
+    model = mixture(kind)
+    modules = list(model.modules())
+    with pytest.raises(
+        NotImplementedError, match=rf"cannot adapt the fused experts that .*{EXPERTS[kind][0]}.*PEFT's LoRA"
+    ):
+        peft.get_peft_model(model, case.config(target_modules=["q_proj", *EXPERTS[kind]]))
+    assert list(model.modules()) == modules
+    peft.get_peft_model(model, case.config(target_modules=["q_proj", "o_proj"]))
