@@ -30,7 +30,7 @@ class KronA(peftx.Adapter):
         self.B = nn.Parameter(torch.zeros(shape) if config.init_weights else 0.1 * torch.randn(shape))
 
     def delta_weight(self) -> torch.Tensor:
-        return torch.kron(self.A.float(), self.B.float())
+        return torch.kron(self.A, self.B)
 
 
 if __name__ == "__main__":

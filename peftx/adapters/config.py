@@ -145,14 +145,14 @@ class AdapterConfig(FileConfig):
             self.exclude_modules = set(self.exclude_modules)
 
     def for_module(self, key: str) -> AdapterConfig:
-        """This config as it applies to the module called `key`: a copy in which patterns are resolved."""
+        """This config as it applies to the module called `key`: a copy where patterns match, with their values."""
         changes = {}
         for pattern_field, target in self.pattern_fields.items():
             pattern = getattr(self, pattern_field, None) or {}
             match = get_pattern_key(list(pattern), key)
             if match in pattern:
                 changes[target] = pattern[match]
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes) if changes else self
 
 
 @cache
@@ -207,7 +207,7 @@ def _check_numbers(name: str, value: Any) -> None:
         if not math.isfinite(part):
             raise ValueError(f"`{name}` must be finite, got {value}.")
         if name in ("r", "rank_pattern") and part <= 0:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
+            raise ValueError(f"`{name}` must be a positive integer, got {value}.")
         if name in ("alpha", "lora_alpha", "alpha_pattern") and part <= 0:
             raise ValueError(f"`{name}` must be positive, got {value}: the delta would stay zero, or be turned around.")
         if name.endswith("dropout") and not 0 <= part < 1:

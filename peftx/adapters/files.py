@@ -74,35 +74,56 @@ def current(tuner: Any, header: Mapping[str, torch.Tensor]) -> dict[str, torch.T
     return {tuner.current_key(key): tensor for key, tensor in named.items()}
 
 
-def fits(trial: nn.Module, found: dict[str, torch.Tensor]) -> bool:
-    """Whether an adapter, made without memory, has the shapes of a file."""
-    found = {**found}
-    try:
-        trial.prepare_load(found)  # type: ignore[operator]
-    except ValueError:
-        return False
-    wanted = trial.state_dict()
-    return all(name in found and found[name].shape == tensor.shape for name, tensor in wanted.items())
+class Opened:
+    """A file for which an adapter is being made.
+
+    Args:
+        tuner: of the adapter.
+        header: the file's tensors on the meta device.
+
+    Attributes:
+        tensors: the same by the keys of today.
+    """
+
+    def __init__(self, tuner: Any, header: dict[str, torch.Tensor]) -> None:
+        self.header = header
+        self.tensors = current(tuner, header)
+        self._layers: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            layer, found, name = key.partition(f".{tuner.prefix}adapter.")
+            if found:
+                self._layers.setdefault(layer, {})[name] = tensor
+        self._trials: dict[tuple, tuple[Any, nn.Module]] = {}
+
+    def fits(self, key: str, adapter_cls: Any, site: Any, config: Any) -> bool:
+        """Whether the adapter that a config declares has the file's shapes in the layer `key`; made without memory."""
+        shape = id(config), type(site), site.shape
+        if shape not in self._trials:
+            with torch.device("meta"):
+                self._trials[shape] = config, adapter_cls(site, config)  # the config stays, or its id may be another's
+        trial, found = self._trials[shape][1], {**self._layers.get(PREFIX + key, {})}
+        try:
+            trial.prepare_load(found)  # type: ignore[operator]
+        except ValueError:
+            return False
+        wanted = trial.state_dict()
+        return all(name in found and found[name].shape == tensor.shape for name, tensor in wanted.items())
 
 
-def check_header(
-    tuner: Any, model: nn.Module, adapter_name: str, header: dict[str, torch.Tensor], weights: Path | None
-) -> None:
+def check_header(tuner: Any, model: nn.Module, adapter_name: str, file: Opened, weights: Path | None) -> None:
     """Compares a file with the adapter that was made for it: shapes and dtypes, or, of `weights`, the values too.
 
     Raises:
         ValueError: as for `check_tensors`, or, where transformers loads `weights` itself, keys of an earlier release.
     """
     method, config = tuner.peft_config[adapter_name].peft_type.value, tuner.peft_config[adapter_name]
-    if weights is not None:
-        if old := next((key for key in header if tuner.current_key(key) != key), None):
-            raise ValueError(
-                f"The {method} adapter was written by an earlier release, with keys such as {old!r}, which "
-                "transformers' own `load_adapter` cannot rename. Load it by `peft.PeftModel.from_pretrained`, and save "
-                "it again."
-            )
-        header = load_file(weights)
-    tensors = current(tuner, header)
+    old = [key for key in file.header if tuner.current_key(key) != key]
+    if weights is not None and old:
+        raise ValueError(
+            f"The {method} adapter was written by an earlier release, with keys such as {old[0]!r}, which "
+            "transformers' own `load_adapter` cannot rename. Load it by `peft.PeftModel.from_pretrained`, save it again."
+        )
+    tensors = {**file.tensors} if weights is None else current(tuner, load_file(weights))
     expected: dict[str, torch.Tensor] = {}
     for name, module in named_modules(model):
         if isinstance(module, tuner.tuner_layer_cls):
@@ -115,7 +136,10 @@ def check_header(
             expected |= {f"{PREFIX}{name}.{key}": state[target] for key, target in heads.items()}
     shared = saved(tuner, "base_model", adapter_name).values()
     expected |= {tuner._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in shared}
-    biases = {f"{PREFIX}{key}": tensor for key, tensor in _biases(tuner, model, config).items()}
+    biases = {
+        tuner._remove_adapter_name_from_key(f"{PREFIX}{key}", adapter_name): tensor
+        for key, tensor in _biases(tuner, model, config).items()
+    }
     embeddings = {f"{PREFIX}{key}": tensor for key, tensor in _embeddings(model, config).items()}
     refuse(method, problems(*_with_rest(expected, tensors, biases, embeddings)))
 

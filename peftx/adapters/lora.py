@@ -164,12 +164,12 @@ class VariantModel(CheckedTuner, LoraModel):
 
     def _place(self, config: Any, key: str) -> Any:
         """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
-        if self._header is None:
+        if self._file is None:
             return nullcontext()
         pattern = get_pattern_key(list(config.rank_pattern), key)
         r, prefix = config.rank_pattern.get(pattern, config.r), f"{files.PREFIX}{key}.lora_"
-        found = files.current(self, self._header)
-        A = found.get(f"{prefix}A.weight", found.get(f"{prefix}embedding_A"))
+        tensors = self._file.tensors
+        A = tensors.get(f"{prefix}A.weight", tensors.get(f"{prefix}embedding_A"))
         return nullcontext() if A is not None and len(A) == r else torch.device("meta")
 
     @staticmethod

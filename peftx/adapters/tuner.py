@@ -49,23 +49,27 @@ class CheckedTuner(BaseTuner):
             if not config.source:
                 _refuse_experts(model, config)
             weights = config.source.weights() if config.source else None
-            self._header = read_header(weights) if weights else None
+            self._file = files.Opened(self, read_header(weights)) if weights else None
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if self._header is not None:
-                files.check_header(self, model, adapter_name, self._header, weights if self._native else None)
+            if self._file is not None:
+                files.check_header(self, model, adapter_name, self._file, weights if self._native else None)
         except Exception:
             files.take_out(model, adapter_name, self.tuner_layer_cls)
             self.peft_config.pop(adapter_name, None)
             _restore(model, trained)
             raise
         finally:
-            self._header = None
+            self._file = None
         if config.source and not self._native:
             config.trained = trained  # until the file has been read
         if adapter_name == REFERENCE:
             self._copy_reference(config)
 
-    _header: dict[str, torch.Tensor] | None = None  # of the file for which an adapter is being made
+    def withdraw(self, adapter_name: str) -> None:
+        """Forgets what the tuner itself holds of an adapter that has left its layers."""
+        self.peft_config.pop(adapter_name, None)
+
+    _file: files.Opened | None = None  # for which an adapter is being made
 
     def _copy_reference(self, config: Any) -> None:
         source = next((name for name, other in self.peft_config.items() if other is config and name != REFERENCE), None)
@@ -249,20 +253,15 @@ class AdapterModel(CheckedTuner):
 
     def _place(self, target: nn.Module, config: Any, key: str) -> Any:
         """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
-        if self._header is None:
+        if self._file is None:
             return nullcontext()
         site = (
             target.site
             if isinstance(target, self.tuner_layer_cls)
             else self.tuner_layer_cls.site_for(innermost(target), **get_quantization_kwargs(self))
         )
-        with torch.device("meta"):
-            trial = self.tuner_layer_cls.adapter_cls(site, config)
-        prefix = f"{files.PREFIX}{key}.{self.prefix}adapter."
-        found = {
-            k.removeprefix(prefix): t for k, t in files.current(self, self._header).items() if k.startswith(prefix)
-        }
-        return nullcontext() if files.fits(trial, found) else torch.device("meta")
+        fits = self._file.fits(key, self.tuner_layer_cls.adapter_cls, site, config)
+        return nullcontext() if fits else torch.device("meta")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The layer places its adapters itself. PEFT's version moves the whole layer, which fails for adapters on the
@@ -344,8 +343,8 @@ def _forget_config(model: Any, adapter_name: str) -> None:
     """Takes an adapter's config from a `PeftModel`, its tuner or a transformers model with adapters."""
     model.peft_config.pop(adapter_name, None)
     inner = getattr(model, "base_model", None)
-    if isinstance(inner, BaseTuner):
-        inner.peft_config.pop(adapter_name, None)
+    if isinstance(inner, CheckedTuner):
+        inner.withdraw(adapter_name)
         if not inner.peft_config:
             vars(inner.model).pop("peft_config", None)
 

@@ -232,6 +232,10 @@ class SharedRuleModel(AdapterModel):
             trained = any(parameter.requires_grad for adapter in adapters for parameter in adapter.parameters())
             self.compacter_rule[name].weight.requires_grad_(trained and self.peft_config[name].learn_phm)
 
+    def withdraw(self, adapter_name: str) -> None:
+        super().withdraw(adapter_name)
+        self._follow_layers()
+
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().inject_adapter(*args, **kwargs)

@@ -69,35 +69,35 @@ def ends(tensors: dict[str, torch.Tensor], *ends: str) -> str:
 
 
 def missing_head(t):
-    del t[ends(t, "head.weight")]  # noqa: E704
+    del t[ends(t, "head.weight")]
 
 
 def wider_head(t):
-    t[ends(t, "head.weight")] = torch.zeros(5, 8)  # noqa: E704
+    t[ends(t, "head.weight")] = torch.zeros(5, 8)
 
 
 def nan_head(t):
-    t[ends(t, "head.bias")][0] = float("nan")  # noqa: E704
+    t[ends(t, "head.bias")][0] = float("nan")
 
 
 def missing_bias(t):
-    del t[ends(t, "lin0.base_layer.bias")]  # noqa: E704
+    del t[ends(t, "lin0.base_layer.bias")]
 
 
 def nan_bias(t):
-    t[ends(t, "lin1.base_layer.bias")][1] = float("inf")  # noqa: E704
+    t[ends(t, "lin1.base_layer.bias")][1] = float("inf")
 
 
 def foreign_weight(t):
-    t["base_model.model.lin1.base_layer.weight"] = torch.full((8, 16), 7.0)  # noqa: E704
+    t["base_model.model.lin1.base_layer.weight"] = torch.full((8, 16), 7.0)
 
 
 def foreign_nan(t):
-    t["base_model.model.lin0.base_layer.weight"] = torch.full((16, 12), float("nan"))  # noqa: E704
+    t["base_model.model.lin0.base_layer.weight"] = torch.full((16, 12), float("nan"))
 
 
 def foreign_name(t):
-    t["base_model.model.norm.weight"] = torch.ones(4)  # noqa: E704
+    t["base_model.model.norm.weight"] = torch.ones(4)
 
 
 FAULTS = [missing_head, wider_head, nan_head, missing_bias, nan_bias, foreign_weight, foreign_nan, foreign_name]
@@ -191,27 +191,27 @@ def natively(case: Case, tmp_path: Path) -> Path:
 
 
 def first(t):
-    return sorted(k for k, v in t.items() if v.is_floating_point() and v.ndim)[0]  # noqa: E704
+    return sorted(k for k, v in t.items() if v.is_floating_point() and v.ndim)[0]
 
 
 def drop(t):
-    del t[first(t)]  # noqa: E704
+    del t[first(t)]
 
 
 def poison(t):
-    t[first(t)].view(-1)[0] = float("nan")  # noqa: E704
+    t[first(t)].view(-1)[0] = float("nan")
 
 
 def grow(t):
-    t[first(t)] = torch.cat([t[first(t)]] * 2)  # noqa: E704
+    t[first(t)] = torch.cat([t[first(t)]] * 2)
 
 
 def norm(t):
-    t["base_model.model.model.norm.weight"] = torch.full((16,), 7.0)  # noqa: E704
+    t["base_model.model.model.norm.weight"] = torch.full((16,), 7.0)
 
 
 def embedding(t):
-    t["base_model.model.model.embed_tokens.weight"] = torch.full((64, 16), 7.0)  # noqa: E704
+    t["base_model.model.model.embed_tokens.weight"] = torch.full((64, 16), 7.0)
 
 
 @pytest.mark.parametrize("fault", [drop, poison, grow, norm, embedding], ids=lambda fault: fault.__name__)

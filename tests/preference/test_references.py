@@ -6,7 +6,6 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 import transformers
 from conftest import Case, randomize, tiny_model
 
