@@ -23,6 +23,7 @@ UNSHIFTED = frozenset(
         "FlaubertWithLMHeadModel",
         "MBartForCausalLM",
         "MarianForCausalLM",
+        "MoshiDepthDecoder",
         "MusicgenForCausalLM",
         "MusicgenMelodyForCausalLM",
         "MvpForCausalLM",

@@ -148,10 +148,12 @@ class PrivateSteps:
 
     def _drop_overflows(self) -> None:
         """Of a gradient that is not finite no share is left by clipping, but NaN, which tells of the record."""
-        for parameter in self.optimizer.params:
+        for name, parameter in zip(self.layers, self.optimizer.params, strict=True):
             samples = getattr(parameter, "grad_sample", None)
             if samples is not None:
                 samples.nan_to_num_(0.0, 0.0, 0.0)
+            elif parameter.grad is None:
+                raise ValueError(f"`{name}` has no part in the loss: freeze what is not used.")
             elif not torch.isfinite(parameter.grad).all():
                 raise ValueError('A gradient is not finite. Lower the learning rate, or use mode="hooks".')
 
