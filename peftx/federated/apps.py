@@ -307,12 +307,12 @@ def make_server_app(
             receive(model, arrays, adapter_name, orthonormal=rule.refactorized)
             return MetricRecord({name: float(value) for name, value in evaluate(model.eval(), context).items()})
 
-        model: Any = build_model(context)
-        rule.follow(model.peft_config[adapter_name])
-        arrays = to_record(rule.sent() or global_state(model, adapter_name))
-        del model
         ended: BaseException | None = None
         try:
+            model: Any = build_model(context)
+            rule.follow(model.peft_config[adapter_name])
+            arrays = to_record(rule.sent() or global_state(model, adapter_name))
+            del model
             result = rule.start(grid, arrays, num_rounds=rounds, timeout=timeout, evaluate_fn=central)
         except BaseException as error:  # an interruption too
             ended = error
@@ -320,6 +320,7 @@ def make_server_app(
         finally:
             if folder and rule.state:
                 rule.checkpoint(str(folder))
+            if folder:
                 write_text(Path(str(folder)) / "metrics.json", json.dumps(report(rule, ended), indent=1))
         if on_end is not None:
             on_end(rule, result)

@@ -145,7 +145,7 @@ class InProcessGrid(Grid):
             context.run_config = dict(self.run_config)
             try:
                 return self.client_app(request, context)
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a client that leaves does not take the others along
                 reason = f"{type(error).__name__}: {error}"
                 return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request)
 
