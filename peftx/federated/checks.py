@@ -20,7 +20,7 @@ from torch import Tensor
 WEIGHT_CAP = 10.0  # times the median of the others': ordinary imbalance stays below
 HEADER = 256  # bytes allowed above an array's values; numpy writes 128 for any array of ours
 LARGEST = 6e4  # nothing that anybody trained comes near, and fp16, which ends at 65,504, holds it
-LARGEST_RESIDUAL = 1e3  # of what FedEx-LoRA adds to a base weight, before the adapter's scale
+LARGEST_RESIDUAL = 1e3  # spectral norm of what FedEx-LoRA adds to a base weight, before the adapter's scale
 LARGEST_LOSS = 1e30  # what is no number that a mean could be made of
 SKEW = 1e-3  # of max |A A^T - I| after a refactorisation
 SUFFIX_A = ".lora_A"
@@ -343,7 +343,7 @@ def check_state(state: Mapping[str, Tensor], *, orthonormal: bool = False) -> No
 
     Raises:
         Rejected: values that are not finite or above 6e4, rows that are not orthonormal, a residual that lacks its
-            other factor, or whose product could exceed 1,000 somewhere (by the norms of its rows and columns).
+            other factor, or whose product has a spectral norm above 1,000.
     """
     for name, value in state.items():
         check_values(name, value)
@@ -360,6 +360,7 @@ def check_state(state: Mapping[str, Tensor], *, orthonormal: bool = False) -> No
             raise Rejected(f"{layer}: a residual without its other factor")
         if B.ndim != 2 or A.ndim != 2 or B.shape[1] != len(A):
             raise Rejected(f"{layer}: a residual of shapes {tuple(B.shape)} and {tuple(A.shape)}")
-        bound = (torch.linalg.vector_norm(B, dim=1).max() * torch.linalg.vector_norm(A, dim=0).max()).item()
-        if bound > LARGEST_RESIDUAL:
-            raise Rejected(f"{layer}: a residual of up to {bound:.2g}, expected at most {LARGEST_RESIDUAL:g}")
+        left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.T))
+        norm = torch.linalg.matrix_norm(left @ right.T, 2).item()
+        if norm > LARGEST_RESIDUAL:
+            raise Rejected(f"{layer}: a residual of norm {norm:.2g}, expected at most {LARGEST_RESIDUAL:g}")
