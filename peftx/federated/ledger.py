@@ -68,7 +68,7 @@ def load_history(context: Context, ledger: Path | None = None) -> Entries | None
     if ledger is not None and ledger.exists():
         if not ledger.is_file():
             raise ValueError(f"the ledger {ledger} is no file")
-        return _parse(ledger.read_text(encoding="utf-8"), f"the ledger {ledger}")
+        return _parse(ledger.read_bytes(), f"the ledger {ledger}")
     kept = context.state.config_records.get(PRIVACY)
     if kept is None:
         return None
@@ -89,12 +89,16 @@ def keep_history(
 
 def _locked(ledger: Path | None) -> Any:
     """A lock over processes, in a file beside the ledger, which is itself replaced at each writing."""
-    return contextlib.nullcontext() if ledger is None else FileLock(f"{ledger}.lock", timeout=PATIENCE)
+    if ledger is None:
+        return contextlib.nullcontext()
+    if not ledger.parent.is_dir():  # not mounted, say: a new one would count as nothing spent
+        raise ValueError(f"there is no folder {ledger.parent} for the ledger {ledger.name}")
+    return FileLock(f"{ledger}.lock", timeout=PATIENCE)
 
 
-def _parse(text: str, source: str) -> Entries:
+def _parse(data: bytes, source: str) -> Entries:
     try:
-        known = json.loads(text, object_pairs_hook=_once)
+        known = json.loads(data.decode(), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is no JSON: {error}") from error
     return _checked(known, source)

@@ -285,8 +285,8 @@ class FedSVDStrategy(Strategy):
             self.checkpoint(self.checkpoints)
         if self._failed > self.max_failed_rounds:
             raise AggregationError(
-                f"{self._failed} rounds in a row failed, more than max_failed_rounds={self.max_failed_rounds}; the "
-                f"last one, {self.skipped[number]}"
+                f"more than max_failed_rounds={self.max_failed_rounds} rounds in a row failed; the last one, "
+                f"{self.skipped[number]}"
             )
         return None if failed else to_record(self.sent()), metrics
 

@@ -222,6 +222,26 @@ def test_settings_of_a_strategy_are_numbers(settings):
 # Rounds that fail, and how a run ends
 
 
+@pytest.mark.parametrize("end", ["exit", "nothing", "empty", "metrics alone"])
+def test_a_client_that_answers_nothing_is_dropped(end):
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        if context.node_id != 3:
+            return answering({node: reply(node) for node in NODES})(message, context)
+        if end == "exit":
+            raise SystemExit(3)
+        metrics = {"metrics": MetricRecord({"num-examples": 1})} if end == "metrics alone" else {}
+        return None if end == "nothing" else Message(RecordDict(metrics), reply_to=message)
+
+    strategy = FedSVDStrategy()
+    with InProcessGrid(app, 3) as grid:
+        strategy.start(grid, to_record(random_state(0)), num_rounds=1)
+    assert [entry.node for entry in strategy.audit] == [3]
+    assert equal(strategy.state, one_round({2: reply(2), 3: OSError(), 4: reply(4)}).state)
+
+
 def by_round(answers) -> ClientApp:
     """Clients that send what `answers` has for the round and the node."""
     app = ClientApp()
@@ -257,7 +277,8 @@ def test_failed_rounds_in_a_row_are_bounded(allowed, ends):
     with (
         InProcessGrid(by_round(lambda number: good if number == 1 else bad), 3) as grid,
         pytest.raises(
-            AggregationError, match=rf"max_failed_rounds={allowed}; the last one, round {ends}: 0 of 3.*gone"
+            AggregationError,
+            match=rf"max_failed_rounds={allowed} rounds in a row failed; the last one, round {ends}: 0 of 3.*gone",
         ),
     ):
         strategy.start(grid, to_record(random_state(0)), num_rounds=50)
@@ -320,7 +341,7 @@ def test_a_spent_budget_leaves_an_output(tmp_path):
     spec = DPSpec(epsilon=8.0, delta=1e-3, accountant="rdp", noise_seed=0)
     strategy = FedSVDStrategy(private=True, max_failed_rounds=1)
     server = make_server_app(model_of, strategy, num_rounds=9, output=tmp_path)
-    with pytest.raises(AggregationError, match="2 rounds in a row failed.*budget"):
+    with pytest.raises(AggregationError, match="max_failed_rounds=1 rounds in a row failed.*budget"):
         run_in_process(server, make_client_app(model_of, data_of, SETTINGS, privacy=spec, rounds=2), 2)
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["skipped"].keys() == {"3", "4"} and "budget" in found["error"] and len(found["audit"]) == 4
@@ -454,6 +475,12 @@ def test_nor_is_a_state_of_the_node_or_a_folder(tmp_path):
             load_history(context)
     with pytest.raises(ValueError, match="is no file"):
         load_history(node(), tmp_path)
+    with pytest.raises(ValueError, match="no folder"), spending(node(), tmp_path / "a" / "b", SPEC, 24, LOCAL, None):
+        pass
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "spent.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"spent\.json is no JSON"):
+        load_history(node(), tmp_path / "spent.json")
     with pytest.raises(ValueError, match="list of"):
         epsilon_spent({}, 1e-3)
     with pytest.raises(ValueError, match="list of"):
