@@ -103,7 +103,10 @@ def deploy(config: dict, folder: Path, timeout: float = 1200, simulation: bool =
             if time.monotonic() > end:
                 raise TimeoutError(f"no result after {timeout:.0f} s; see the logs in {folder}")
             time.sleep(1)
-        return json.loads((output / "metrics.json").read_text())
+        metrics = json.loads((output / "metrics.json").read_text())
+        if metrics["error"] is not None:
+            raise RuntimeError(f"the run ended early: {metrics['error']}")
+        return metrics
 
 
 def main(arguments: list[str] | None = None, description: str | None = __doc__, simulation: bool = False) -> dict:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..losses import shifts_labels
 from ..utils import IGNORE, is_packed
 from .statistics import ESTIMATORS, LayerStatistics, Statistics, base_layer, base_model, describe, shape_of, signature
 from .sums import BLOCK, FISHER, add_squares, exact_zeros, square_sums, widest
@@ -527,17 +527,6 @@ def check_settings(what: Iterable[str], estimator: str, directions: int | None =
     if directions is not None and directions < 1:
         raise ValueError(f"directions must be a positive number or None, got {directions!r}")
     return tuple(dict.fromkeys(part for name in asked for part in known[name]))
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether labels are those of the next position, so that the loss leaves out the first of each row."""
-    base = base_model(model)
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        return False
-    kind = getattr(base, "loss_type", None)
-    if kind is None and hasattr(base, "can_generate") and base.can_generate():
-        kind = "ForCausalLM"  # transformers' default, as for a `GPT2LMHeadModel`
-    return LOSS_MAPPING.get(kind or "") is ForCausalLMLoss
 
 
 def input_of(args: tuple, inputs: Mapping[str, Any]) -> Tensor:

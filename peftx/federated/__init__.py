@@ -59,7 +59,7 @@ __all__ = [
 
 _NAMES = {  # imported when they are first used: most need Flower or Opacus
     "AuditEntry": "checks",
-    "BudgetExceeded": "privacy",
+    "BudgetExceeded": "accounting",
     "DPSpec": "privacy",
     "FedSVDStrategy": "strategy",
     "InProcessGrid": "grid",
@@ -68,7 +68,7 @@ _NAMES = {  # imported when they are first used: most need Flower or Opacus
     "LocalSettings": "local",
     "admit": "checks",
     "dirichlet_partition": "partition",
-    "epsilon_spent": "privacy",
+    "epsilon_spent": "accounting",
     "make_client_app": "apps",
     "make_server_app": "apps",
     "run_in_process": "grid",

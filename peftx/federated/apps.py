@@ -1,8 +1,8 @@
 """Flower's two apps. The same ones run in one process, in a deployment and in Flower's simulation."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from logging import ERROR, INFO, getLogger
 from pathlib import Path
@@ -10,19 +10,23 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .checks import ArrayLike, Rejected, read_state
-from .flower import ClientApp, ConfigRecord, Context, Error, Grid, Message, MetricRecord, RecordDict, Result, ServerApp
+from .accounting import BudgetExceeded
+from .checkpoint import write_text
+from .checks import ArrayLike, Rejected, check_count, check_keys, read_state
+from .flower import ClientApp, Context, Error, Grid, Message, MetricRecord, RecordDict, Result, ServerApp
 from .grid import REFUSED
+from .ledger import spending
 from .local import LocalSettings, train_local
-from .privacy import BudgetExceeded, DPSpec
-from .state import Factors, client_state, fold, global_state, load_global
-from .strategy import ARRAYS, CONFIG, METRICS, FedSVDStrategy, to_record
+from .messages import ARRAYS, CONFIG, METRICS, to_record
+from .privacy import DPSpec
+from .state import Factors, Product, State, client_state, fold, global_state, load_global
+from .strategy import FedSVDStrategy
 
 BuildModel = Callable[[Context], nn.Module]
 LoadData = Callable[[Context], tuple[Any, Any]]
 Evaluate = Callable[[nn.Module, Context], Mapping[str, float]]
 
-PRIVACY = "privacy"  # the record of `context.state` that holds a client's accountant
+Sent = tuple[State, Product]
 
 log = getLogger("flwr").log
 
@@ -43,14 +47,33 @@ def receive(
     Raises:
         ValueError: names the array and what is wrong; the adapter is as it was.
     """
-    shapes = {name: tuple(value.shape) for name, value in global_state(model, adapter_name).items()}
+    load(
+        model, read_sent(arrays, shapes_of(model, adapter_name), orthonormal=orthonormal, factors=factors), adapter_name
+    )
+
+
+def shapes_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in global_state(model, adapter_name).items()}
+
+
+def read_sent(
+    arrays: Mapping[str, ArrayLike], shapes: Mapping[str, tuple[int, ...]], *, orthonormal: bool, factors: Factors
+) -> Sent:
+    """The factors by name, and FedEx-LoRA's residuals by layer; see `receive`. No model has a part in it.
+
+    Raises:
+        Rejected: names the array and what is wrong.
+    """
     extra = {name for name in arrays if ".residual_" in name} if factors == "AB" else set()
     state = read_state({k: v for k, v in arrays.items() if k not in extra}, shapes, orthonormal=orthonormal)
     residual = read_state({k: arrays[k] for k in extra}, {k: tuple(arrays[k].shape) for k in extra})
     layers = {name.rpartition(".")[0] for name in extra}
-    if extra != {f"{layer}.residual_{factor}" for layer in layers for factor in "AB"}:
-        raise Rejected("a residual without its other factor")
-    product = {layer: (residual[f"{layer}.residual_B"], residual[f"{layer}.residual_A"]) for layer in layers}
+    check_keys(extra, {f"{layer}.residual_{factor}" for layer in layers for factor in "AB"})
+    return state, {layer: (residual[f"{layer}.residual_B"], residual[f"{layer}.residual_A"]) for layer in layers}
+
+
+def load(model: nn.Module, sent: Sent, adapter_name: str) -> None:
+    state, product = sent
     fold(model, product, adapter_name)
     load_global(model, state, adapter_name)
 
@@ -84,8 +107,9 @@ def make_client_app(
 
     Only the adapter trains: a classifier, too, stays as `build_model` gave it. The client returns lora_B and, without
     privacy, the number of its examples and its mean loss. With privacy both are withheld, since neither is noised, and
-    so is the text of an error, which goes to the client's own log; the accountant's history stays in the node's
-    `context.state`, and a round that would exceed the budget is refused with an error that the server audits.
+    so is the text of every error that user code may raise, which goes to the client's own log; the accountant's history
+    stays in the node's `context.state`, and a round that would exceed the budget is refused with an error that the
+    server audits.
 
     Flower keeps `context.state` in memory and for one run: another run, or a node that is restarted, starts with
     nothing spent. Where that is not meant, give a `ledger`. And a node runs what is submitted, this app included:
@@ -99,86 +123,105 @@ def make_client_app(
         settings: for each round; "partition-id" and round are mixed into its seed.
         privacy: train with differential privacy (`DPSpec`). The client decides, not the server.
         rounds: how many rounds this client plans to take part in, for the noise that an epsilon allows. Default:
-            "rounds" of the run's configuration. More are refused once the budget is spent; fewer spend less.
+            "rounds" of the run's configuration, else what the server announces; if nothing says it, a client with an
+            epsilon refuses. More are refused once the budget is spent; fewer spend less.
         factors: what this client trains and sends: "B", or "AB" for FedIT, FlexLoRA and FedEx-LoRA. A server that asks
             for something else gets an error.
         evaluate: metrics of the received model on this node's data, for `FedSVDStrategy(evaluate_clients=True)`. Not
             with privacy, as they are not noised.
-        ledger: a JSON file of this node and its data, in which the accountant's history outlives runs and restarts; it
-            is on disk before a reply leaves. One run at a time. Default: none. Or a function of the context.
+        ledger: a JSON file of this node and its data, in which the accountant's history outlives runs and restarts. A
+            round is on disk before it is trained, under a lock (`<ledger>.lock`): runs that overlap spend from one
+            budget. What is no well-formed history is refused. Default: none. Or a function of the context.
         adapter_name: the adapter's name.
 
     Raises:
-        ValueError: `evaluate` together with `privacy`, or a `ledger` without.
+        ValueError: `evaluate` together with `privacy`, a `ledger` without, or `rounds` that are no positive integer.
     """
     if privacy is not None and evaluate is not None:
         raise ValueError("metrics of a client's data are not noised: no `evaluate` with `privacy`")
     if privacy is None and ledger is not None:
         raise ValueError("a `ledger` keeps what `privacy` spends: there is none")
+    planned_rounds(rounds)
     app = ClientApp()
 
     def ledger_of(context: Context) -> Path | None:
         found = ledger(context) if callable(ledger) else ledger
-        return None if found is None else Path(found)
+        return None if found is None else Path(found).resolve()  # one lock, and one file, by whatever name
 
-    def load(message: Message, context: Context) -> tuple[nn.Module, ConfigRecord]:
-        config = message.content.config_records[CONFIG]
-        model = build_model(context)
-        arrays, turned = message.content.array_records[ARRAYS], bool(config["refactorized"])
-        receive(model, arrays, adapter_name, orthonormal=turned, factors=factors)
-        return model, config
+    def read(message: Message, model: nn.Module) -> Sent:
+        turned = bool(message.content.config_records[CONFIG]["refactorized"])
+        arrays, shapes = message.content.array_records[ARRAYS], shapes_of(model, adapter_name)
+        return read_sent(arrays, shapes, orthonormal=turned, factors=factors)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         try:
             return answer(message, context)
-        except Exception as error:
-            if privacy is None or isinstance(error, Rejected):
+        except BaseException as error:
+            if privacy is None or isinstance(error, KeyboardInterrupt):
                 raise
-            log(ERROR, "the round failed", exc_info=error)  # its text may tell what the data are
+            log(ERROR, "the round failed", exc_info=error)  # its text may tell what the data are, whoever raised it
             return _refusal(message, "an error that its own log tells")
 
     def answer(message: Message, context: Context) -> Message:
-        asked = message.content.config_records[CONFIG]["factors"]
+        config = message.content.config_records[CONFIG]
+        asked = config["factors"]
         if asked != factors:
             return _refusal(
                 message, f"the server asks for the factors {str(asked)[:10]!r}, this client sends {factors!r}"
             )
-        model, config = load(message, context)
+        planned = planned_rounds(rounds, context.run_config.get("rounds"), config.get("rounds"))
+        if planned is None and privacy is not None and privacy.epsilon is not None:
+            return _refusal(
+                message,
+                "an epsilon is spread over the rounds of a run, and nothing says how many: give `rounds` to "
+                '`make_client_app`, or "rounds" in the run\'s configuration',
+            )
+        model = build_model(context)
+        try:
+            sent = read(message, model)
+        except Rejected as error:  # of what the server sent, before any data
+            return _refusal(message, str(error))
+        load(model, sent, adapter_name)
         set_trainable(model, factors, adapter_name)
         dataset, collator = load_data(context)
         local = settings(context) if callable(settings) else settings
-        planned = rounds if rounds is not None else context.run_config.get("rounds")
+        total = None if planned is None else planned * local.steps
+        number, metrics = int(str(config["server-round"])), MetricRecord()
+        cost = (
+            nullcontext()
+            if privacy is None
+            else spending(context, ledger_of(context), privacy, len(dataset), local, total)
+        )
         try:
-            result = train_local(
-                model,
-                dataset,
-                collator,
-                local,
-                privacy=privacy,
-                history=load_history(context, ledger_of(context)),
-                total_steps=None if planned is None else int(planned) * local.steps,
-                round=int(str(config["server-round"])),
-                node=place(context),
-            )
+            with cost as history:
+                result = train_local(
+                    model,
+                    dataset,
+                    collator,
+                    local,
+                    privacy=privacy,
+                    history=history,
+                    total_steps=total,
+                    round=number,
+                    node=place(context),
+                )
+                arrays = to_record(client_state(model, adapter_name, factors))
         except BudgetExceeded as error:
             log(INFO, "%s", error)  # here only: what was spent tells how many records there are
             return _refusal(message, "the privacy budget of this client does not allow another round")
-        metrics = MetricRecord()
         if privacy is None:
             metrics["num-examples"] = result.samples
             if result.loss is not None:
                 metrics["loss"] = result.loss
-        else:
-            keep_history(context, result.history, result.epsilon, ledger_of(context))
-        arrays = to_record(client_state(model, adapter_name, factors))
         return Message(RecordDict({ARRAYS: arrays, METRICS: metrics}), reply_to=message)
 
     if evaluate is not None:
 
         @app.evaluate()
         def evaluation(message: Message, context: Context) -> Message:
-            model, _ = load(message, context)
+            model = build_model(context)
+            load(model, read(message, model), adapter_name)
             found = {name: float(value) for name, value in evaluate(model.eval(), context).items()}
             metrics = MetricRecord({"num-examples": len(load_data(context)[0]), **found})
             return Message(RecordDict({METRICS: metrics}), reply_to=message)
@@ -186,30 +229,23 @@ def make_client_app(
     return app
 
 
+def planned_rounds(*said: Any) -> int | None:
+    """The first of several numbers of rounds that is said; None if none is.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
+    for value in said:
+        if value is not None:
+            number = int(value) if isinstance(value, str) and value.isdecimal() else value
+            check_count("rounds", number)
+            return number
+    return None
+
+
 def place(context: Context) -> int:
     """Which client this node is: its "partition-id", which is the same wherever the apps run, else its node id."""
     return int(context.node_config.get("partition-id", context.node_id))
-
-
-def load_history(context: Context, ledger: Path | None = None) -> list | None:
-    """The accountant's history that this node kept, [[sigma, q, steps], ...]; None at the start."""
-    if ledger is not None and ledger.exists():
-        return json.loads(ledger.read_text(encoding="utf-8"))["history"]
-    known = context.state.config_records.get(PRIVACY)
-    return None if known is None else json.loads(str(known["history"]))
-
-
-def keep_history(context: Context, history: Any, epsilon: float | None, ledger: Path | None = None) -> None:
-    """Writes the accountant's history, and the epsilon spent so far, where the node finds them again."""
-    spent = {} if epsilon is None else {"epsilon": float(epsilon)}
-    if ledger is not None:
-        draft = ledger.with_name(f"{ledger.name}.part")
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump({"history": history, **spent}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(ledger)
-    context.state[PRIVACY] = ConfigRecord({"history": json.dumps(history), **spent})
 
 
 def _refusal(message: Message, reason: str) -> Message:
@@ -237,54 +273,73 @@ def make_server_app(
         strategy: or a function of the context that makes it, which a second run in one process needs.
         num_rounds: default: "rounds" of the run's configuration.
         evaluate: metrics of the global model, before the first round and after each. Data of the server, no client's.
-        output: a folder for metrics.json (by round, and the audit) and a checkpoint of the last state. Default:
-            "output" of the run's configuration; without either nothing is written.
+        output: a folder for metrics.json (by round, the audit, and the error if one ended the run) and a checkpoint of
+            the last state, which is there after each round. Both are written whatever ends the run, an error or an
+            interruption. Default: "output" of the run's configuration; without either nothing is written.
         timeout: seconds that a round's replies may take.
         adapter_name: the adapter's name.
-        on_end: called with the strategy and Flower's result.
+        on_end: called with the strategy and Flower's result, if no error ended the run.
 
     Raises:
         ValueError: when it runs, if nothing says how many rounds.
+        AggregationError: when it runs, if too many rounds failed; see `FedSVDStrategy`.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
-        rounds = num_rounds if num_rounds is not None else config.get("rounds")
+        rounds = planned_rounds(num_rounds, config.get("rounds"))
         if rounds is None:
             raise ValueError('how many rounds? Give num_rounds, or "rounds" in the run\'s configuration')
         rule = strategy if isinstance(strategy, FedSVDStrategy) else strategy(context)
 
+        folder = output if output is not None else config.get("output")
+        if folder:
+            Path(str(folder)).mkdir(parents=True, exist_ok=True)  # now, if it cannot be
+
         def central(number: int, arrays: Any) -> MetricRecord | None:
+            if folder and number:
+                rule.checkpoint(str(folder))
             if evaluate is None:
                 return None
             model = build_model(context)  # anew, since FedEx-LoRA changes base weights
             receive(model, arrays, adapter_name, orthonormal=rule.refactorized)
             return MetricRecord({name: float(value) for name, value in evaluate(model.eval(), context).items()})
 
-        model: Any = build_model(context)
-        rule.follow(model.peft_config[adapter_name])
-        arrays = to_record(rule.sent() or global_state(model, adapter_name))
-        del model
-        result = rule.start(grid, arrays, num_rounds=int(rounds), timeout=timeout, evaluate_fn=central)
-        folder = output if output is not None else config.get("output")
-        if folder:
-            rule.checkpoint(str(folder))
-            text = json.dumps(report(rule, result), indent=1)
-            (Path(str(folder)) / "metrics.json").write_text(text, encoding="utf-8")
+        ended: BaseException | None = None
+        try:
+            model: Any = build_model(context)
+            rule.follow(model.peft_config[adapter_name])
+            arrays = to_record(rule.sent() or global_state(model, adapter_name))
+            del model
+            result = rule.start(grid, arrays, num_rounds=rounds, timeout=timeout, evaluate_fn=central)
+        except BaseException as error:  # an interruption too
+            ended = error
+            raise
+        finally:
+            if folder and rule.state:
+                rule.checkpoint(str(folder))
+            if folder:
+                write_text(Path(str(folder)) / "metrics.json", json.dumps(report(rule, ended), indent=1))
         if on_end is not None:
             on_end(rule, result)
 
     return app
 
 
-def report(strategy: FedSVDStrategy, result: Result) -> dict[str, Any]:
-    """Metrics by round, of the server and of the clients, and the audit, as plain data."""
+def report(strategy: FedSVDStrategy, error: BaseException | None = None) -> dict[str, Any]:
+    """Metrics by round, of the server and of the clients, the audit, and what ended the run, as plain data."""
+    result = strategy.result
     parts = {
         "server": result.evaluate_metrics_serverapp,
         "train": result.train_metrics_clientapp,
         "clients": result.evaluate_metrics_clientapp,
     }
-    metrics = {part: {number: dict(found) for number, found in known.items()} for part, known in parts.items()}
-    return {"method": strategy.method, **metrics, "audit": [asdict(entry) for entry in strategy.audit]}
+    return {
+        "method": strategy.method,
+        **{part: {number: dict(found) for number, found in known.items()} for part, known in parts.items()},
+        "audit": [asdict(entry) for entry in strategy.audit],
+        "skipped": strategy.skipped,
+        "error": None if error is None else f"{type(error).__name__}: {error}".removesuffix(": "),
+    }

@@ -7,7 +7,8 @@ expected before its values are read. No engine is needed here; `strategy.py` tra
 
 import io
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Literal, Protocol
@@ -16,8 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+WEIGHT_CAP = 10.0  # times the median of the others': ordinary imbalance stays below
 HEADER = 256  # bytes allowed above an array's values; numpy writes 128 for any array of ours
-LARGEST = 1e6  # no factor that anybody trained comes near; what a server makes overflow shows in a client's gradients
+LARGEST = 6e4  # nothing that anybody trained comes near, and fp16, which ends at 65,504, holds it
+LARGEST_RESIDUAL = 1e3  # spectral norm of what FedEx-LoRA adds to a base weight, before the adapter's scale
+LARGEST_LOSS = 1e30  # what is no number that a mean could be made of
+SKEW = 1e-3  # of max |A A^T - I| after a refactorisation
 SUFFIX_A = ".lora_A"
 
 
@@ -33,6 +38,8 @@ class ArrayLike(Protocol):
 @dataclass(frozen=True)
 class Limits:
     """How much one client may say.
+
+    Beside these, no value of a factor may exceed 6e4: the client, and so every other one, would refuse it.
 
     Args:
         max_examples: the largest number of examples believed.
@@ -52,19 +59,31 @@ class Limits:
     max_error: int = 300
 
     def __post_init__(self) -> None:
-        if self.max_examples < 1:
-            raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
+        for name in ("max_examples", "max_error"):
+            check_count(name, getattr(self, name))
         for name in ("max_update_norm", "median_factor"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number or None, got {value}")
+            check_factor(name, getattr(self, name))
         if self.too_large not in ("drop", "clip"):
             raise ValueError(f'too_large must be "drop" or "clip", got {self.too_large!r}')
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises `ValueError` unless `value` is an integer of at least `least`."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_factor(name: str, value: Any) -> None:
+    """Raises `ValueError` unless `value` is a positive finite number or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+
+
 @dataclass(frozen=True)
 class AuditEntry:
-    """One reply that was not taken as it came, or did not come. `action` is "dropped" or "clipped"."""
+    """One reply that was not taken as it came, or did not come. `action` is "dropped", "clipped" or "capped"."""
 
     round: int
     node: int
@@ -110,7 +129,7 @@ def read_array(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Tensor:
 
     Raises:
         Rejected: for any other format, dtype or shape, in what the array declares or in its header, for a payload
-            that is longer or shorter than its values, and for values that are not finite.
+            that is longer or shorter than its values, and for values that are not finite or above 6e4.
     """
     size = 4 * math.prod(shape)
     if array.stype != "numpy.ndarray":
@@ -122,17 +141,26 @@ def read_array(name: str, array: ArrayLike, shape: tuple[int, ...]) -> Tensor:
         raise Rejected(f"{name}: shape {declared} declared, expected {shape}")
     if kind != "float32":
         raise Rejected(f"{name}: dtype {kind[:40]} declared, expected float32")
-    found, fortran, dtype, start = _header(name, array.data)
-    if found != shape:
-        raise Rejected(f"{name}: shape {found} in the header, expected {shape}")
+    told, fortran, dtype, start = _header(name, array.data)
+    if told != shape:
+        raise Rejected(f"{name}: shape {told} in the header, expected {shape}")
     if dtype != np.dtype("<f4"):
         raise Rejected(f"{name}: dtype {dtype} in the header, expected float32")
     if len(array.data) != start + size:
         raise Rejected(f"{name}: {len(array.data) - start} bytes of values, expected {size}")
     values = np.ndarray(shape, dtype, array.data, start, order="F" if fortran else "C")
-    if not np.isfinite(values).all():
+    found = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
+    check_values(name, found)
+    return found
+
+
+def check_values(name: str, value: Tensor) -> None:
+    """Raises `Rejected` for values that are not finite, or of a magnitude above 6e4."""
+    largest = value.abs().max().item() if value.numel() else 0.0
+    if not math.isfinite(largest):
         raise Rejected(f"{name}: NaN or infinite values")
-    return torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
+    if largest > LARGEST:
+        raise Rejected(f"{name}: a value of magnitude {largest:.2g}, expected at most {LARGEST:g}")
 
 
 def _header(name: str, data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
@@ -186,7 +214,7 @@ def _short(value: Any) -> str:
 def read_loss(metrics: Mapping[str, Any]) -> float | None:
     """The mean training loss that a reply reports as "loss"; None where it is missing or not finite."""
     loss = metrics.get("loss")
-    if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < 1e300:
+    if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < LARGEST_LOSS:
         return None
     return float(loss)
 
@@ -199,8 +227,9 @@ def admit(
     round: int,
     limits: Limits | None = None,
     count_examples: bool = True,
+    weight_cap: float | None = WEIGHT_CAP,
 ) -> tuple[list[Admitted], list[AuditEntry]]:
-    """The replies to average, in the order of their nodes, and an entry for each that was dropped, clipped or missing.
+    """The replies to average, in the order of their nodes, and an entry for each that was not taken as it came.
 
     Args:
         replies: as they came, at most one for each node asked.
@@ -209,6 +238,7 @@ def admit(
         round: for the audit.
         limits: default: `Limits()`.
         count_examples: whether "num-examples" is needed. If not it is not read, and each reply counts as one example.
+        weight_cap: see `capped`.
 
     Of several replies of a node the first counts. The limit on norms is found from all replies that passed the other
     checks. Memory: the tensors of one reply at a time.
@@ -228,8 +258,33 @@ def admit(
         except Rejected as reason:
             entries.append(AuditEntry(round, reply.node, str(reason)))
     entries += [AuditEntry(round, node, "no reply in time") for node in sorted(set(asked) - heard)]
-    bounded = list(_bound(passed, limits, round, entries))
-    return sorted(bounded, key=lambda one: one.node), entries
+    bounded = sorted(_bound(passed, limits, round, entries), key=lambda one: one.node)
+    counts = capped([one.examples for one in bounded], weight_cap)
+    for place, (one, count) in enumerate(zip(bounded, counts, strict=True)):
+        if count < one.examples:
+            told = f"{one.examples} examples count as {count}, {weight_cap:g} times the median of the others'"
+            entries.append(AuditEntry(round, one.node, told, "capped"))
+            bounded[place] = replace(one, examples=count)
+    return bounded, entries
+
+
+def capped(examples: Sequence[int], factor: float | None) -> list[int]:
+    """Numbers of examples, each at most `factor` times the median of the others', and at least 1.
+
+    Nobody can check such a number, so that it must not decide the average. The median is not the liar's to choose, as
+    long as fewer than half of the clients lie. Weights are capped in arXiv:1710.06963, too, by a constant. With
+    `factor` None, or a single client, nothing is capped.
+    """
+    if factor is None or len(examples) < 2:
+        return list(examples)
+    ordered, others = sorted(examples), len(examples) - 1
+    found = []
+    for number in examples:
+        place = bisect_left(ordered, number)
+        low, high = (ordered[i + (i >= place)] for i in ((others - 1) // 2, others // 2))
+        bound = factor * (low + high) / 2
+        found.append(number if number <= bound else max(1, int(bound)))
+    return found
 
 
 def _check(reply: Reply, origin: Mapping[str, Tensor], limits: Limits, count_examples: bool) -> Admitted:
@@ -271,17 +326,41 @@ def read_state(
         orthonormal: the state has been refactorised, so that the rows of each `lora_A` must be orthonormal to 1e-3.
 
     Raises:
-        Rejected: names the array and what is wrong with it; values above 1e6 are, too.
+        Rejected: names the array and what is wrong with it; see `check_state`.
     """
     check_keys(arrays.keys(), shapes.keys())
     state = {name: read_array(name, arrays[name], shape) for name, shape in shapes.items()}
+    check_state(state, orthonormal=orthonormal)
+    return state
+
+
+def check_state(state: Mapping[str, Tensor], *, orthonormal: bool = False) -> None:
+    """What a state must be for a client to load it and for a server to send it: the same function on both sides.
+
+    Args:
+        state: "<layer>.lora_A", "....lora_B" and, for FedEx-LoRA, "....residual_A" and "....residual_B", fp32.
+        orthonormal: the rows of each `lora_A` must be orthonormal to 1e-3, as after a refactorisation.
+
+    Raises:
+        Rejected: values that are not finite or above 6e4, rows that are not orthonormal, a residual that lacks its
+            other factor, or whose product has a spectral norm above 1,000.
+    """
     for name, value in state.items():
-        if (largest := value.abs().max().item()) > LARGEST:
-            raise Rejected(f"{name}: a value of magnitude {largest:.2g}, expected at most {LARGEST:g}")
+        check_values(name, value)
         if orthonormal and name.endswith(SUFFIX_A):
             error = (value @ value.T - torch.eye(len(value))).abs().max().item()
-            if error > 1e-3:
+            if error > SKEW:
                 raise Rejected(
                     f"{name}: its rows should be orthonormal after a refactorisation, they are {error:.1g} off"
                 )
-    return state
+    layers = {name.rpartition(".")[0] for name in state if ".residual_" in name}
+    for layer in sorted(layers):
+        B, A = (state.get(f"{layer}.residual_{factor}") for factor in "BA")
+        if B is None or A is None:
+            raise Rejected(f"{layer}: a residual without its other factor")
+        if B.ndim != 2 or A.ndim != 2 or B.shape[1] != len(A):
+            raise Rejected(f"{layer}: a residual of shapes {tuple(B.shape)} and {tuple(A.shape)}")
+        left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.T))
+        norm = torch.linalg.matrix_norm(left @ right.T, 2).item()
+        if norm > LARGEST_RESIDUAL:
+            raise Rejected(f"{layer}: a residual of norm {norm:.2g}, expected at most {LARGEST_RESIDUAL:g}")

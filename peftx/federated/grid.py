@@ -144,8 +144,11 @@ class InProcessGrid(Grid):
             context = self.contexts[node]
             context.run_config = dict(self.run_config)
             try:
-                return self.client_app(request, context)
-            except Exception as error:
+                reply = self.client_app(request, context)
+                if not isinstance(reply, Message):
+                    raise TypeError(f"the app gave no message but {type(reply).__name__}")
+                return reply
+            except (Exception, SystemExit) as error:  # a client that leaves does not take the others along
                 reason = f"{type(error).__name__}: {error}"
                 return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request)
 

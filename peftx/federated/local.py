@@ -15,9 +15,11 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import default_data_collator, get_scheduler
 
-from ..utils import IGNORE
-from .privacy import BudgetExceeded, DPSpec, attached, base_of, check_private, checked_history, epsilon_spent, head_of
-from .privacy import sample_rate as poisson_rate
+from ..losses import base_of, supervised
+from .accounting import BudgetExceeded, checked_history, epsilon_spent
+from .accounting import sample_rate as poisson_rate
+from .dpsgd import attached
+from .privacy import DPSpec, check_private
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -142,7 +144,7 @@ def train_local(
             raise ValueError("No tensor of the model is trainable.")
     else:
         trained = check_private(model, privacy)
-        sigma, spent = _plan(privacy, rows, settings, history, total_steps)
+        sigma, spent = plan_round(privacy, rows, settings, history, total_steps)
     if device is not None:
         model.to(device)
     parameters = list(trained.values())
@@ -165,11 +167,15 @@ def train_local(
             losses = []
             for rows_of_step in _shuffled(rows, settings, seed):
                 optimizer.zero_grad()
-                losses.append(_accumulate(model, [batch(chunk) for chunk in _chunks(rows_of_step, settings)]))
+                loss = _accumulate(model, [batch(chunk) for chunk in _chunks(rows_of_step, settings)])
+                if loss is not None:
+                    losses.append(loss)
                 if settings.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
                 scheduler.step()
+            if not losses:
+                raise ValueError(f"No record of {settings.steps} steps has a label to learn: all were -100.")
             return LocalResult(rows, float(torch.stack(losses).mean()), settings.steps)
 
         with attached(
@@ -183,20 +189,31 @@ def train_local(
             seeds=(draws, noise),
             history=history,
         ) as private:
+            checked = False
             for rows_of_step in private.draws:
                 private.step([_forward(model, batch, chunk) for chunk in _chunks(rows_of_step, settings)])
                 scheduler.step()
+                if rows_of_step and not checked:  # one that turns out wrong is undone with the round
+                    private.check_one(model, batch(rows_of_step[:1]))
+                    checked = True
             return LocalResult(1, None, settings.steps, spent, private.history)
 
 
-def _plan(
+def plan_round(
     privacy: DPSpec,
     rows: int,
     settings: LocalSettings,
-    history: Sequence[Sequence[float]] | None,
-    total_steps: int | None,
+    history: Sequence[Sequence[float]] | None = None,
+    total_steps: int | None = None,
 ) -> tuple[float, float]:
-    """The noise multiplier of the round and the epsilon spent after it."""
+    """The noise multiplier of a private round over `rows` records, and the epsilon spent after it; see `train_local`.
+
+    Raises:
+        BudgetExceeded: the round would spend more than `privacy.epsilon`.
+        ValueError: `privacy.delta` is above 1 / rows, or no noise is enough.
+    """
+    if rows < 1:
+        raise ValueError("The client's dataset is empty.")
     if privacy.delta > 1 / rows:
         raise ValueError(
             f"`delta` {privacy.delta:g} is above 1 / {rows}, one over the number of records: publishing a whole record "
@@ -242,12 +259,19 @@ def _forward(model: nn.Module, batch: Callable, rows: Sequence[int]) -> Callable
     return forward
 
 
-def _accumulate(model: nn.Module, batches: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """Adds the gradients of the loss of all `batches` taken as one, and returns that loss."""
-    items = [_items(model, batch["labels"]) for batch in batches]
+def _accumulate(model: nn.Module, batches: Sequence[dict[str, Any]]) -> torch.Tensor | None:
+    """Adds the gradients of the loss of all `batches` taken as one, and returns that loss; None if nothing has a label.
+
+    A batch without a label, whose own mean would be NaN, has no share.
+    """
+    weights = [supervised(model, batch) for batch in batches]
+    if not any(weights):
+        return None
     total = torch.zeros(())
-    for batch, weight in zip(batches, items, strict=True):
-        loss = model(**batch).loss * (weight / max(1, sum(items)))
+    for batch, weight in zip(batches, weights, strict=True):
+        if not weight:
+            continue
+        loss = model(**batch).loss * (weight / sum(weights))
         _check_trains(loss)
         loss.backward()
         total += loss.detach().float().cpu()
@@ -257,15 +281,6 @@ def _accumulate(model: nn.Module, batches: Sequence[dict[str, Any]]) -> torch.Te
 def _check_trains(output: torch.Tensor) -> None:
     if not output.requires_grad:
         raise ValueError("The model's output depends on no trainable tensor: is the adapter merged or disabled?")
-
-
-def _items(model: nn.Module, labels: torch.Tensor) -> int:
-    """How many losses the model's own mean is over: tokens with a label, or records."""
-    if labels.ndim < 2 or labels.is_floating_point():
-        return len(labels)
-    if head_of(base_of(model))[1]:
-        labels = labels[:, 1:]
-    return int((labels != IGNORE).sum())
 
 
 def _shuffled(rows: int, settings: LocalSettings, seed: int) -> Iterator[list[int]]:

@@ -333,3 +333,20 @@ def _stack(state: Mapping[str, torch.Tensor], replies: Iterable[Reply], weightin
 def _joined(weights: torch.Tensor, B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """B (d_out, K r) and A (K r, d_in), fp32, with B A = sum w_k B_k A_k."""
     return (weights[:, None, None] * B).transpose(0, 1).flatten(1).float(), A.flatten(0, 1).float()
+
+
+def joined(residual: Mapping[str, torch.Tensor], new: Product) -> State:
+    """FedEx-LoRA's residuals of all rounds so far, as "<layer>.residual_B" (d_out, k) and "....residual_A" (k, d_in).
+
+    Their ranks add up round by round, until a layer's shorter side bounds them.
+    """
+    factors: State = {}
+    for name, (B, A) in new.items():
+        keys = (f"{name}.residual_B", f"{name}.residual_A")
+        if keys[0] in residual:
+            B, A = torch.cat([residual[keys[0]], B], 1), torch.cat([residual[keys[1]], A])
+        if len(A) > min(len(B), A.shape[1]):
+            U, S, A = factored_svd(A.double(), B.double())
+            B = U * S
+        factors |= {keys[0]: B.float(), keys[1]: A.float()}
+    return factors

@@ -1,24 +1,31 @@
 """The server's side of FedSVD (arXiv:2505.12805) and of what it is compared with, as a Flower strategy."""
 
-import json
 import random
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..tuners.fedsvd import factored_svd, is_due
-from .checks import Admitted, AuditEntry, Limits, Reply, admit, read_examples, read_state
+from ..tuners.fedsvd import is_due
+from .checkpoint import Checkpoint, read, write
+from .checks import (
+    WEIGHT_CAP,
+    Admitted,
+    AuditEntry,
+    Limits,
+    admit,
+    check_count,
+    check_factor,
+    check_state,
+    read_state,
+)
+from .evaluation import average_metrics
 from .flower import (
     AggregationError,
-    Array,
     ArrayRecord,
     ConfigRecord,
     Grid,
@@ -26,34 +33,16 @@ from .flower import (
     MessageType,
     MetricRecord,
     RecordDict,
+    Result,
     Strategy,
 )
-from .state import Product, average_AB, average_B, fedex_lora, flexlora, refactorize_state
+from .messages import ARRAYS, CONFIG, to_metrics, to_record, to_reply
+from .state import average_AB, average_B, fedex_lora, flexlora, joined, refactorize_state
 
 METHODS = {"fedsvd": "B", "ffa-lora": "B", "fedit": "AB", "flexlora": "AB", "fedex-lora": "AB"}
 """What clients train and send, by method."""
 
-ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"  # names of the records in every message
-
 log = getLogger("flwr").log
-
-
-def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """Flower's form of a state: fp32, contiguous, npy without pickle."""
-    return ArrayRecord(
-        {name: Array(value.detach().float().contiguous().cpu().numpy()) for name, value in state.items()}
-    )
-
-
-def to_reply(message: Message) -> Reply:
-    """Flower's message as plain data. What is not as agreed in its records becomes an error."""
-    node = message.metadata.src_node_id
-    if message.has_error():
-        return Reply(node, error=message.error.reason or f"error {message.error.code}")
-    arrays, metrics = message.content.array_records, message.content.metric_records
-    if set(arrays) != {ARRAYS} or len(metrics) > 1:
-        return Reply(node, error=f"expected one record {ARRAYS!r} and at most one of metrics in the reply")
-    return Reply(node, arrays[ARRAYS], next(iter(metrics.values()), {}))
 
 
 class FedSVDStrategy(Strategy):
@@ -74,9 +63,14 @@ class FedSVDStrategy(Strategy):
             says where `make_server_app` runs the rounds (see `follow`), else 1 and 0.
         clients_per_round: how many are asked, drawn by `seed` and round. Default: all that are connected.
         min_nodes: how many must be connected before a round starts; at least `clients_per_round`. Default 1.
-        min_valid: a round with fewer admitted replies raises. Default 1.
+        min_valid: a round with fewer admitted replies is skipped: the state stays. Default 1.
+        max_failed_rounds: rounds in a row that may be skipped; one more ends the run with an error, as does a run
+            without any other round. Default 3.
         weighting: "examples": by the clients' numbers of examples (McMahan et al., the reference's default).
             "uniform": all equal. Default: "examples", or "uniform" where `private`.
+        weight_cap: a client's number of examples counts as at most so many times the median of the other clients' (see
+            `checks.capped`), in the average and in the means of metrics; the audit has "capped" entries. Default 10,
+            which ordinary imbalance stays below. None: what a client says counts, up to `Limits.max_examples`.
         private: clients train with differential privacy. They then withhold the number of their examples and their
             loss, which are not noised; so `weighting` must be "uniform".
         limits: what one client may say; see `Limits`.
@@ -86,7 +80,9 @@ class FedSVDStrategy(Strategy):
         connect_timeout: seconds to wait for `min_nodes`.
 
     Attributes:
-        audit: an `AuditEntry` for every reply that was dropped, clipped or missing.
+        audit: an `AuditEntry` for every reply that was dropped, clipped, capped or missing.
+        skipped: why, by the number of each round that was skipped.
+        result: Flower's `Result` of the last `start`, as far as it has come: there also when the run ends in an error.
         state: by name, the factors that go out next, fp32.
         singular_values: those of the last refactorisation, by layer, without the LoRA scale.
 
@@ -103,7 +99,9 @@ class FedSVDStrategy(Strategy):
         clients_per_round: int | None = None,
         min_nodes: int = 1,
         min_valid: int = 1,
+        max_failed_rounds: int = 3,
         weighting: Literal["examples", "uniform"] | None = None,
+        weight_cap: float | None = WEIGHT_CAP,
         private: bool = False,
         limits: Limits | None = None,
         seed: int = 0,
@@ -116,8 +114,8 @@ class FedSVDStrategy(Strategy):
         if method != "fedsvd" and refactorize_every:
             raise ValueError(f"refactorize_every={refactorize_every} belongs to fedsvd; {method} never refactorises")
         for name, value in (("refactorize_every", refactorize_every), ("refactorize_warmup", refactorize_warmup)):
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            if value is not None:
+                check_count(name, value, 0)
         if private and evaluate_clients:
             raise ValueError("private clients do not evaluate, since metrics are not noised: no evaluate_clients")
         if private and weighting == "examples":
@@ -125,8 +123,11 @@ class FedSVDStrategy(Strategy):
         if weighting not in (None, "examples", "uniform"):
             raise ValueError(f'weighting must be "examples" or "uniform", got {weighting!r}')
         for name, value in (("min_valid", min_valid), ("min_nodes", min_nodes)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_count(name, value)
+        check_count("max_failed_rounds", max_failed_rounds, 0)
+        check_factor("weight_cap", weight_cap)
+        if clients_per_round is not None:
+            check_count("clients_per_round", clients_per_round)
         if clients_per_round is not None and clients_per_round < min_valid:
             raise ValueError(f"clients_per_round={clients_per_round} can never give min_valid={min_valid} replies")
         self.method = method
@@ -136,6 +137,8 @@ class FedSVDStrategy(Strategy):
         self.clients_per_round = clients_per_round
         self.min_nodes = max(min_nodes, clients_per_round or 1)
         self.min_valid = min_valid
+        self.max_failed_rounds = max_failed_rounds
+        self.weight_cap = weight_cap
         self.private = private
         self.weighting: Literal["examples", "uniform"] = weighting or ("uniform" if private else "examples")
         self.limits = limits or Limits()
@@ -149,8 +152,11 @@ class FedSVDStrategy(Strategy):
         self.residual: dict[str, Tensor] = {}
         self.singular_values: dict[str, Tensor] = {}
         self.refactorized = False
-        self.round = 0  # finished rounds
-        self._first = 0  # rounds finished before this `start`
+        self.skipped: dict[int, str] = {}
+        self.result = Result()
+        self.round = 0  # rounds so far, those that were skipped too
+        self._first = self._last = 0  # rounds before this `start`, and after it
+        self._failed = 0  # rounds in a row
         self._asked: list[int] = []
 
     def summary(self) -> None:
@@ -163,19 +169,45 @@ class FedSVDStrategy(Strategy):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(config, name, None))
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Any:
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
         """Flower's loop; see `flwr.serverapp.strategy.Strategy.start`. After `resume` its rounds count on.
 
         Raises:
-            ValueError: the strategy holds another state than `initial_arrays`, of rounds before or a checkpoint.
+            ValueError: the strategy holds another state than `initial_arrays`, of rounds before or a checkpoint; or
+                clients would refuse it.
+            AggregationError: more than `max_failed_rounds` rounds in a row failed, or all of them. What there was
+                before is in `state`, `result` and `audit`.
         """
         if self.state and dict(initial_arrays) != dict(to_record(self.sent())):
             raise ValueError(
                 f"this strategy goes on from round {self.round}, with `to_record(strategy.sent())`: start from other "
                 "arrays with a new one"
             )
-        self._first = self.round
-        return super().start(grid, initial_arrays, *args, **kwargs)
+        if not self.state:
+            self._load(initial_arrays)
+        self._first, self._last = self.round, self.round + num_rounds
+        self._failed, self.result = 0, Result()
+
+        def evaluated(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+            found = None if evaluate_fn is None else evaluate_fn(number, arrays)
+            if found is not None:
+                self.result.evaluate_metrics_serverapp[number] = found
+            return found
+
+        loop = (num_rounds, timeout, train_config, evaluate_config, None if evaluate_fn is None else evaluated)
+        result = super().start(grid, initial_arrays, *loop)
+        if self._failed and self._failed == num_rounds:
+            raise AggregationError(f"no round succeeded; the last one, {self.skipped[self.round]}")
+        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -183,7 +215,10 @@ class FedSVDStrategy(Strategy):
         number = self._first + server_round
         if not self.state:
             self._load(arrays)
+        self._asked = []
         nodes = self._connected(grid)
+        if len(nodes) < self.min_nodes:
+            return []  # a round without replies
         wanted = self.clients_per_round or len(nodes)
         self._asked = sorted(random.Random(f"{self.seed}, round {number}").sample(nodes, wanted))
         said = {
@@ -192,6 +227,8 @@ class FedSVDStrategy(Strategy):
             "factors": self.factors,
             "refactorized": self.refactorized,
         }
+        if self._last:
+            said["rounds"] = self._last
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({**config, **said})})
         return [Message(content, node, MessageType.TRAIN, group_id=str(number)) for node in self._asked]
 
@@ -200,59 +237,91 @@ class FedSVDStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next state and the round's metrics: how many replies were "admitted" and "dropped", and their "loss".
 
+        With fewer than `min_valid` admitted replies the round is skipped: no arrays, the state stays, and "skipped" is
+        1 among the metrics. A reply that takes the state beyond what clients accept is dropped, the largest update
+        first, as if it had not been admitted.
+
         Raises:
-            AggregationError: fewer than `min_valid` replies are left, or the average is not finite; the state stays.
+            AggregationError: more than `max_failed_rounds` rounds in a row were skipped.
         """
         number = self._first + server_round
-        admitted, entries = admit(
-            map(to_reply, replies),
-            self._origin(),
-            asked=self._asked,
-            round=number,
-            limits=self.limits,
-            count_examples=self.weighting == "examples",
-        )
+        received, refused = [to_reply(message) for message in replies], dict[int, AuditEntry]()
+        while True:
+            admitted, entries = admit(
+                (reply for reply in received if reply.node not in refused),
+                self._origin(),
+                asked=[node for node in self._asked if node not in refused],
+                round=number,
+                limits=self.limits,
+                count_examples=self.weighting == "examples",
+                weight_cap=self.weight_cap,
+            )
+            entries += refused.values()
+            if len(admitted) < self.min_valid:
+                break
+            try:
+                self._update(admitted, number)
+                break
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                worst = max(admitted, key=lambda one: one.norm)
+                refused[worst.node] = AuditEntry(number, worst.node, f"clients would refuse the average: {error}"[:390])
         self.audit += entries
         for entry in entries:
             log(WARNING, "round %d, node %d: %s: %s", number, entry.node, entry.action, entry.reason)
-        if len(admitted) < self.min_valid:
-            raise AggregationError(
-                f"round {number}: {len(admitted)} of {len(self._asked)} replies are valid, fewer than "
-                f"min_valid={self.min_valid}: " + "; ".join(f"node {entry.node}: {entry.reason}" for entry in entries)
-            )
-        self._update(admitted, number)
         self.round = number
+        dropped = sum(entry.action == "dropped" for entry in entries)
+        metrics = MetricRecord({"admitted": len(admitted), "dropped": dropped})
+        self.result.train_metrics_clientapp[server_round] = metrics
+        failed = len(admitted) < self.min_valid
+        if failed:
+            metrics["skipped"] = 1
+            self._skip(number, len(admitted), entries)
+        else:
+            self._failed = 0
+            losses = [(one.examples, one.loss) for one in admitted if one.loss is not None]
+            if losses and not self.private:
+                metrics["loss"] = sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
         if self.checkpoints is not None:
             self.checkpoint(self.checkpoints)
-        dropped = sum(entry.action == "dropped" for entry in entries)
-        metrics: dict[str, Any] = {"admitted": len(admitted), "dropped": dropped}
-        losses = [(one.examples, one.loss) for one in admitted if one.loss is not None]
-        if losses and not self.private:
-            metrics["loss"] = sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
-        return to_record(self.sent()), MetricRecord(metrics)
+        if self._failed > self.max_failed_rounds:
+            raise AggregationError(
+                f"more than max_failed_rounds={self.max_failed_rounds} rounds in a row failed; the last one, "
+                f"{self.skipped[number]}"
+            )
+        return None if failed else to_record(self.sent()), metrics
+
+    def _skip(self, number: int, valid: int, entries: list[AuditEntry]) -> None:
+        reason = (
+            f"round {number}: {valid} of {len(self._asked)} replies are valid, fewer than min_valid={self.min_valid}"
+        )
+        if not self._asked:
+            reason = f"round {number}: fewer than min_nodes={self.min_nodes} nodes are connected"
+        reasons = [f"node {entry.node}: {entry.reason}" for entry in entries if entry.action == "dropped"]
+        self.skipped[number] = ": ".join([reason, *(["; ".join(reasons)] if reasons else [])])
+        self._failed += 1
+        log(WARNING, "skipped %s", self.skipped[number])
 
     def _update(self, admitted: list[Admitted], number: int) -> None:
+        """Takes over the average of the replies, refactorised where that is due.
+
+        Raises:
+            ValueError: clients would refuse it; the state stays.
+        """
         parts = ((one.examples, one.tensors()) for one in admitted)
         state, residual, values = dict(self.state), self.residual, self.singular_values
-        try:
-            if self.factors == "B":
-                state |= average_B(self.state, parts, weighting=self.weighting)
-            elif self.method == "fedit":
-                state = average_AB(self.state, parts, weighting=self.weighting)
-            elif self.method == "flexlora":
-                state = flexlora(self.state, parts, weighting=self.weighting)
-            else:
-                state, new = fedex_lora(self.state, parts, weighting=self.weighting)
-                residual = joined(self.residual, new)
-            due = self._is_due(number)
-            if due:
-                state, values = refactorize_state(state)
-        except ValueError as error:
-            raise AggregationError(f"round {number}: {error}") from error
-        if bad := [name for name, value in (state | residual).items() if not torch.isfinite(value).all()]:
-            raise AggregationError(
-                f"round {number}: the average is not finite in {bad[0]!r}; set Limits.max_update_norm"
-            )
+        if self.factors == "B":
+            state |= average_B(self.state, parts, weighting=self.weighting)
+        elif self.method == "fedit":
+            state = average_AB(self.state, parts, weighting=self.weighting)
+        elif self.method == "flexlora":
+            state = flexlora(self.state, parts, weighting=self.weighting)
+        else:
+            state, new = fedex_lora(self.state, parts, weighting=self.weighting)
+            residual = joined(self.residual, new)
+        due = self._is_due(number)
+        if due:
+            state, values = refactorize_state(state)
+        check_state({**state, **residual}, orthonormal=self.refactorized or due)
         self.state, self.residual, self.singular_values = state, residual, values
         self.refactorized |= due
 
@@ -269,17 +338,19 @@ class FedSVDStrategy(Strategy):
 
     def _load(self, arrays: ArrayRecord) -> None:
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-        state = read_state(arrays, shapes)
+        self._take(read_state(arrays, shapes, orthonormal=self.refactorized))
+
+    def _take(self, state: Mapping[str, Tensor]) -> None:
         self.state = {name: value for name, value in state.items() if name.endswith((".lora_A", ".lora_B"))}
         self.residual = {name: value for name, value in state.items() if name not in self.state}
 
     def _connected(self, grid: Grid) -> list[int]:
+        """The nodes, when there are `min_nodes` or it has taken `connect_timeout`."""
         end = time.monotonic() + self.connect_timeout
         while len(nodes := sorted(grid.get_node_ids())) < self.min_nodes:
             if time.monotonic() > end:
-                raise AggregationError(
-                    f"{len(nodes)} nodes are connected after {self.connect_timeout:.0f} s, {self.min_nodes} are needed"
-                )
+                log(WARNING, "%d nodes are connected, %d are needed: no longer waiting", len(nodes), self.min_nodes)
+                break
             time.sleep(1)
         return nodes
 
@@ -289,92 +360,38 @@ class FedSVDStrategy(Strategy):
         if not self.evaluate_clients:
             return []
         number = self._first + server_round
-        self._asked = self._connected(grid)
+        self._asked = self._connected(grid)  # fewer than a round of training needs are enough
         said = {"server-round": number, "method": self.method, "refactorized": self.refactorized}
         content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({**config, **said})})
         return [Message(content, node, MessageType.EVALUATE, group_id=str(number)) for node in self._asked]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The mean of each metric, weighted by examples; replies that are no finite numbers are left out."""
-        sums: dict[str, float] = {}
-        weights: dict[str, int] = {}
-        heard: set[int] = set()
-        for message in replies:
-            node = message.metadata.src_node_id
-            try:
-                if message.has_error():
-                    raise ValueError(f"the client failed: {message.error.reason}"[: self.limits.max_error])
-                if node in heard or node not in self._asked:
-                    raise ValueError("a second reply, or from a node that was not asked")
-                heard.add(node)
-                metrics: Mapping[str, Any] = next(iter(message.content.metric_records.values()), {})
-                n = read_examples(metrics, self.limits)
-                for name, value in metrics.items():
-                    if name != "num-examples" and isinstance(value, int | float) and abs(value) < 1e300:
-                        sums[name] = sums.get(name, 0.0) + n * value
-                        weights[name] = weights.get(name, 0) + n
-            except ValueError as error:
-                self.audit.append(AuditEntry(self._first + server_round, node, f"evaluation: {error}"))
-        return MetricRecord({name: total / weights[name] for name, total in sums.items()}) if sums else None
+        """The mean of each metric, weighted by examples as the average is; see `evaluation.average_metrics`."""
+        found, entries = average_metrics(
+            map(to_metrics, replies),
+            asked=self._asked,
+            round=self._first + server_round,
+            limits=self.limits,
+            weight_cap=self.weight_cap,
+        )
+        self.audit += entries
+        if not found:
+            return None
+        self.result.evaluate_metrics_clientapp[server_round] = record = MetricRecord(dict(found))
+        return record
 
     def checkpoint(self, folder: str | Path) -> None:
         """Writes the global state (safetensors) and strategy.json; the old pair stays until the new one is whole."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = f"state-{self.round}.safetensors"
-        save_file({name: value.contiguous() for name, value in self.sent().items()}, folder / tensors)
-        known = {
-            "format": 1,
-            "method": self.method,
-            "round": self.round,
-            "refactorized": self.refactorized,
-            "state": tensors,
-            "audit": [asdict(entry) for entry in self.audit],
-        }
-        draft = folder / "strategy.json.part"
-        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        draft.replace(folder / "strategy.json")
-        for old in folder.glob("state-*.safetensors"):
-            if old.name != tensors:
-                old.unlink()
+        write(Path(folder), Checkpoint(self.method, self.round, self.refactorized, self.sent(), self.audit))
 
     def resume(self, folder: str | Path) -> ArrayRecord:
         """Takes up a checkpoint: returns the arrays for `start`, whose rounds then count on from there.
 
         Raises:
-            ValueError: no checkpoint of this method there, or a damaged one; the strategy stays as it was.
+            ValueError: no checkpoint of this method there, or a damaged one, or a state that clients would refuse; the
+                strategy stays as it was.
         """
-        folder = Path(folder)
-        try:
-            known = json.loads((folder / "strategy.json").read_text(encoding="utf-8"))
-            if known["format"] != 1 or known["method"] != self.method:
-                raise ValueError(f"it is of method {known['method']!r} in format {known['format']}")
-            audit = [AuditEntry(**entry) for entry in known["audit"]]
-            number, refactorized = int(known["round"]), bool(known["refactorized"])
-            with safe_open(folder / Path(known["state"]).name, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if bad := [name for name, value in state.items() if not torch.isfinite(value).all()]:
-                raise ValueError(f"{bad[0]!r} is not finite")
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"no checkpoint to resume {self.method} from in {folder}: {error}") from error
-        arrays = to_record(state)
-        self._load(arrays)
-        self.audit, self.round, self.refactorized = audit, number, refactorized
-        return arrays
-
-
-def joined(residual: Mapping[str, Tensor], new: Product) -> dict[str, Tensor]:
-    """FedEx-LoRA's residuals of all rounds so far, as "<layer>.residual_B" (d_out, k) and "....residual_A" (k, d_in).
-
-    Their ranks add up round by round, until a layer's shorter side bounds them.
-    """
-    factors: dict[str, Tensor] = {}
-    for name, (B, A) in new.items():
-        keys = (f"{name}.residual_B", f"{name}.residual_A")
-        if keys[0] in residual:
-            B, A = torch.cat([residual[keys[0]], B], 1), torch.cat([residual[keys[1]], A])
-        if len(A) > min(len(B), A.shape[1]):
-            U, S, A = factored_svd(A.double(), B.double())
-            B = U * S
-        factors |= {keys[0]: B.float(), keys[1]: A.float()}
-    return factors
+        found = read(Path(folder), self.method)
+        self._take(found.state)
+        self.audit, self.round, self.refactorized = found.audit, found.round, found.refactorized
+        return to_record(found.state)

@@ -27,12 +27,15 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.exception import AggregationError
 from flwr.supercore.task_identity import TaskIdentity
 
-from peftx.federated.apps import keep_history, load_history, make_client_app, make_server_app, receive, set_trainable
+from peftx.federated.accounting import epsilon_spent
+from peftx.federated.apps import make_client_app, make_server_app, receive, set_trainable
 from peftx.federated.grid import InProcessGrid, run_in_process
+from peftx.federated.ledger import keep_history, load_history
 from peftx.federated.local import LocalSettings, train_local
+from peftx.federated.messages import to_record
 from peftx.federated.partition import dirichlet_partition
-from peftx.federated.privacy import DPSpec, epsilon_spent
-from peftx.federated.strategy import FedSVDStrategy, to_record
+from peftx.federated.privacy import DPSpec
+from peftx.federated.strategy import FedSVDStrategy
 
 logging.getLogger("flwr").setLevel(logging.ERROR)  # Flower sets its own when it is imported
 
@@ -818,7 +821,7 @@ def test_a_ledger_outlives_runs_and_restarts(tmp_path):
     for rounds in (2, 3):  # new contexts each time
         _, _, grid = run(FedSVDStrategy(private=True), rounds, clients=2, privacy=PRIVATE, ledger=ledger)
     assert load_history(grid.contexts[2]) == [[1.0, 1 / 3, 15]]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["0.json", "1.json"]
     known = json.loads((tmp_path / "1.json").read_text())
     assert known == {"history": [[1.0, 1 / 3, 15]], "epsilon": grid.contexts[3].state["privacy"]["epsilon"]}
     before = (tmp_path / "0.json").read_bytes()

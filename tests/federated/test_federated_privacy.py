@@ -24,8 +24,10 @@ from opacus.accountants import PRVAccountant
 
 from peftx.adapters.lora import low_rank
 from peftx.federated import local, privacy
+from peftx.federated.accounting import BudgetExceeded, epsilon_spent
+from peftx.federated.dpsgd import SampleLoss, attached
 from peftx.federated.local import LocalSettings, train_local
-from peftx.federated.privacy import BudgetExceeded, DPSpec, SampleLoss, attached, check_private, epsilon_spent
+from peftx.federated.privacy import DPSpec, check_private
 from peftx.tuners import fedsvd
 
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "t5": ["q", "v"]}
