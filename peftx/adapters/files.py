@@ -121,7 +121,7 @@ def check_header(tuner: Any, model: nn.Module, adapter_name: str, file: Opened, 
     if weights is not None and old:
         raise ValueError(
             f"The {method} adapter was written by an earlier release, with keys such as {old[0]!r}, which "
-            "transformers' own `load_adapter` cannot rename. Load it by `peft.PeftModel.from_pretrained`, save it again."
+            "transformers' own `load_adapter` cannot rename. Load it by PeftModel.from_pretrained and save it again."
         )
     tensors = {**file.tensors} if weights is None else current(tuner, load_file(weights))
     expected: dict[str, torch.Tensor] = {}
