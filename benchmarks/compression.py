@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from peftx.compression.hooks import Collector
-from peftx.compression.statistics import base_layer, target_layers
+from peftx.compression.layers import base_layer, target_layers
 
 RESULTS = Path(__file__).parent / "results"
 TRAINING = {
