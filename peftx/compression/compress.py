@@ -212,8 +212,8 @@ def _replace(
             except BaseException:
                 if made:
                     logger.error(
-                        f"compress was interrupted when {made} of {len(ranks)} layers were replaced: load the model again"
-                        " (finished layers that a folder= holds need not be made again)"
+                        f"compress was interrupted when {made} of {len(ranks)} layers were replaced: load the model "
+                        "again (finished layers that a folder= holds need not be made again)"
                     )
                 raise
             base.set_submodule(name, low)

@@ -216,7 +216,7 @@ def weighting_for(
     found = parts_for(method, statistics, shape, side=side, alpha=alpha)
     if not found:
         return Weighting()
-    weights = weighting(shape=shape, device=device, **found)  # type: ignore[arg-type]
+    weights = weighting(shape=shape, device=device, **found)
     return Weighting(weights.left, weights.right, scale_for(method, statistics, shape, side=side, alpha=alpha))
 
 

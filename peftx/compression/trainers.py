@@ -61,7 +61,7 @@ def check_head(trainer: Any, collector: Collector) -> None:
     """Raises:
     ValueError: TRL reads the weight of an output embedding that is collected on, past its hooks.
     """
-    head = getattr(base_model(collector.model), "get_output_embeddings", lambda: None)()
+    head: Any = getattr(base_model(collector.model), "get_output_embeddings", lambda: None)()
     for name, layer in collector.layers.items() if head is not None and is_trl(trainer) else ():
         trains = collector.estimator == "per_batch" and isinstance(layer, nn.Linear) and layer.weight.requires_grad
         if base_layer(layer) is base_layer(head) and not (collector.fields == collector.sides and trains):
