@@ -81,7 +81,7 @@ def step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Opti
 
 def held(how: Any) -> int:
     """Bytes between steps."""
-    sums = getattr(how, "sums", ())
+    sums = getattr(getattr(how, "totals", how), "sums", ())
     return sum(part.nbytes for part in (sums.values() if isinstance(sums, dict) else sums))
 
 

@@ -24,7 +24,7 @@ def check_count(name: str, value: Any, least: int = 1, *, none: bool = False, mo
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < most:
         below = "" if most == math.inf else f" and below {most}"
         raise ValueError(
-            f"{name} must be a whole number, at least {least}{below}{', or None' * none}, got {_shown(value)}"
+            f"{name} must be a whole number, at least {least}{below}{', or None' * none}, got {shown(value)}"
         )
 
 
@@ -33,10 +33,13 @@ def check_number(name: str, value: Any, *, above: float | None = None, least: fl
     ValueError: `value` is no finite number, or not in its range.
     """
     said = f"above {above:g}" if above is not None else f"of at least {least:g}" if least is not None else ""
-    number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    try:
+        number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        number = False
     low = -math.inf if least is None else least
     if not number or value < low or (above is not None and value <= above):
-        raise ValueError(f"{name} must be a finite number {said}".rstrip() + f", got {_shown(value)}")
+        raise ValueError(f"{name} must be a finite number {said}".rstrip() + f", got {shown(value)}")
 
 
 def check_flag(name: str, value: Any, *, none: bool = False) -> None:
@@ -44,7 +47,7 @@ def check_flag(name: str, value: Any, *, none: bool = False) -> None:
     ValueError: `value` is neither True nor False; None may do.
     """
     if not isinstance(value, bool) and not (none and value is None):
-        raise ValueError(f"{name} must be True or False{', or None' * none}, got {_shown(value)}")
+        raise ValueError(f"{name} must be True or False{', or None' * none}, got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
@@ -52,7 +55,7 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
     ValueError: `value` is none of the known words.
     """
     if not isinstance(value, str) or value not in (known := tuple(known)):
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {_shown(value)}")
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
 
 
 def check_modules(name: str, value: Any) -> None:
@@ -63,7 +66,7 @@ def check_modules(name: str, value: Any) -> None:
         try:
             re.compile(value)
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{name}={_shown(value)} is no regular expression: {error}") from None
+            raise ValueError(f"{name}={shown(value)} is no regular expression: {error}") from None
         if value:
             return
     elif value is None or (
@@ -71,7 +74,7 @@ def check_modules(name: str, value: Any) -> None:
     ):
         return
     raise ValueError(
-        f"{name} must be a regular expression, a list of names of modules or their ends, or None, got {_shown(value)}"
+        f"{name} must be a regular expression, a list of names of modules or their ends, or None, got {shown(value)}"
     )
 
 
@@ -83,7 +86,7 @@ def check_file_name(name: str, value: Any, taken: Iterable[str] = ()) -> None:
         return
     plain = isinstance(value, str) and value.isprintable() and value.strip(" .") != ""
     if not plain or {"/", "\\", ":"} & set(value) or Path(value).name != value:
-        raise ValueError(f"{name} must be the name of a file, without a folder, or None, got {_shown(value)}")
+        raise ValueError(f"{name} must be the name of a file, without a folder, or None, got {shown(value)}")
     if value.lower() in taken:
         raise ValueError(f"{name} must not be {value!r}, which training writes itself")
 
@@ -93,7 +96,7 @@ def check_callable(name: str, value: Any, *, none: bool = False) -> None:
     ValueError: `value` cannot be called; None may do.
     """
     if not callable(value) and not (none and value is None):
-        raise ValueError(f"{name} must be a function{', or None' * none}, got {_shown(value)}")
+        raise ValueError(f"{name} must be a function{', or None' * none}, got {shown(value)}")
 
 
 def check_folder(name: str, value: Any) -> None:
@@ -103,13 +106,17 @@ def check_folder(name: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, str | os.PathLike) or not str(value) or "\0" in str(value):
-        raise ValueError(f"{name} must be the path of a folder, or None, got {_shown(value)}")
+        raise ValueError(f"{name} must be the path of a folder, or None, got {shown(value)}")
     if Path(value).exists() and not Path(value).is_dir():
         raise ValueError(f"{name} must be a folder, and {value} is a file")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value for an error: not too long."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever it is
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
@@ -123,7 +130,7 @@ def check_whole(model: Any, purpose: str = "collect on it") -> None:
     ValueError: no model; or one that is compiled, wrapped, split over processes, offloaded or without weights.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got {_shown(model)}")
+        raise ValueError(f"model must be a torch.nn.Module, got {shown(model)}")
     if is_compiled(model):
         raise ValueError(f"the model is compiled, which leaves hooks out: {purpose} before torch.compile")
     kinds = {kind.__name__ for kind in type(model).__mro__}

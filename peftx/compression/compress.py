@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..cards.compressed import keep_card
-from .checks import check_choice, check_flag, check_folder, check_number, check_whole
+from .checks import check_choice, check_flag, check_folder, check_number, check_whole, shown
 from .factorize import METHODS, SIDES, Factors, Weighting, parts_for, scale_for, solve, weighting_for
 from .layers import base_layer, shape_of, target_layers
 from .linear import LowRankLinear
@@ -90,6 +91,7 @@ def compress(
         NotImplementedError: the adapter cannot be merged.
     """
     check_settings(keep, method, allocation, side, alpha)
+    keep = float(keep)
     check_flag("randomized", randomized, none=True)
     check_flag("progress", progress)
     check_folder("folder", folder)
@@ -254,8 +256,8 @@ def check_settings(keep: float, method: str, allocation: str = "uniform", side: 
     """Raises:
     ValueError: a setting of `compress` is out of range.
     """
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
-        raise ValueError(f"keep must be a share in (0, 1), got {keep!r}")
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep < 1:
+        raise ValueError(f"keep must be a share in (0, 1), got {shown(keep)}")
     check_choice("method", method, METHODS)
     check_choice("allocation", allocation, ALLOCATIONS)
     check_choice("side", side, SIDES)

@@ -268,7 +268,11 @@ def solve(weight: Tensor, rank: int, weights: Weighting, *, randomized: bool | N
         randomized = pays(rank, weight.shape[0], weight.shape[1])
     target = weights.apply(_precise(weight))
     p, s, q = randomized_svd(target, rank) if randomized else exact_svd(target)
-    energy = float(target.double().square().sum()) if randomized else float(s.double().square().sum())
+    energy = (
+        float(torch.linalg.vector_norm(target, dtype=torch.float64)) ** 2
+        if randomized
+        else float(s.double().square().sum())
+    )
     values, root = s.double().cpu(), s[:rank].sqrt()
     up, down = weights.undo(p[:, :rank] * root, root[:, None] * q[:rank])
     up, down = up.to(weight.dtype), down.to(weight.dtype)

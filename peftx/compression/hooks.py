@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .activations import Activations
 from .batch import Batch, Keep, divisor_of, scale_of
-from .checks import check_choice, check_count
+from .checks import check_choice, check_count, shown
 from .layers import base_layer, base_model, describe
 from .statistics import ESTIMATORS, Statistics
 from .sums import BLOCK, FISHER, add_squares, exact_zeros, square_sums
@@ -349,10 +349,10 @@ def check_settings(what: Iterable[str], estimator: str, directions: int | None =
     """
     known = WHAT | {side: (side,) for side in FISHER}
     if not isinstance(what, str | Iterable) or isinstance(what, bytes | Mapping):
-        raise ValueError(f"what must be some of {', '.join(known)}, got {what!r}")
+        raise ValueError(f"what must be some of {', '.join(known)}, got {shown(what)}")
     asked = [what] if isinstance(what, str) else list(what)
     if unknown := [name for name in asked if not isinstance(name, str) or name not in known]:
-        raise ValueError(f"what={unknown[0]!r} cannot be collected: one of {', '.join(known)}")
+        raise ValueError(f"what={shown(unknown[0])} cannot be collected: one of {', '.join(known)}")
     if not asked:
         raise ValueError(f"what= says what to collect: some of {', '.join(known)}")
     check_choice("estimator", estimator, ESTIMATORS)
