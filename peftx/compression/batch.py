@@ -25,7 +25,6 @@ class Batch:
     labels: Tensor | None
     items: Tensor | int | None  # what the Trainer asks the model to divide its loss by
     shifted: bool  # labels are those of the next position
-    mixes: bool = False  # rows hold several samples, and nothing says that these do not attend to one another
     divisor: Any = None  # the loss is a sum over samples, divided by this
     scale: Tensor | None = None  # from gradients of what was backpropagated to gradients of that sum
     encoded: Tensor | None = None  # what an encoder gives its decoder
@@ -54,8 +53,6 @@ class Batch:
             rows=len(first),
             lengths={part.shape[1] for part in tensors.values() if part.ndim > 1},
             segments=segments,
-            # Only then does the attention of transformers take positions that start again for a new sequence.
-            mixes="attention_mask" in tensors or inputs.get("use_cache") is not False,
             masks={"encoder": None if mask is None else mask != 0, "decoder": None if target is None else target != 0},
             labels=labels,
             items=inputs.get("num_items_in_batch"),

@@ -336,5 +336,5 @@ def _naming(name: str) -> Iterator[None]:
     """Puts the layer's name before an error about it."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"{name}: {error}") from None

@@ -142,13 +142,23 @@ class Collector:
         self._current = Batch.of(inputs, self._shifts) if counts else None
         self._forwarding = counts
         batch = self._current
-        if batch and batch.segments is not None and batch.mixes and self.estimator == "per_sample" and self.sides:
-            flash = "flash" in str(getattr(base_model(self.model).config, "_attn_implementation", ""))
-            if not flash or "attention_mask" in inputs:
-                raise ValueError(
-                    "the rows of the batch are not the samples (packing, or padding_free), and attend to one another: "
-                    "pass use_cache=False and no attention_mask, or use estimator='per_batch'"
-                )
+        if batch and batch.segments is not None and self.estimator == "per_sample" and self.sides:
+            self._check_packed(inputs)
+
+    def _check_packed(self, inputs: Mapping[str, Any]) -> None:
+        """Raises:
+        ValueError: nothing keeps the attention of transformers from going across the samples of a row.
+        """
+        config = getattr(base_model(self.model), "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        cached = inputs.get("use_cache")
+        cached = getattr(text, "use_cache", True) if cached is None else cached
+        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+        if inputs.get("attention_mask") is not None or (cached and not flash):
+            raise ValueError(
+                "the rows of the batch are not the samples (packing, or padding_free), and attend to one another: "
+                "pass use_cache=False and no attention_mask, or use estimator='per_batch'"
+            )
 
     def _after(self, model: nn.Module, args: tuple, inputs: dict[str, Any], outputs: Any) -> None:
         self._forwarding, batch = False, self._current

@@ -75,9 +75,9 @@ def recover(
 ) -> None:
     """Fine-tunes all parameters of a compressed model with the transformers `Trainer`, in place, and writes no file.
 
-    AdamW, the rate falling linearly to 0 after a twentieth of the steps. The paper fine-tunes for a few epochs; how
-    the factors' rate should differ from the original one it does not say. For anything else, use a `Trainer`: the
-    compressed model is an ordinary one.
+    AdamW, the rate falling linearly to 0 after a twentieth of the steps. The paper, as we recall it,
+    fine-tunes for a few epochs; how the factors' rate should differ from the original one it does not say. For anything
+    else, use a `Trainer`: the compressed model is an ordinary one.
 
     A model in half precision trains in float32, where small steps are not rounded away, and gets its dtype back.
 
