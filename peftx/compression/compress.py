@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..cards.compressed import keep_card
 from .checks import check_choice, check_flag, check_folder, check_number, check_whole, shown
-from .factorize import METHODS, SIDES, Factors, Weighting, parts_for, scale_for, solve, weighting_for
+from .factorize import METHODS, SIDES, Factors, Weighting, needs_no_factor, parts_for, scale_for, solve, weighting_for
 from .layers import base_layer, shape_of, target_layers
 from .linear import LowRankLinear
 from .loader import LowRankConfig
@@ -168,9 +168,12 @@ class Weightings:
         with _naming(name):
             return parts_for(self.method, known, self.shapes[name], **self.how)
 
-    def of(self, name: str, device: torch.device) -> Weighting:
+    def of(self, name: str, device: torch.device, randomized: bool | None) -> Weighting:
         known = None if self.statistics is None else self.statistics.get(name)
         gram = None if known is None or self.method != "svd-llm" else known.gram
+        if gram is not None and needs_no_factor(self.shapes[name], randomized):
+            with _naming(name):
+                return weighting_for(self.method, known, self.shapes[name], **self.how, factored=False)
         if gram is not None and self._last[0] is gram and self._last[1] == device:
             made = self._last[2]
         else:
@@ -194,7 +197,7 @@ def _finish(layer: Any, name: str, rank: int, weightings: Weightings, done: Shel
     origin = done.made_of(weight, facts, weightings.check(name).values() if done.kept else ())
     if not done.holds(name, rank, origin):
         device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-        weights = weightings.of(name, device)
+        weights = weightings.of(name, device, randomized)
         with _naming(name):
             done.put(name, solve(weight, rank, weights, randomized=randomized), origin)
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decompose import by_outputs, exact_svd, is_large, pays, randomized_svd
+
 # Method: what `collect` must gather for it.
 NEEDS: dict[str, tuple[str, ...]] = {"fwsvd": ("fisher",), "svd": (), "asvd": ("abs",), "svd-llm": ("gram",)}
 METHODS = tuple(NEEDS)
@@ -30,10 +32,6 @@ SIDES = ("in", "out", "both")
 
 FLOOR = 1e-8  # smallest importance, where the mean is 1: an input without any still gets a finite factor
 DAMPING = 1e-6  # smallest eigenvalue added to a Gram matrix, where the mean of its diagonal is 1
-DOUBLE = 2**22  # entries up to which a weight is decomposed in float64; for more, float32 is precise enough
-OVERSAMPLE = 16  # directions more than the rank, and
-POWERS = 4  # passes over the matrix, in a randomised decomposition: an error about one per cent above the least one
-GAIN = 2.0  # how many times as fast it must be, to be the default
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,14 @@ class Weighting:
     Attributes:
         left: (out,), diagonal of L, mean square 1.
         right: (in,), diagonal of R, mean square 1; or R (in, in), lower triangular.
+        gram: instead of R, of a wide weight, what R R^T is made of: see `by_outputs`.
         scale: what ||L (W - U V) R||^2 must be multiplied by to be comparable between layers.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     scale: float = 1.0
+    gram: Tensor | None = None
 
     def apply(self, weight: Tensor) -> Tensor:
         """L W R."""
@@ -99,6 +99,7 @@ def weighting(
     gram: Tensor | None = None,
     shape: tuple[int, int],
     device: torch.device | str = "cpu",
+    factored: bool = True,
 ) -> Weighting:
     """The weighting by importances, or by a Gram matrix.
 
@@ -111,6 +112,7 @@ def weighting(
             inputs, or inputs that are always zero, are no obstacle.
         shape: of the weight, (out, in).
         device: where a Gram matrix is decomposed.
+        factored: whether it is; else `Weighting.gram` has it.
 
     Raises:
         ValueError: the wrong length, not finite, negative, or zero everywhere.
@@ -120,6 +122,8 @@ def weighting(
         right, right_scale = _diagonal(importance_in, shape[1], "inputs")
         return Weighting(left, right, left_scale * right_scale)
     mean = gram_scale(gram, shape[1])
+    if not factored:
+        return Weighting(left, None, left_scale * mean, gram)
     damping = DAMPING
     while True:
         damped = gram.to(device, torch.float64, copy=True).div_(mean)  # the one copy: it becomes the factor
@@ -127,7 +131,7 @@ def weighting(
         failed = torch.empty((), dtype=torch.int32, device=damped.device)
         torch.linalg.cholesky_ex(damped, out=(damped, failed))
         if not failed:
-            right = damped if damped.numel() <= DOUBLE else damped.float()
+            right = damped.float() if is_large(damped.numel()) else damped
             return Weighting(left, right, left_scale * mean)
         damping *= 10
         if damping > 1:
@@ -203,6 +207,7 @@ def weighting_for(
     side: str = "in",
     alpha: float = 0.5,
     device: torch.device | str = "cpu",
+    factored: bool = True,
 ) -> Weighting:
     """The weighting of `method` for a layer with these `LayerStatistics` (None will do for svd).
 
@@ -216,8 +221,9 @@ def weighting_for(
     found = parts_for(method, statistics, shape, side=side, alpha=alpha)
     if not found:
         return Weighting()
-    weights = weighting(shape=shape, device=device, **found)
-    return Weighting(weights.left, weights.right, scale_for(method, statistics, shape, side=side, alpha=alpha))
+    weights = weighting(shape=shape, device=device, factored=factored, **found)
+    scale = scale_for(method, statistics, shape, side=side, alpha=alpha)
+    return Weighting(weights.left, weights.right, scale, weights.gram)
 
 
 def scale_for(method: str, statistics: Any, shape: tuple[int, int], *, side: str = "in", alpha: float = 0.5) -> float:
@@ -256,7 +262,13 @@ def factorize(
         ValueError: importances that cannot be used, a weight with NaN or infinity, a rank out of range.
     """
     shape = (weight.shape[0], weight.shape[1])
-    weights = weighting(importance_in=importance_in, importance_out=importance_out, gram=gram, shape=shape)
+    weights = weighting(
+        importance_in=importance_in,
+        importance_out=importance_out,
+        gram=gram,
+        shape=shape,
+        factored=gram is None or not needs_no_factor(shape, randomized),
+    )
     return solve(weight, rank, weights, randomized=randomized)
 
 
@@ -265,20 +277,25 @@ def solve(weight: Tensor, rank: int, weights: Weighting, *, randomized: bool | N
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} for a weight of shape {tuple(weight.shape)}")
     if randomized is None:
-        randomized = pays(rank, weight.shape[0], weight.shape[1])
+        randomized = weights.gram is None and pays(rank, weight.shape[0], weight.shape[1])
     target = weights.apply(_precise(weight))
-    p, s, q = randomized_svd(target, rank) if randomized else exact_svd(target)
-    energy = (
-        float(torch.linalg.vector_norm(target, dtype=torch.float64)) ** 2
-        if randomized
-        else float(s.double().square().sum())
-    )
+    if weights.gram is not None:
+        p, s, q = by_outputs(target, weights.gram, DAMPING)
+    else:
+        p, s, q = randomized_svd(target, rank) if randomized else exact_svd(target)
+    norm = torch.linalg.vector_norm(s if len(s) == min(target.shape) else target, dtype=torch.float64)
+    energy = float(norm) ** 2
     values, root = s.double().cpu(), s[:rank].sqrt()
     up, down = weights.undo(p[:, :rank] * root, root[:, None] * q[:rank])
     up, down = up.to(weight.dtype), down.to(weight.dtype)
     if not bool(up.isfinite().all() & down.isfinite().all()):
         raise ValueError(f"its factors do not fit into {weight.dtype}: convert the model to bfloat16 or float32 first")
     return Factors(up, down, error_at(values, energy, rank, min(weight.shape)), values, energy)
+
+
+def needs_no_factor(shape: tuple[int, int], randomized: bool | None) -> bool:
+    """Whether a large wide weight goes without a Cholesky factor of its inputs' Gram matrix, which is larger yet."""
+    return shape[0] < shape[1] and is_large(shape[0] * shape[1]) and not randomized
 
 
 def error_at(values: Tensor, energy: float, rank: int, full: int) -> float:
@@ -290,71 +307,10 @@ def error_at(values: Tensor, energy: float, rank: int, full: int) -> float:
     return math.sqrt(max(lost, 0.0) / energy)
 
 
-def pays(rank: int, out_features: int, in_features: int) -> bool:
-    """Whether random projections are the default: for many entries and less than half the operations, as measured."""
-    small, large = sorted((out_features, in_features))
-    width = rank + OVERSAMPLE
-    products = (2 + 4 * POWERS) * small * large * width
-    bases = 4 * width**2 * ((POWERS + 1) * small + POWERS * large)
-    exact = 4 * small**2 * large + 18 * small**3  # float64, at half the speed
-    return small * large > DOUBLE and GAIN * (products + bases) < exact
-
-
-def exact_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P (out, n), S (n,), Q^T (n, in), n the smaller side; of many entries from the eigenvectors of a Gram matrix.
-
-    In float64 that loses singular values below 1e-8 of the greatest, which float32 does not have anyway.
-    """
-    if matrix.numel() <= DOUBLE or matrix.dtype == torch.float64:
-        p, s, q = torch.linalg.svd(matrix, full_matrices=False)
-        return p, s, q
-    if matrix.shape[0] > matrix.shape[1]:
-        q, s, p = exact_svd(matrix.mT)
-        return p.mT, s, q.mT
-    s, p = _eigen(matrix)
-    return p, s, _divided(p.mT @ matrix, s)
-
-
-def randomized_svd(
-    matrix: Tensor, rank: int, *, oversample: int = OVERSAMPLE, powers: int = POWERS, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular vectors and values of the best `rank` directions found by projections: P (out, r), S (r,), Q^T (r, in).
-
-    arXiv:0909.4061, algorithms 4.4 and 5.1: an orthonormal basis of (A A^T)^powers A G with G Gaussian, and the exact
-    decomposition of A inside it.
-    """
-    width = min(rank + oversample, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)  # of the CPU, so that every device draws the same
-    basis = matrix @ torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    basis = torch.linalg.qr(basis).Q
-    for _ in range(powers):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
-    inside = basis.mT @ matrix
-    s, p = _eigen(inside)
-    s, p = s[:rank], p[:, :rank]
-    return basis @ p, s, _divided(p.mT @ inside, s)
-
-
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values, falling, and left vectors of a wide matrix, by A A^T in float64, some columns at a time."""
-    gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
-    for columns in matrix.split(1024, 1):
-        wide = columns.double()
-        gram.addmm_(wide, wide.mT)
-    values, vectors = torch.linalg.eigh(gram)
-    return values.clamp(min=0).sqrt().flip(0).to(matrix.dtype), vectors.flip(1).to(matrix.dtype)
-
-
-def _divided(rows: Tensor, s: Tensor) -> Tensor:
-    """Rows of length s as rows of length 1; of length 0 where there is nothing but rounding."""
-    least = s[:1] * torch.finfo(s.dtype).eps
-    return rows.mul_(torch.where(s > least, 1 / s, 0)[:, None])
-
-
 def _precise(weight: Tensor) -> Tensor:
     weight = weight.detach()
     if weight.device.type == "mps":  # has no float64
         weight = weight.cpu()
     if not bool(weight.isfinite().all()):
         raise ValueError("its weight has NaN or infinity")
-    return weight.to(torch.float64 if weight.numel() <= DOUBLE else torch.float32)
+    return weight.to(torch.float32 if is_large(weight.numel()) else torch.float64)

@@ -149,7 +149,7 @@ class Collector:
         """Raises:
         ValueError: nothing keeps the attention of transformers from going across the samples of a row.
         """
-        config = getattr(base_model(self.model), "config", None)
+        config: Any = getattr(base_model(self.model), "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         cached = inputs.get("use_cache")
         cached = getattr(text, "use_cache", True) if cached is None else cached

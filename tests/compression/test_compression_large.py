@@ -22,13 +22,12 @@ from torch import nn
 
 from peftx.compression import LayerStatistics, LowRankLinear, Statistics, collect, compress, factorize, target_layers
 from peftx.compression import compress as compress_function
-from peftx.compression import factorize as factorize_function
+from peftx.compression import decompose as decomposing
 from peftx.compression.layers import signature
 from peftx.compression.ranks import largest, saves
 from peftx.compression.totals import Totals
 
 compressing = sys.modules[compress_function.__module__]
-factorizing = sys.modules[factorize_function.__module__]
 
 
 class Stack(nn.Module):
@@ -224,7 +223,7 @@ def test_each_gram_matrix_is_decomposed_once(shared: Any, allocation: str, monke
 def test_the_road_of_large_weights_is_as_exact(shape: Any, deficient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = (draw(shape[0], 8) @ draw(8, shape[1], seed=1) if deficient else draw(*shape)).float()
     importance = draw(shape[1], seed=2).square()
-    monkeypatch.setattr(factorizing, "DOUBLE", 0)
+    monkeypatch.setattr(decomposing, "DOUBLE", 0)
     found = factorize(weight, 15, importance_in=importance)
     right = importance.div(importance.mean()).clamp(min=1e-8).sqrt()
     values = torch.linalg.svdvals(weight.double() * right)
@@ -235,12 +234,32 @@ def test_the_road_of_large_weights_is_as_exact(shape: Any, deficient: bool, monk
     torch.testing.assert_close(found.values, values, rtol=1e-5, atol=1e-4)
 
 
+def test_wide_layers_need_no_factor_of_their_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be the largest tensor of all, of 11008 inputs or 28672."""
+    weight, x = draw(40, 90).float(), draw(300, 90, seed=3) * torch.linspace(0.1, 3, 90, dtype=torch.float64)
+    gram = x.T @ x / len(x)
+    wanted = factorize(weight.double(), 15, gram=gram)
+    monkeypatch.setattr(decomposing, "DOUBLE", 0)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", None)
+    for given in (gram, gram.float()):
+        found = factorize(weight, 15, gram=given)
+        product = found.up.double() @ found.down.double()
+        torch.testing.assert_close(product, wanted.up @ wanted.down, rtol=1e-3, atol=1e-3)
+        assert found.error == pytest.approx(wanted.error, rel=1e-4)
+        torch.testing.assert_close(found.values, wanted.values, rtol=1e-4, atol=1e-4)
+    few = draw(5, 90, seed=4)  # fewer tokens than inputs
+    found = factorize(weight, 10, gram=few.T @ few)
+    torch.testing.assert_close((found.up @ found.down).double() @ few.T, weight.double() @ few.T, rtol=0, atol=2e-2)
+    with pytest.raises(ValueError, match="far from positive semi-definite"):
+        factorize(weight, 15, gram=gram - 0.9 * torch.diag(gram.diagonal().roll(45)))
+
+
 def test_when_random_projections_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they take less than half the work, and are within a good per cent of the best error."""
-    assert factorizing.pays(1228, 4096, 4096) and factorizing.pays(700, 11008, 4096)
-    assert not factorizing.pays(1791, 4096, 11008) and not factorizing.pays(10, 384, 1536)
+    assert decomposing.pays(1228, 4096, 4096) and decomposing.pays(700, 11008, 4096)
+    assert not decomposing.pays(1791, 4096, 11008) and not decomposing.pays(10, 384, 1536)
     weight = (draw(300, 300) * torch.arange(1, 301, dtype=torch.float64) ** -0.3).float()
-    monkeypatch.setattr(factorizing, "DOUBLE", 10**4)
+    monkeypatch.setattr(decomposing, "DOUBLE", 10**4)
     best = factorize(weight, 40).error
     found = factorize(weight, 40, randomized=None)
     assert best < found.error < 1.015 * best
