@@ -172,6 +172,16 @@ def test_sums_are_those_of_explicit_gradients(estimator: str, road: str, tmp_pat
     assert difference(Statistics.load(tmp_path / FILE_NAME), wanted) < 1e-4
 
 
+def test_heads_that_only_see_labelled_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TRL's do on a GPU."""
+    import trl.trainer.utils as utilities
+
+    monkeypatch.setattr(utilities, "_use_triton", lambda device: True)
+    callback = peftx.FisherCallback("per_sample", **EXACT)
+    sft(tmp_path, callback, adapted(), gradient_accumulation_steps=3).train()
+    assert difference(callback.statistics, explicit(adapted(), [[row] for row in samples()])) < 1e-4
+
+
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} <eos> "
     "{% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
