@@ -106,7 +106,8 @@ def compress(
         what = {part for name in (METHODS if plot else (method,)) for part in NEEDS[name]}
         if known is None and what:
             collecting: dict[str, Any] = {"what": sorted(what), "max_samples": samples, "seed": seed}
-            at = _statistics_in(resume, [model, adapter, train, collecting, batch_size])
+            weights = [float(part.detach().float().sum()) for part in network.parameters()] if resume else []
+            at = _statistics_in(resume, [weights, train, collecting, batch_size])
             known = compression.Statistics.load(at) if at and at.exists() else None
             if known is None:
                 known = compression.collect(network, train, pad, batch_size=batch_size, progress=True, **collecting)
