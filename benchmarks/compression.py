@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from peftx.compression.hooks import Collector
-from peftx.compression.statistics import base_layer, target_layers
+from peftx.compression.layers import base_layer, target_layers
 
 RESULTS = Path(__file__).parent / "results"
 TRAINING = {
@@ -81,7 +81,7 @@ def step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Opti
 
 def held(how: Any) -> int:
     """Bytes between steps."""
-    sums = getattr(how, "sums", ())
+    sums = getattr(getattr(how, "totals", how), "sums", ())
     return sum(part.nbytes for part in (sums.values() if isinstance(sums, dict) else sums))
 
 

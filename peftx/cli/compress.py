@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import hashlib
+import json
 import random
 from functools import partial
 from itertools import product
@@ -31,7 +33,16 @@ def compress(
     allocation: Annotated[str, typer.Option(help="uniform or global: how ranks are shared out.")] = "uniform",
     side: Annotated[str, typer.Option(help="Fisher information of inputs (in), outputs (out) or both.")] = "in",
     alpha: Annotated[float, typer.Option(help="asvd's exponent.")] = 0.5,
-    randomized: Annotated[bool, typer.Option("--randomized", help="Decompose by random projections.")] = False,
+    randomized: Annotated[
+        bool | None,
+        typer.Option(
+            "--randomized/--exact", help="Decompose by random projections.", show_default="large layers of low rank"
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder for statistics and finished layers: after an interruption the run goes on there."),
+    ] = None,
     statistics: Annotated[
         Path | None, typer.Option(help="File of a FisherCallback or `collect`.", show_default="collected from --data")
     ] = None,
@@ -62,11 +73,13 @@ def compress(
     """
     try:
         from .. import compression
+        from ..compression.checks import check_folder
         from ..compression.compress import check_settings
         from ..compression.factorize import METHODS, NEEDS
         from ..data import text
 
         check_settings(keep, method, allocation, side, alpha)
+        check_folder("--resume", resume)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out} exists and is not an empty folder")
         if plot and not plot.parent.is_dir():
@@ -86,29 +99,34 @@ def compress(
         metric = "accuracy" if kind == "SEQ_CLS" else "loss"
 
         def score(measured: Any) -> float:
-            return compression.evaluate(measured, test, pad, batch_size=batch_size)[metric]
+            return compression.evaluate(measured, test, pad, batch_size=batch_size, progress=True)[metric]
 
         options: dict[str, Any] = {"allocation": allocation, "side": side, "alpha": alpha, "randomized": randomized}
         samples = min(max_samples, len(train))
         what = {part for name in (METHODS if plot else (method,)) for part in NEEDS[name]}
         if known is None and what:
-            known = compression.collect(
-                network, train, pad, what=sorted(what), batch_size=batch_size, max_samples=samples, seed=seed
-            )
+            collecting: dict[str, Any] = {"what": sorted(what), "max_samples": samples, "seed": seed}
+            weights = [float(part.detach().float().sum()) for part in network.parameters()] if resume else []
+            at = _statistics_in(resume, [weights, train, collecting, batch_size])
+            known = compression.Statistics.load(at) if at and at.exists() else None
+            if known is None:
+                known = compression.collect(network, train, pad, batch_size=batch_size, progress=True, **collecting)
+                if at:
+                    known.save(at)
         scores = {"dense": score(network)}
         curves: dict[str, list[tuple[float, float]]] = {}
         for name, share in product(METHODS, sorted({*KEEPS, keep})) if plot else ():
-            trial, report = compression.compress(
-                copy.deepcopy(network), known, keep=share, method=name, progress=False, **options
-            )
+            trial, report = compression.compress(copy.deepcopy(network), known, keep=share, method=name, **options)
             curves.setdefault(name, []).append((report.kept, score(trial)))
             del trial
             gc.collect()  # a compressed model refers to itself
-        small, report = compression.compress(network, known, keep=keep, method=method, **options)
+        small, report = compression.compress(
+            network, known, keep=keep, method=method, folder=resume, progress=True, **options
+        )
         scores["compressed"] = score(small)
         if recover_epochs:
             training: dict[str, Any] = {"epochs": recover_epochs, "learning_rate": learning_rate, "seed": seed}
-            compression.recover(small, train, pad, batch_size=batch_size, **training)
+            compression.recover(small, train, pad, batch_size=batch_size, progress=True, **training)
             scores["recovered"] = score(small)
         with quiet():
             small.save_pretrained(out)
@@ -137,6 +155,14 @@ def compress(
     for table in [report.table()] * layers + [f"| | {metric} |\n| --- | ---: |\n{rows}"]:
         Console().print(Markdown(table))
     typer.echo(f"{report.summary()}: {out}")
+
+
+def _statistics_in(folder: Path | None, made_of: list[Any]) -> Path | None:
+    """Where statistics of this model and data are kept, or will be."""
+    if folder is None:
+        return None
+    digest = hashlib.blake2b(json.dumps(made_of, default=str).encode(), digest_size=8).hexdigest()
+    return folder / f"statistics-{digest}.safetensors"
 
 
 def _split(data: Path, eval_data: Path | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:

@@ -11,12 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .compress import compress
-from .factorize import METHODS, SIDES, Factors, factorize, rank_for
+from .factorize import METHODS, SIDES, Factors, factorize
+from .layers import target_layers
 from .linear import LowRankLinear
 from .loader import LowRankConfig, materialize
+from .ranks import rank_for
 from .recover import evaluate, recover
 from .report import LayerReport, Report, card, plot
-from .statistics import LayerStatistics, Statistics, target_layers
+from .statistics import LayerStatistics, Statistics
 
 if TYPE_CHECKING:
     from .callback import FisherCallback

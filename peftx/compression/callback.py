@@ -12,13 +12,21 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..utils import columns_of, trainer_above
-from .collection import SAMPLES, check_whole, chosen, gather
+from .checks import SEEDS, check_choice, check_count, check_file_name, check_modules, check_whole
+from .collection import SAMPLES, chosen, gather
 from .hooks import Collector, check_settings
-from .statistics import FILE_NAME, Statistics, target_layers
+from .layers import target_layers
+from .statistics import FILE_NAME, Statistics
+from .trainers import check_head, check_own_loss, check_trainer
 
 logger = logging.get_logger(__name__)
 
 WHEN = ("last_epoch", "train", "calibration")
+TAKEN = (  # what a training writes itself
+    *("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_model.bin"),
+    *("pytorch_model.bin", "config.json", "generation_config.json", "adapter_config.json", "readme.md"),
+    *("trainer_state.json", "training_args.bin", "tokenizer.json", "tokenizer_config.json"),
+)
 DIRECTIONS = 32  # a standard deviation of at most a quarter in one batch, and of 2 to 3 % in a hundred of them
 
 
@@ -37,6 +45,10 @@ class FisherCallback(TrainerCallback):
 
     `callback.statistics` is there when training has ended, and so is the file in `output_dir`. If they cannot be made
     then, an error is logged and they are None: the trained model is not lost to it.
+
+    TRL's `SFTTrainer` works likewise, with labels of whatever kind, `packing` and `padding_free`, whose samples are
+    those that the rows are made of. Its trainers for preferences and rewards (DPO, KTO, GRPO, RLOO, Reward) have losses
+    that are not about labels, and are refused when they start.
 
     Sums are not part of checkpoints: a run that is resumed inside the steps that count starts them anew, and says so.
 
@@ -58,12 +70,12 @@ class FisherCallback(TrainerCallback):
         every: collect in one of so many optimizer steps: the cost falls accordingly.
         batch_size: of the calibration pass. Default: the Trainer's batch of one device.
         seed: of the calibration's draw, and of `directions`.
-        output: name of the file, in `output_dir`; None for none.
+        output: name of the file, in `output_dir`, without a folder; None for none.
 
     Raises:
-        ValueError: here for unknown settings; when training starts for a model without such layers, or one that is
-            split or replicated by FSDP, DeepSpeed or `DataParallel`, or compiled, or for a loss that the model does
-            not compute itself.
+        ValueError: here for settings out of range; when training starts for a model without such layers, or one that
+            is compiled, offloaded, or split or replicated by FSDP, DeepSpeed or `DataParallel`, or for a loss that is
+            not about labels or that the model does not compute itself.
     """
 
     def __init__(
@@ -82,11 +94,14 @@ class FisherCallback(TrainerCallback):
         output: str | None = FILE_NAME,
     ) -> None:
         check_settings(what, estimator, directions)
-        if when not in WHEN:
-            raise ValueError(f"when must be one of {', '.join(WHEN)}, got {when!r}")
-        for name, count in (("max_samples", max_samples), ("every", every), ("batch_size", batch_size)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count!r}")
+        check_choice("when", when, WHEN)
+        check_count("max_samples", max_samples, none=True)
+        check_count("every", every)
+        check_count("batch_size", batch_size, none=True)
+        check_count("seed", seed, 0, most=SEEDS)
+        check_modules("target_modules", target_modules)
+        check_modules("exclude_modules", exclude_modules)
+        check_file_name("output", output, TAKEN)
         self.estimator, self.when, self.directions = estimator, when, directions
         self.what = (what,) if isinstance(what, str) else tuple(what)
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
@@ -122,9 +137,15 @@ class FisherCallback(TrainerCallback):
         self.close()  # of a training that was interrupted
         self.statistics = None
         self._trainer = trainer_above(inspect.currentframe(), self)
-        check_whole(model)
-        self._check(args)
-        self._collector = self._new(model)
+        check_whole(model, "collect on it")
+        check_trainer(self._trainer, args)
+        collector = self._new(model)
+        if self.when == "calibration":
+            self._data()
+        else:
+            check_own_loss(self._trainer, args)
+            check_head(self._trainer, collector)
+        self._collector = collector
         if self.when == "calibration":
             return
         if args.load_best_model_at_end:
@@ -144,8 +165,8 @@ class FisherCallback(TrainerCallback):
         if collector is None or self.when == "calibration":
             return
         share = math.inf if self.max_samples is None else math.ceil(self.max_samples / args.world_size)
-        since = state.global_step - self._first
-        if state.global_step == self._begin or (since >= 0 and since % self.every == 0 and collector.samples < share):
+        since, found = state.global_step - self._first, collector.totals.samples
+        if state.global_step == self._begin or (since >= 0 and since % self.every == 0 and found < share):
             collector.attach()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -168,14 +189,14 @@ class FisherCallback(TrainerCallback):
         collector.detach()
         if args.world_size > 1:
             self._reduce(collector, args)
-        if collector.dropped:
+        if collector.totals.dropped:
             logger.warning(
-                f"FisherCallback: {collector.dropped} batches with infinite or NaN gradients do not count "
+                f"FisherCallback: {collector.totals.dropped} batches with infinite or NaN gradients do not count "
                 "(with fp16 the first ones usually have)"
             )
-        if self.when != "calibration" and not collector.samples:
+        if self.when != "calibration" and not collector.totals.samples:
             logger.warning(f"FisherCallback: training ended before step {self._first}, so it collects in an extra pass")
-        if not collector.samples:
+        if not collector.totals.samples:
             collector = self._calibrate(args, model)
         self.statistics = collector.statistics()
         logger.info(f"FisherCallback: {self.statistics}")
@@ -201,28 +222,6 @@ class FisherCallback(TrainerCallback):
         return Collector(
             model, layers, what=self.what, estimator=self.estimator, directions=self.directions, seed=self.seed
         )
-
-    def _check(self, args: Any) -> None:
-        for problem, there in {
-            "FSDP": args.fsdp or getattr(self._trainer, "is_fsdp_enabled", False),
-            "DeepSpeed": args.deepspeed,
-            "DataParallel (several GPUs in one process; start it with torchrun)": args.n_gpu > 1,
-        }.items():
-            if there:
-                raise ValueError(
-                    f"FisherCallback does not work under {problem}: train with DDP or on one device, or collect on the "
-                    "trained model, with peftx.compression.collect"
-                )
-        if self.when == "calibration":
-            self._data()
-            return
-        for problem, there in {
-            "torch_compile=True leaves hooks out": args.torch_compile,
-            "with label smoothing the loss is not the model's own": args.label_smoothing_factor,
-            "with compute_loss_func the loss is not the model's own": getattr(self._trainer, "compute_loss_func", None),
-        }.items():
-            if there:
-                raise ValueError(f"{problem}: FisherCallback(when='calibration') collects in a pass after training")
 
     def _data(self) -> tuple[Any, Any]:
         """Samples and collator of a pass after training."""
@@ -255,4 +254,4 @@ class FisherCallback(TrainerCallback):
         """Sums over processes, each of which calls it."""
         from accelerate.utils import reduce
 
-        collector.reduce(functools.partial(reduce, reduction="sum"), args.device)
+        collector.totals.reduce(functools.partial(reduce, reduction="sum"), args.device)

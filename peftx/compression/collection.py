@@ -10,9 +10,11 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from ..utils import IGNORE, undisturbed
-from .hooks import Collector
-from .statistics import Statistics, is_compiled, target_layers
+from ..utils import IGNORE, is_packed, undisturbed
+from .checks import SEEDS, check_callable, check_count, check_flag, check_modules, check_whole
+from .hooks import Collector, check_settings
+from .layers import target_layers
+from .statistics import Statistics
 
 SAMPLES = 1024  # enough for row sums, which are means over many entries
 
@@ -22,7 +24,7 @@ def collect(
     dataset: Any,
     collator: Callable[[list], Mapping[str, Any]] | None = None,
     *,
-    what: Sequence[str] = ("fisher",),
+    what: str | Sequence[str] = ("fisher",),
     estimator: str = "per_sample",
     directions: int | None = None,
     target_modules: str | Sequence[str] | None = None,
@@ -30,7 +32,7 @@ def collect(
     batch_size: int = 8,
     max_samples: int | None = SAMPLES,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool = False,
 ) -> Statistics:
     """Statistics of the linear layers of `model` as it is, in eval mode; nothing about the model is changed.
 
@@ -55,12 +57,20 @@ def collect(
         max_samples: how many, drawn at random without repetition; None for all. The default of 1024 is ours: the
             paper does not say, and some hundred samples are usual.
         seed: of the draw, and of `directions`.
-        progress: show a bar.
+        progress: show a bar with the time left.
 
     Raises:
-        ValueError: no samples, no layers, no labels or loss, gradients that are not finite, rows of a batch that are
-            not samples.
+        ValueError: an argument out of range; no samples, no layers, no labels or loss, gradients that are not finite;
+            packed rows that attend across samples; a model that is compiled, wrapped, split or offloaded.
     """
+    check_whole(model)
+    check_settings(what, estimator, directions)
+    check_callable("collator", collator, none=True)
+    check_modules("target_modules", target_modules)
+    check_modules("exclude_modules", exclude_modules)
+    check_count("batch_size", batch_size)
+    check_count("seed", seed, 0, most=SEEDS)
+    check_flag("progress", progress)
     collector = gather(
         model,
         chosen(dataset, max_samples, seed),
@@ -99,6 +109,8 @@ def gather(
         for start, batch in zip(range(0, len(dataset), batch_size), loader, strict=True):
             size = min(batch_size, len(dataset) - start)
             batch = {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
+            if is_packed(batch):
+                batch.setdefault("use_cache", False)  # with a cache, packed samples attend to one another
             outputs = model(**batch)
             if backward and supervised(batch):
                 (outputs.loss if hasattr(outputs, "loss") else outputs[0]).backward()
@@ -131,8 +143,7 @@ def chosen(dataset: Any, count: int | None, seed: int) -> Any:
     Raises:
         ValueError: there are none, or they cannot be counted.
     """
-    if count is not None and count < 1:
-        raise ValueError(f"max_samples must be a positive number or None, got {count!r}")
+    check_count("max_samples", count, none=True)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise ValueError(
             f"a {type(dataset).__name__} has no length and indices: pass a map-style data set, e.g. a list of the "
@@ -144,17 +155,3 @@ def chosen(dataset: Any, count: int | None, seed: int) -> Any:
         return dataset
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
     return Subset(dataset, sorted(drawn.tolist()))
-
-
-def check_whole(model: nn.Module) -> None:
-    """Raises:
-    ValueError: the weights are split over processes, or calls of the model go past the hooks.
-    """
-    if is_compiled(model):
-        raise ValueError("the model is compiled, which leaves hooks out: pass the model as it was before torch.compile")
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor":
-            raise ValueError(
-                "the model is split over processes (DeepSpeed ZeRO-3 or FSDP): train without, under DDP or on one "
-                "device, or collect on the whole model afterwards, with peftx.compression.collect"
-            )

@@ -6,22 +6,28 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..cards.compressed import keep_card
-from .factorize import METHODS, SIDES, Factors, Weighting, allocate, rank_for, saves, solve, spectrum, weighting_for
+from .checks import check_choice, check_flag, check_folder, check_number, check_whole, shown
+from .factorize import METHODS, SIDES, Factors, Weighting, needs_no_factor, parts_for, scale_for, solve, weighting_for
+from .layers import base_layer, shape_of, target_layers
 from .linear import LowRankLinear
 from .loader import LowRankConfig
+from .ranks import allocate, largest, rank_for, saves
 from .report import LayerReport, Report
-from .statistics import Statistics, base_layer, is_compiled, shape_of, target_layers
+from .shelf import Shelf, shelf
+from .statistics import Statistics
 
 logger = logging.get_logger(__name__)
 
@@ -39,41 +45,58 @@ def compress(
     alpha: float = 0.5,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
-    randomized: bool = False,
-    progress: bool = True,
+    randomized: bool | None = None,
+    folder: str | Path | None = None,
+    progress: bool = False,
 ) -> tuple[Any, Report]:
     """Replaces linear layers of a trained model by products of two thin ones, in place.
 
     Adapters are merged first, as by `merge_and_unload`: a `PeftModel` is used up, go on with the model returned. The
     factors are trainable; what an adapter's training has frozen beside them stays frozen. Everything is checked and
-    computed before a layer is replaced, so an error leaves the model as it was (at worst merged, where a merged weight
-    is not finite); for a moment weights and factors are in memory together.
+    computed before a layer is replaced, so an error or an interruption leaves the model as it was (at worst merged,
+    where a merged weight is not finite).
+
+    Memory beside the model: one layer's work. Finished factors wait in files, and then replace the weights layer by
+    layer, each of which is freed before the next one is read.
 
     Args:
-        model: a transformers model or `PeftModel` around one (or any module, without `from_pretrained`).
+        model: a transformers model or `PeftModel` around one (or any module, without `from_pretrained`); whole, in
+            memory, not wrapped or split.
         statistics: of this model, from `collect` or a `FisherCallback`; svd needs none.
         keep: share of the factorised layers' entries to keep, in (0, 1). Every other layer stays, so the whole model
             keeps more: `Report.summary` has both.
         method: "fwsvd" (arXiv:2207.00112), "svd", "asvd" (arXiv:2312.05821) or "svd-llm" (arXiv:2403.07378). Fisher
             information needs labels and knows the loss; the last two need inputs only.
-        allocation: "uniform", the share `keep` of each layer as in the papers; or "global", as many parameters in all,
-            given to the directions worth most for each parameter, whatever layer they are in.
-        side: fwsvd's importances, of inputs ("in", the paper's), outputs ("out") or "both".
-        alpha: asvd's exponent, default the paper's 0.5.
+        allocation: "uniform", the share `keep` of each layer, which is FWSVD's setting as we recall it; or "global",
+            as many parameters in all, given to the directions worth most for each parameter, whatever layer they are
+            in. That decomposes whole layers exactly.
+        side: fwsvd's importances, of inputs ("in", as we recall the paper's), outputs ("out") or "both".
+        alpha: asvd's exponent, default 0.5, as we recall the paper's.
         target_modules, exclude_modules: names or a regex, as in PEFT; default: all linear layers of the blocks.
-        randomized: decompose by random projections, see `factorize`.
-        progress: show a bar.
+        randomized: decompose by random projections, see `factorize`; an error about one per cent above the least one.
+            Default: for more than 2^22 entries where it takes less than half the operations, as for a square layer
+            that keeps a third of its rank. False: never.
+        folder: of finished layers, which stay there: after an interruption the same call on the same model takes them
+            from it. They are bound to the weights, the statistics and the settings; others are made again. Default: a
+            temporary folder. Either needs as much space as the factors, for "global" at most as the weights.
+        progress: show a bar with the time left.
 
     Returns:
         The model, and what was done to it.
 
     Raises:
-        ValueError: `keep`, method, allocation, side or alpha out of range; the model is quantised, compressed, or has
+        ValueError: an argument out of range; the model is quantised, compressed, compiled, wrapped, offloaded, or has
             adapters outside a `PeftModel`; the statistics are another model's, miss a layer, are all zero or not
-            finite; a weight is not finite; nothing can be made smaller.
+            finite; a weight is not finite; nothing can be made smaller; `folder` holds something else or is full.
         NotImplementedError: the adapter cannot be merged.
     """
     check_settings(keep, method, allocation, side, alpha)
+    keep = float(keep)
+    check_flag("randomized", randomized, none=True)
+    check_flag("progress", progress)
+    check_folder("folder", folder)
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise ValueError(f"statistics must be Statistics, as of Statistics.load(path), got {type(statistics).__name__}")
     base = _bare(model)
     chosen, skipped = _choose(model, base, keep, target_modules, exclude_modules)
     if statistics is not None:
@@ -81,48 +104,137 @@ def compress(
     elif method != "svd":
         raise ValueError(f"{method} needs statistics: peftx.compression.collect(model, ...), or a FisherCallback")
     shapes = {name: shape_of(base.get_submodule(name)) for name in chosen}
-
-    def weights(name: str) -> Weighting:
-        known = None if statistics is None else statistics.get(name)
-        if known is None and method != "svd":
-            raise ValueError(f"{name}: no statistics for this layer; collect them with the same target_modules")
-        with _naming(name):
-            return weighting_for(method, known, shapes[name], side=side, alpha=alpha)
-
-    for name in chosen:  # all of them are tried before the model is touched, and made again one by one
-        weights(name)
+    how: dict[str, Any] = {"side": side, "alpha": float(alpha)}
+    weightings = Weightings(method, statistics, shapes, how)
+    for name in chosen:
+        weightings.check(name)
         if not all(bool(p.isfinite().all()) for p in base.get_submodule(name).parameters()):
             raise ValueError(f"{name}: its weight has NaN or infinity")
 
     if isinstance(model, PeftModel):
         base = model.merge_and_unload(progressbar=False, safe_merge=True)
-    before, layers = count(base), {name: base.get_submodule(name) for name in chosen}
-    ranks: dict[str, int | None] = {name: rank_for(keep, *shape) for name, shape in shapes.items()}
-    if allocation == "global":
-        budget = sum(rank_for(keep, *shape) * sum(shape) for shape in shapes.values())
-        spectra = {}
-        for name, layer in tqdm(layers.items(), desc="spectra", unit="layer", disable=not progress):
-            with _naming(name):
-                spectra[name] = spectrum(_weight(layer), weights(name)).cpu()
-        ranks = allocate(spectra, shapes, budget)
-    made, rows = {}, {}
-    for name, layer in tqdm(layers.items(), desc=method, unit="layer", disable=not progress):
-        rank, error = ranks[name], 0.0
-        if rank is not None:
-            with _naming(name):
-                factors = solve(_weight(layer), rank, weights(name), randomized=randomized)
-            made[name], error = _layer(layer, factors), factors.error
-        rows[name] = LayerReport(shapes[name], rank, error)
-
-    for name, low in made.items():
-        base.set_submodule(name, low)
+    before, spread = count(base), allocation == "global"
+    found = {name: largest(*shape) if spread else rank_for(keep, *shape) for name, shape in shapes.items()}
+    exact = False if spread else randomized
+    with shelf(folder, sum(_bytes(base, name, rank) for name, rank in found.items())) as done:
+        with _bar(shapes, method, progress) as bar:
+            for name, rank in found.items():
+                _finish(base.get_submodule(name), name, rank, weightings, done, randomized=exact)
+                bar.update(math.prod(shapes[name]))
+        ranks: dict[str, int | None] = dict(found)
+        if spread:
+            budget = sum(rank_for(keep, *shape) * sum(shape) for shape in shapes.values())
+            worth = {name: done.values(name).square() * weightings.scale(name) for name in chosen}
+            ranks = allocate(worth, shapes, budget)
+        rows = _replace(base, ranks, shapes, done)
     if (config := _config(base)) is not None:
-        config.quantization_config = LowRankConfig({name: low.rank for name, low in made.items()}, method, keep)
+        kept = {name: rank for name, rank in ranks.items() if rank is not None}
+        config.quantization_config = LowRankConfig(kept, method, keep)
         keep_card(base, str(getattr(config, "_name_or_path", "")))
     _log(skipped)
     report = Report(method, keep, allocation, rows, (before, count(base)), skipped)
     logger.info(report.summary())
     return base, report
+
+
+class Weightings:
+    """The weighting of each layer, the last one kept: layers that stand side by side share a Gram matrix.
+
+    Args:
+        shapes: (out, in) of each layer.
+        how: `side` and `alpha`.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        statistics: Statistics | None,
+        shapes: Mapping[str, tuple[int, int]],
+        how: Mapping[str, Any],
+    ) -> None:
+        self.method, self.statistics, self.shapes, self.how = method, statistics, shapes, how
+        self._scales: dict[str, float] = {}
+        self._last: tuple[Tensor | None, torch.device | None, Weighting] = (None, None, Weighting())
+
+    def check(self, name: str) -> dict[str, Tensor]:
+        """What the layer's weighting is made of.
+
+        Raises:
+            ValueError: it is missing or unusable.
+        """
+        known = None if self.statistics is None else self.statistics.get(name)
+        if known is None and self.method != "svd":
+            raise ValueError(f"{name}: no statistics for this layer; collect them with the same target_modules")
+        with _naming(name):
+            return parts_for(self.method, known, self.shapes[name], **self.how)
+
+    def of(self, name: str, device: torch.device, randomized: bool | None) -> Weighting:
+        known = None if self.statistics is None else self.statistics.get(name)
+        gram = None if known is None or self.method != "svd-llm" else known.gram
+        if gram is not None and needs_no_factor(self.shapes[name], randomized):
+            with _naming(name):
+                return weighting_for(self.method, known, self.shapes[name], **self.how, factored=False)
+        if gram is not None and self._last[0] is gram and self._last[1] == device:
+            made = self._last[2]
+        else:
+            self._last = (None, None, Weighting())
+            with _naming(name):
+                made = weighting_for(self.method, known, self.shapes[name], **self.how, device=device)
+            if gram is not None:
+                self._last = (gram, device, made)
+        return made
+
+    def scale(self, name: str) -> float:
+        """What squared singular values of the layer are multiplied by to be comparable."""
+        known = None if self.statistics is None else self.statistics.get(name)
+        return scale_for(self.method, known, self.shapes[name], **self.how)
+
+
+def _finish(layer: Any, name: str, rank: int, weightings: Weightings, done: Shelf, *, randomized: bool | None) -> None:
+    """Makes the factors of a layer, unless they are there."""
+    weight = _weight(layer)
+    facts = {"method": weightings.method, **weightings.how, "rank": rank, "randomized": randomized, "layer": name}
+    origin = done.made_of(weight, facts, weightings.check(name).values() if done.kept else ())
+    if not done.holds(name, rank, origin):
+        device = torch.device("cpu") if weight.device.type == "mps" else weight.device
+        weights = weightings.of(name, device, randomized)
+        with _naming(name):
+            done.put(name, solve(weight, rank, weights, randomized=randomized), origin)
+
+
+def _replace(
+    base: nn.Module, ranks: Mapping[str, int | None], shapes: Mapping[str, tuple[int, int]], done: Shelf
+) -> dict[str, LayerReport]:
+    """Puts the factors of these ranks in the places of the layers, one after the other."""
+    rows: dict[str, LayerReport] = {}
+    made = 0
+    for name, rank in ranks.items():
+        error = 0.0
+        if rank is not None:
+            try:
+                factors = done.get(name).at(rank)
+                low, error = _layer(base.get_submodule(name), factors), factors.error
+            except BaseException:
+                if made:
+                    logger.error(
+                        f"compress was interrupted when {made} of {len(ranks)} layers were replaced: load the model "
+                        "again (finished layers that a folder= holds need not be made again)"
+                    )
+                raise
+            base.set_submodule(name, low)
+            made += 1
+        rows[name] = LayerReport(shapes[name], rank, error)
+    return rows
+
+
+def _bar(shapes: Mapping[str, tuple[int, int]], method: str, progress: bool) -> Any:
+    entries = sum(math.prod(shape) for shape in shapes.values())
+    return tqdm(total=entries, desc=method, unit=" entries", unit_scale=True, disable=not progress)
+
+
+def _bytes(base: nn.Module, name: str, rank: int) -> int:
+    layer: Any = base.get_submodule(name)
+    return rank * sum(shape_of(layer)) * layer.weight.itemsize + 2**12
 
 
 @torch.no_grad()
@@ -147,17 +259,12 @@ def check_settings(keep: float, method: str, allocation: str = "uniform", side: 
     """Raises:
     ValueError: a setting of `compress` is out of range.
     """
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
-        raise ValueError(f"keep must be a share in (0, 1), got {keep!r}")
-    for name, value, known in (
-        ("method", method, METHODS),
-        ("allocation", allocation, ALLOCATIONS),
-        ("side", side, SIDES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must be a number of at least 0, got {alpha!r}")
+    if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep < 1:
+        raise ValueError(f"keep must be a share in (0, 1), got {shown(keep)}")
+    check_choice("method", method, METHODS)
+    check_choice("allocation", allocation, ALLOCATIONS)
+    check_choice("side", side, SIDES)
+    check_number("alpha", alpha, least=0)
 
 
 def count(model: nn.Module) -> int:
@@ -175,8 +282,7 @@ def _bare(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it cannot be compressed.
     """
-    if is_compiled(model):
-        raise ValueError("the model is compiled: compress it before torch.compile")
+    check_whole(model, "compress it")
     if isinstance(model, PeftModel):
         if not isinstance(model.base_model, BaseTuner):
             raise ValueError("this adapter changes no weights and cannot be merged: compress its base model")
@@ -201,7 +307,7 @@ def _choose(
     """Layers that become smaller, and why the other targets do not.
 
     Raises:
-        ValueError: a layer is quantised or not in memory; none becomes smaller.
+        ValueError: a layer is quantised; none becomes smaller.
     """
     chosen, skipped = [], {}
     for name in target_layers(model, target_modules, exclude_modules):
@@ -213,8 +319,6 @@ def _choose(
             )
         if type(layer) not in (nn.Linear, Conv1D):
             skipped[name] = f"a {type(layer).__name__} is no plain Linear"
-        elif weight.is_meta:
-            raise ValueError(f"{name} has no weight in memory (meta device): load the model without offloading")
         elif not saves(rank_for(keep, *shape_of(layer)), *shape_of(layer)):
             skipped[name] = "too small to gain"
         else:
@@ -235,5 +339,5 @@ def _naming(name: str) -> Iterator[None]:
     """Puts the layer's name before an error about it."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"{name}: {error}") from None

@@ -16,14 +16,14 @@ factors for later training. What the methods choose is L and R:
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .decompose import by_outputs, exact_svd, is_large, pays, randomized_svd
 
 # Method: what `collect` must gather for it.
 NEEDS: dict[str, tuple[str, ...]] = {"fwsvd": ("fisher",), "svd": (), "asvd": ("abs",), "svd-llm": ("gram",)}
@@ -32,9 +32,6 @@ SIDES = ("in", "out", "both")
 
 FLOOR = 1e-8  # smallest importance, where the mean is 1: an input without any still gets a finite factor
 DAMPING = 1e-6  # smallest eigenvalue added to a Gram matrix, where the mean of its diagonal is 1
-DOUBLE = 2**22  # entries up to which a weight is decomposed in float64; for more, float32 is precise enough
-OVERSAMPLE = 16  # directions more than the rank, and
-POWERS = 2  # passes over the matrix, in a randomised decomposition
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,14 @@ class Weighting:
     Attributes:
         left: (out,), diagonal of L, mean square 1.
         right: (in,), diagonal of R, mean square 1; or R (in, in), lower triangular.
+        gram: instead of R, of a wide weight, what R R^T is made of: see `by_outputs`.
         scale: what ||L (W - U V) R||^2 must be multiplied by to be comparable between layers.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     scale: float = 1.0
+    gram: Tensor | None = None
 
     def apply(self, weight: Tensor) -> Tensor:
         """L W R."""
@@ -75,21 +74,22 @@ class Weighting:
 
 @dataclass(frozen=True)
 class Factors:
-    """`up` (out, r) and `down` (r, in), in the dtype of the weight; `error`: ||L (W - up down) R|| / ||L W R||."""
+    """`up` (out, r) and `down` (r, in), in the dtype of the weight; `error`: ||L (W - up down) R|| / ||L W R||.
+
+    `values`: singular values of L W R in float64, falling: all, or of a randomised decomposition the r that were found.
+    `energy`: ||L W R||^2. The first q columns of `up` and rows of `down` are the factors of the lower rank q.
+    """
 
     up: Tensor
     down: Tensor
     error: float
+    values: Tensor
+    energy: float
 
-
-def rank_for(keep: float, out_features: int, in_features: int) -> int:
-    """The rank whose factors hold the share `keep` of the weight's entries, rounded down, at least 1."""
-    return max(1, int(keep * out_features * in_features / (out_features + in_features) + 1e-9))
-
-
-def saves(rank: int, out_features: int, in_features: int) -> bool:
-    """Whether factors of that rank are smaller than the weight."""
-    return rank * (out_features + in_features) < out_features * in_features
+    def at(self, rank: int) -> Factors:
+        """The factors of a lower rank."""
+        error = error_at(self.values, self.energy, rank, min(self.up.shape[0], self.down.shape[1]))
+        return Factors(self.up[:, :rank], self.down[:rank], error, self.values, self.energy)
 
 
 def weighting(
@@ -98,6 +98,8 @@ def weighting(
     importance_out: Tensor | None = None,
     gram: Tensor | None = None,
     shape: tuple[int, int],
+    device: torch.device | str = "cpu",
+    factored: bool = True,
 ) -> Weighting:
     """The weighting by importances, or by a Gram matrix.
 
@@ -109,6 +111,8 @@ def weighting(
             of its diagonal and eps 1e-6, ten times as much as often as it is not positive definite: fewer tokens than
             inputs, or inputs that are always zero, are no obstacle.
         shape: of the weight, (out, in).
+        device: where a Gram matrix is decomposed.
+        factored: whether it is; else `Weighting.gram` has it.
 
     Raises:
         ValueError: the wrong length, not finite, negative, or zero everywhere.
@@ -117,24 +121,36 @@ def weighting(
     if gram is None:
         right, right_scale = _diagonal(importance_in, shape[1], "inputs")
         return Weighting(left, right, left_scale * right_scale)
-    if gram.shape != (shape[1], shape[1]):
-        raise ValueError(f"a Gram matrix of shape {tuple(gram.shape)} for {shape[1]} inputs")
-    gram = gram.double()
-    mean = float(gram.diagonal().mean())
-    if not bool(gram.isfinite().all()):
-        raise ValueError("the Gram matrix of its inputs has NaN or infinity")
-    if mean <= 0:
-        raise ValueError("the Gram matrix of its inputs is all zero")
+    mean = gram_scale(gram, shape[1])
+    if not factored:
+        return Weighting(left, None, left_scale * mean, gram)
     damping = DAMPING
     while True:
-        damped = gram / mean
+        damped = gram.to(device, torch.float64, copy=True).div_(mean)  # the one copy: it becomes the factor
         damped.diagonal().add_(damping)
-        right, failed = torch.linalg.cholesky_ex(damped)
+        failed = torch.empty((), dtype=torch.int32, device=damped.device)
+        torch.linalg.cholesky_ex(damped, out=(damped, failed))
         if not failed:
+            right = damped.float() if is_large(damped.numel()) else damped
             return Weighting(left, right, left_scale * mean)
         damping *= 10
         if damping > 1:
             raise ValueError("the Gram matrix of its inputs is far from positive semi-definite")
+
+
+def gram_scale(gram: Tensor, inputs: int) -> float:
+    """The mean of its diagonal.
+
+    Raises:
+        ValueError: it is not of that many inputs, not finite, or zero.
+    """
+    if gram.shape != (inputs, inputs):
+        raise ValueError(f"a Gram matrix of shape {tuple(gram.shape)} for {inputs} inputs")
+    if not bool(gram.isfinite().all()):
+        raise ValueError("the Gram matrix of its inputs has NaN or infinity")
+    if (mean := float(gram.diagonal().double().mean())) <= 0:
+        raise ValueError("the Gram matrix of its inputs is all zero")
+    return mean
 
 
 def _diagonal(importance: Tensor | None, length: int, what: str) -> tuple[Tensor | None, float]:
@@ -154,8 +170,44 @@ def _diagonal(importance: Tensor | None, length: int, what: str) -> tuple[Tensor
     return (importance / mean).clamp(min=FLOOR).sqrt(), mean
 
 
-def weighting_for(
+def parts_for(
     method: str, statistics: Any, shape: tuple[int, int], *, side: str = "in", alpha: float = 0.5
+) -> dict[str, Tensor]:
+    """The arguments of `weighting` for `method`, for a layer with these `LayerStatistics` (None will do for svd).
+
+    Raises:
+        ValueError: what the method needs was not collected, or is unusable, so far as that is seen without work.
+    """
+
+    def needed(field: str) -> Tensor:
+        value = None if statistics is None else getattr(statistics, field)
+        if value is None:
+            raise ValueError(f"no {field} was collected, which {method} needs")
+        return value
+
+    if method == "svd":
+        return {}
+    if method == "svd-llm":
+        gram_scale(needed("gram"), shape[1])
+        return {"gram": needed("gram")}
+    if method == "asvd":
+        found = {"importance_in": needed("abs_mean").double().abs().pow(2 * alpha)}
+    else:
+        found = {f"importance_{way}": needed(f"fisher_{way}") for way in ("in", "out") if side in (way, "both")}
+    _diagonal(found.get("importance_in"), shape[1], "inputs")
+    _diagonal(found.get("importance_out"), shape[0], "outputs")
+    return found
+
+
+def weighting_for(
+    method: str,
+    statistics: Any,
+    shape: tuple[int, int],
+    *,
+    side: str = "in",
+    alpha: float = 0.5,
+    device: torch.device | str = "cpu",
+    factored: bool = True,
 ) -> Weighting:
     """The weighting of `method` for a layer with these `LayerStatistics` (None will do for svd).
 
@@ -166,26 +218,22 @@ def weighting_for(
     Raises:
         ValueError: what the method needs was not collected, or is unusable.
     """
-
-    def needed(field: str) -> Tensor:
-        value = None if statistics is None else getattr(statistics, field)
-        if value is None:
-            raise ValueError(f"no {field} was collected, which {method} needs")
-        return value
-
-    if method == "svd":
+    found = parts_for(method, statistics, shape, side=side, alpha=alpha)
+    if not found:
         return Weighting()
+    weights = weighting(shape=shape, device=device, factored=factored, **found)
+    scale = scale_for(method, statistics, shape, side=side, alpha=alpha)
+    return Weighting(weights.left, weights.right, scale, weights.gram)
+
+
+def scale_for(method: str, statistics: Any, shape: tuple[int, int], *, side: str = "in", alpha: float = 0.5) -> float:
+    """`Weighting.scale` alone."""
+    found = parts_for(method, statistics, shape, side=side, alpha=alpha)
     if method == "svd-llm":
-        return weighting(gram=needed("gram"), shape=shape)
-    if method == "asvd":
-        return weighting(importance_in=needed("abs_mean").double().abs().pow(2 * alpha), shape=shape)
-    found = weighting(
-        importance_in=needed("fisher_in") if side in ("in", "both") else None,
-        importance_out=needed("fisher_out") if side in ("out", "both") else None,
-        shape=shape,
-    )
-    total = float(needed("fisher_out" if side == "out" else "fisher_in").double().sum())
-    return Weighting(found.left, found.right, total / (shape[0] * shape[1]))
+        return gram_scale(found["gram"], shape[1])
+    if method == "fwsvd":
+        return float(found["importance_out" if side == "out" else "importance_in"].double().sum()) / math.prod(shape)
+    return float(found["importance_in"].mean()) if found else 1.0
 
 
 def factorize(
@@ -195,65 +243,68 @@ def factorize(
     importance_in: Tensor | None = None,
     importance_out: Tensor | None = None,
     gram: Tensor | None = None,
-    randomized: bool = False,
+    randomized: bool | None = False,
 ) -> Factors:
     """The factors of `rank` that minimise ||L (W - up down) R||_F, see `weighting` for what makes L and R.
 
     Args:
-        weight: (out, in), of any floating dtype. Decomposed in float64 up to 2^22 entries (2048 x 2048), else in
-            float32.
+        weight: (out, in), of any floating dtype. Decomposed in float64 up to 2^22 entries (2048 x 2048), by the
+            singular value decomposition; of more, in float32, by the eigenvectors of the smaller of A A^T and A^T A in
+            float64, which is as exact as float32 is, and up to 2.6 times as fast.
         rank: 1 to min(out, in).
-        randomized: by random projections (arXiv:0909.4061), many times faster for large weights of small rank. The
-            error stays below sqrt(1 + rank / 15) times the smallest one in the mean, even with no pass of power
-            iteration; with the two that are made, a few per cent above it. `Factors.error` is measured, not estimated.
-            Draws from a generator of its own, so that the same weight gives the same factors.
+        randomized: by random projections (arXiv:0909.4061), faster for large weights of small rank. The error stays
+            below sqrt(1 + rank / 15) times the smallest one in the mean, even with no pass of power iteration; with the
+            four that are made it was 0.2 to 1.1 % above it (benchmarks/results/compression-large.md). `Factors.error`
+            is measured, not estimated. Draws from a generator of its own, so that the same weight gives the same
+            factors. None: where there are more than 2^22 entries and it needs less than half the operations.
 
     Raises:
         ValueError: importances that cannot be used, a weight with NaN or infinity, a rank out of range.
     """
     shape = (weight.shape[0], weight.shape[1])
-    weights = weighting(importance_in=importance_in, importance_out=importance_out, gram=gram, shape=shape)
+    weights = weighting(
+        importance_in=importance_in,
+        importance_out=importance_out,
+        gram=gram,
+        shape=shape,
+        factored=gram is None or not needs_no_factor(shape, randomized),
+    )
     return solve(weight, rank, weights, randomized=randomized)
 
 
-def solve(weight: Tensor, rank: int, weights: Weighting, *, randomized: bool = False) -> Factors:
+def solve(weight: Tensor, rank: int, weights: Weighting, *, randomized: bool | None = False) -> Factors:
     """`factorize` under a weighting that is already made."""
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} for a weight of shape {tuple(weight.shape)}")
+    if randomized is None:
+        randomized = weights.gram is None and pays(rank, weight.shape[0], weight.shape[1])
     target = weights.apply(_precise(weight))
-    p, s, q = randomized_svd(target, rank) if randomized else torch.linalg.svd(target, full_matrices=False)
-    energy = target.double().square().sum()
-    lost = energy - s[:rank].double().square().sum() if randomized else s[rank:].double().square().sum()
-    error = float((lost.clamp(min=0) / energy).sqrt()) if energy > 0 else 0.0
-    root = s[:rank].sqrt()
+    if weights.gram is not None:
+        p, s, q = by_outputs(target, weights.gram, DAMPING)
+    else:
+        p, s, q = randomized_svd(target, rank) if randomized else exact_svd(target)
+    norm = torch.linalg.vector_norm(s if len(s) == min(target.shape) else target, dtype=torch.float64)
+    energy = float(norm) ** 2
+    values, root = s.double().cpu(), s[:rank].sqrt()
     up, down = weights.undo(p[:, :rank] * root, root[:, None] * q[:rank])
     up, down = up.to(weight.dtype), down.to(weight.dtype)
     if not bool(up.isfinite().all() & down.isfinite().all()):
         raise ValueError(f"its factors do not fit into {weight.dtype}: convert the model to bfloat16 or float32 first")
-    return Factors(up, down, error)
+    return Factors(up, down, error_at(values, energy, rank, min(weight.shape)), values, energy)
 
 
-def spectrum(weight: Tensor, weights: Weighting) -> Tensor:
-    """What each direction is worth: the squared singular values of L W R, comparable between layers, falling."""
-    return torch.linalg.svdvals(weights.apply(_precise(weight))).double().square() * weights.scale
+def needs_no_factor(shape: tuple[int, int], randomized: bool | None) -> bool:
+    """Whether a large wide weight goes without a Cholesky factor of its inputs' Gram matrix, which is larger yet."""
+    return shape[0] < shape[1] and is_large(shape[0] * shape[1]) and not randomized
 
 
-def randomized_svd(
-    matrix: Tensor, rank: int, *, oversample: int = OVERSAMPLE, powers: int = POWERS, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular vectors and values of the best `rank` directions found by projections: P (out, r), S (r,), Q^T (r, in).
-
-    arXiv:0909.4061, algorithms 4.4 and 5.1: an orthonormal basis of (A A^T)^powers A G with G Gaussian, and the exact
-    decomposition of A inside it.
-    """
-    width = min(rank + oversample, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)  # of the CPU, so that every device draws the same
-    basis = matrix @ torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    basis = torch.linalg.qr(basis).Q
-    for _ in range(powers):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
-    p, s, q = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
-    return basis @ p[:, :rank], s[:rank], q[:rank]
+def error_at(values: Tensor, energy: float, rank: int, full: int) -> float:
+    """||L (W - U V) R|| / ||L W R|| of the first `rank` directions, of `full`."""
+    if energy <= 0:
+        return 0.0
+    squares = values.square()
+    lost = float(squares[rank:].sum()) if len(values) == full else energy - float(squares[:rank].sum())
+    return math.sqrt(max(lost, 0.0) / energy)
 
 
 def _precise(weight: Tensor) -> Tensor:
@@ -262,57 +313,4 @@ def _precise(weight: Tensor) -> Tensor:
         weight = weight.cpu()
     if not bool(weight.isfinite().all()):
         raise ValueError("its weight has NaN or infinity")
-    return weight.to(torch.float64 if weight.numel() <= DOUBLE else torch.float32)
-
-
-def allocate(
-    spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: int
-) -> dict[str, int | None]:
-    """Ranks for all layers together: the directions worth most for each parameter that they cost, within `budget`.
-
-    A direction of a layer costs out + in parameters and is worth its squared weighted singular value. A layer may also
-    stay dense (None), which costs out * in and is worth all of them; it does where that is the better bargain and
-    fits. Every layer gets at least rank 1.
-
-    Args:
-        spectra: squared weighted singular values of each layer, falling, in units that layers share.
-        shapes: (out, in) of each.
-        budget: parameters of all these layers afterwards, at most.
-
-    Raises:
-        ValueError: the budget does not pay for rank 1 everywhere.
-    """
-    left = budget - sum(sum(shapes[name]) for name in spectra)
-    if left < 0:
-        raise ValueError(f"{budget} parameters do not pay for rank 1 in each of {len(spectra)} layers")
-    ranks: dict[str, int | None] = dict.fromkeys(spectra, 1)
-    offers: list[tuple[float, int, str]] = []  # (-worth of a parameter, rank or 0 for dense, layer)
-    for name, squares in spectra.items():
-        (out_features, in_features), values = shapes[name], squares.tolist()
-        price, whole = out_features + in_features, out_features * in_features
-        remaining = sum(values)
-        for rank, held in enumerate(accumulate(values), 1):
-            if not saves(rank, out_features, in_features):
-                break
-            following = values[rank] / price if saves(rank + 1, out_features, in_features) else 0.0
-            dense = (remaining - held) / (whole - rank * price)
-            if dense >= following:  # from here on the rest together is the better bargain
-                offers.append((-dense, 0, name))
-                break
-        offers += [
-            (-value / price, rank, name)
-            for rank, value in enumerate(values, 1)
-            if rank > 1 and saves(rank, out_features, in_features)
-        ]
-    heapq.heapify(offers)
-    while offers:
-        _, rank, name = heapq.heappop(offers)
-        out_features, in_features = shapes[name]
-        now = ranks[name]
-        if now is None or rank not in (0, now + 1):
-            continue
-        cost = out_features + in_features if rank else out_features * in_features - now * (out_features + in_features)
-        if cost <= left:
-            left -= cost
-            ranks[name] = rank or None
-    return ranks
+    return weight.to(torch.float32 if is_large(weight.numel()) else torch.float64)

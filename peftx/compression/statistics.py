@@ -1,38 +1,28 @@
 """What compression knows about the layers of a model: one small file, made by a pass over data or during training."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
-from peft.utils.integrations import dequantize_module_weight
-from peft.utils.other import AuxiliaryTrainingWrapper
-from peft.utils.quantization_utils import Bnb8bitBackend
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..adapters.products import unpack
-from . import linear
+from .layers import PROBES, base_model, correlation, describe, linear_layers, shape_of, signature
 
 FILE_NAME = "fisher.safetensors"
 FORMAT = "peftx.statistics.1"
+SHARED = "peftx.statistics.2"  # with one Gram matrix for layers of one input
+UNUSABLE = (
+    *(SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError, RuntimeError),
+)
 ESTIMATORS = ("per_sample", "per_batch")
-PROBES = 64  # entries of a weight that recognise it
 ALIKE = 0.5  # least correlation of these entries before and after: of unrelated weights it is 0 +- 1 / 8
-HEADS = {*SEQ_CLS_HEAD_NAMES, "lm_head", "pooler", "qa_outputs", "cls"}
-ROUTERS = {"router", "gate", "shared_expert_gate"}
 
 
 @dataclass(frozen=True)
@@ -87,25 +77,28 @@ class Statistics(Mapping[str, LayerStatistics]):
         return f"Statistics({len(self)} layers, {self.samples} samples, {self.estimator}, {self.model!r})"
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, whole or not at all."""
-        path = Path(path)
-        tensors = {
-            f"{name}.{field}": part.detach().cpu().contiguous().clone()  # of its own: files share no memory
-            for name, layer in self.items()
-            for field in FIELDS
-            if (part := getattr(layer, field)) is not None
-        }
-        header = {
+        """Writes one safetensors file, whole or not at all. A Gram matrix that layers share is in it once."""
+        tensors: dict[str, Tensor] = {}
+        grams: dict[int, str] = {}  # to the layer that has it in the file
+        shared = {}
+        for name, layer in self.items():
+            for field in FIELDS:
+                if (part := getattr(layer, field)) is None:
+                    continue
+                if field == "gram" and grams.setdefault(id(part), name) != name:
+                    shared[name] = grams[id(part)]
+                else:
+                    tensors[f"{name}.{field}"] = part
+        header: dict[str, Any] = {
             "samples": self.samples,
             "tokens": self.tokens,
             "estimator": self.estimator,
             "model": self.model,
             "shapes": {name: list(layer.shape) for name, layer in self.items()},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.part")
-        save_file(tensors, draft, {"format": FORMAT, "statistics": json.dumps(header)})
-        draft.replace(path)
+        if shared:
+            header["gram_of"] = shared
+        write(tensors, Path(path), {"format": SHARED if shared else FORMAT, "statistics": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
@@ -116,13 +109,15 @@ class Statistics(Mapping[str, LayerStatistics]):
             ValueError: it is something else, or contradicts itself.
         """
         try:
+            if Path(path).exists() and not Path(path).is_file():
+                raise ValueError("not a file")
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return cls(**checked(metadata, tensors))
         except FileNotFoundError:
             raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except UNUSABLE as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} holds no statistics of peftx ({reason}): collect them again") from error
 
@@ -157,9 +152,10 @@ FIELDS = tuple(field.name for field in fields(LayerStatistics) if field.name != 
 
 def checked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of `Statistics` from a file's contents."""
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, SHARED):
         raise ValueError(f"format {metadata.get('format')!r} instead of {FORMAT!r}")
     header = json.loads(metadata["statistics"])
+    shared = header.get("gram_of", {})
     shapes, facts = header["shapes"], {key: header[key] for key in ("samples", "tokens", "estimator", "model")}
     for key in ("samples", "tokens"):
         if type(facts[key]) is not int or facts[key] < 1:
@@ -171,12 +167,21 @@ def checked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
     for name, shape in shapes.items():
         if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
             raise ValueError(f"{name} cannot have the shape {shape!r}")
+    if not isinstance(shared, dict) or not all(
+        name in shapes and isinstance(owner, str) and f"{owner}.gram" in tensors and owner not in shared
+        for name, owner in shared.items()
+    ):
+        raise ValueError("the header gives layers the Gram matrix of another one that has none")
     known = {f"{name}.{field}" for name in shapes for field in FIELDS}
     if unknown := [key for key in tensors if key not in known]:
         raise ValueError(f"unknown tensor {unknown[0]!r}")
     layers = {}
     for name, (out, into) in shapes.items():
         parts: dict[str, Any] = {field: tensors.get(f"{name}.{field}") for field in FIELDS}
+        if name in shared:
+            if parts["gram"] is not None:
+                raise ValueError(f"{name} has a Gram matrix and another one's")
+            parts["gram"] = tensors[f"{shared[name]}.gram"]
         if parts["signature"] is None:
             raise ValueError(f"{name} has no signature")
         wanted: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
@@ -194,158 +199,43 @@ def checked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
                 raise ValueError(
                     f"{name}.{field} must be {size} of {dtypes[0]}, and is {tuple(part.shape)} of {part.dtype}"
                 )
+            if field == "gram" and name in shared:
+                continue  # seen where it is
             if not part.isfinite().all():
                 raise ValueError(f"{name}.{field} is not finite")
             if (part.diagonal() if field == "gram" else part).lt(0).any() and field != "signature":
                 raise ValueError(f"{name}.{field} has a negative entry where none can be")
-        if (gram := parts["gram"]) is not None and not torch.allclose(
-            gram, gram.T, atol=1e-4 * float(gram.abs().max())
-        ):
+        gram = parts["gram"]
+        if gram is not None and name not in shared and not symmetric(gram):
             raise ValueError(f"{name}.gram is not symmetric")
         layers[name] = LayerStatistics(shape=(out, into), **parts)
     return {"layers": layers, **facts}
 
 
-def target_layers(
-    model: nn.Module,
-    target_modules: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
-) -> dict[str, nn.Module]:
-    """The linear layers to look at, by their names in the base model: what a PEFT adapter wraps counts as the layer.
-
-    Args:
-        model: of transformers, or a PEFT model around one.
-        target_modules: in PEFT's forms: a regular expression, a list of names or their ends, or `"all-linear"`.
-            Default: every `nn.Linear` and transformers `Conv1D` inside the repeated blocks of the encoder and decoder.
-            Left out: classifiers, output embeddings, poolers, routers of experts, and layers with a tied weight.
-        exclude_modules: in the first two forms.
-
-    Returns:
-        Name to module, in the model's order; PEFT's wrapper where there is one (`base_layer` looks inside).
-
-    Raises:
-        ValueError: none is left, or one that was named shares its weight with another.
-    """
-    base = base_model(model)
-    layers, tied = linear_layers(base), tied_layers(base)
-    shorthand = isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-    if target_modules is None:
-        layers = {name: layers[name] for name in default_names(base, layers)}
-        target_modules = list(layers)
-    elif not isinstance(target_modules, str):
-        target_modules = list(target_modules)
-    # The task only tells PEFT to leave a classifier out of "all-linear".
-    config: Any = LoraConfig(task_type="SEQ_CLS", target_modules=target_modules)
-    config.exclude_modules = exclude_modules if isinstance(exclude_modules, str) else set(exclude_modules or [])
-    config = _maybe_include_all_linear_layers(config, base)
-    chosen = {name: layer for name, layer in layers.items() if check_target_module_exists(config, name)}
-    shared = [name for name in chosen if name in tied]
-    if shared and not shorthand:
-        raise ValueError(f"{shared[0]} shares its weight with {tied[shared[0]]}: leave it out, exclude_modules=")
-    for name in shared:
-        del chosen[name]
-    if not chosen:
-        asked = f"target_modules={target_modules!r}, exclude_modules={exclude_modules!r}"
-        raise ValueError(
-            f"{describe(model)} has no layer to look at: {asked if layers else 'no linear layer in blocks'}"
-        )
-    return chosen
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model, with whatever PEFT put inside it."""
-    return model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
-
-
-def base_layer(layer: nn.Module) -> Any:
-    """What an adapter is on, or the layer itself."""
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
-def linear_layers(base: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """All `nn.Linear` and `Conv1D` by name, or the adapters' wrappers around them; nothing of an adapter itself."""
-    found: dict[str, nn.Module] = {}
-    for name, child in base.named_children():
-        if isinstance(base_layer(child), nn.Linear | Conv1D):
-            found[prefix + name] = child
-        elif not isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            found |= linear_layers(child, f"{prefix}{name}.")
-    return found
-
-
-def default_names(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Those inside the blocks: inside a ModuleList of modules that are not linear layers themselves."""
-    blocks = tuple(
-        f"{name}."
-        for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and not any(isinstance(base_layer(m), nn.Linear | Conv1D) for m in module)
+def symmetric(gram: Tensor) -> bool:
+    """Up to a thousandth, a block of rows at a time."""
+    atol = 1e-4 * float(gram.abs().max())
+    return all(
+        torch.allclose(gram[start : start + 512], gram[:, start : start + 512].T, atol=atol)
+        for start in range(0, len(gram), 512)
     )
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    tied = tied_layers(base)
-    for name, layer in layers.items():
-        parts = name.split(".")
-        router = "router" in parts or (parts[-1] in ROUTERS and beside_experts(base, name))
-        if name.startswith(blocks) and not (router or HEADS & set(parts) or layer is head or name in tied):
-            yield name
 
 
-def beside_experts(base: nn.Module, name: str) -> bool:
-    return hasattr(base.get_submodule(name.rpartition(".")[0]), "experts")
-
-
-def tied_layers(base: nn.Module) -> dict[str, str]:
-    """Linear layers whose weight is also somewhere else, and where."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {
-        name: next(other for other in users if other != mine)
-        for name, layer in linear_layers(base).items()
-        if len(users := names.get(id(base_layer(layer).weight), ())) > 1
-        for mine in [f"{name}.base_layer.weight" if isinstance(layer, BaseTunerLayer) else f"{name}.weight"]
-    }
-
-
-def shape_of(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features), also of a quantised layer, and of what an adapter is on."""
-    return linear.shape_of(base_layer(layer))
-
-
-def dense_weight(base: nn.Module) -> Tensor:
-    """The weight, dequantised if need be; the layer stays as it is."""
-    unpack(base)
-    if type(base.weight).__name__ == "Int8Params":  # on a CPU `dequantize_module_weight` would lose the layer's scales
-        return Bnb8bitBackend().get_base_weight(base)
-    return dequantize_module_weight(base)
-
-
-def signature(layer: nn.Module) -> Tensor:
-    """(min(64, entries),), float32: entries of the base weight at even distances, as it is stored, row after row."""
-    weight = dense_weight(base_layer(layer)).detach()
-    if weight.device.type == "meta" or type(weight).__name__ == "DTensor" or not weight.numel():
-        raise ValueError(
-            "the weights are not here (on the meta device, or split by FSDP or DeepSpeed): load them whole"
-        )
-    count = weight.numel()
-    places = torch.linspace(0, count - 1, min(PROBES, count), dtype=torch.float64).round().long()
-    return weight.reshape(-1)[places.to(weight.device)].to("cpu", torch.float32)
-
-
-def correlation(first: Tensor, second: Tensor) -> float:
-    """Pearson's; of constants, 1 where they are equal and 0 where not."""
-    a, b = (part.double() - part.double().mean() for part in (first, second))
-    norms = float(a.norm() * b.norm())
-    if not norms > 0 or not math.isfinite(norms):
-        return float(torch.equal(first, second))
-    return float(a @ b) / norms
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """By `torch.compile(model)` or `model.compile()`."""
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-
-
-def describe(model: nn.Module) -> str:
-    """Class and name of the model."""
-    base = base_model(model)
-    return f"{type(base).__name__} {getattr(getattr(base, 'config', None), '_name_or_path', '')}".strip()
+def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file beside its place and renames it, so that it is whole or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seen: set[int] = set()
+    own = {}
+    for key, part in tensors.items():
+        part = part.detach().cpu().contiguous()
+        storage = part.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != part.nbytes:  # files share no memory
+            part = part.clone()
+        seen.add(part.untyped_storage().data_ptr())
+        own[key] = part
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(own, draft, metadata)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

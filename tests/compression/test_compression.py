@@ -13,9 +13,12 @@ from torch import nn
 import peftx
 from peftx.compression import METHODS, LowRankLinear, compress, factorize, rank_for
 from peftx.compression.compress import count
-from peftx.compression.factorize import allocate, randomized_svd, saves, weighting_for
+from peftx.compression.decompose import randomized_svd
+from peftx.compression.factorize import weighting_for
+from peftx.compression.layers import signature, target_layers
 from peftx.compression.linear import shape_of
-from peftx.compression.statistics import LayerStatistics, Statistics, signature, target_layers
+from peftx.compression.ranks import allocate, saves
+from peftx.compression.statistics import LayerStatistics, Statistics
 
 f64 = torch.float64
 

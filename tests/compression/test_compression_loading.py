@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -524,9 +525,38 @@ def test_the_command_takes_statistics_from_a_file(folder, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_the_command_goes_on_after_an_interruption(folder, tmp_path):
+    common = ("--model", folder / "model", "--data", folder / "data.jsonl", "--resume", tmp_path / "work")
+    common = (*common, "--recover-epochs", 0, "--keep", 0.7)
+    compressing = sys.modules[compress.__module__]
+    calls = []
+
+    def solve(*args, stop=None, original=compressing.solve, **kwargs):
+        calls.append(1)
+        if len(calls) == stop:
+            raise OSError("no space left on device")
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressing, "solve", partial(solve, stop=5))
+        outcome = call(*common, "--out", tmp_path / "a")
+    assert outcome.exit_code == 2 and "no space left" in outcome.stderr and not (tmp_path / "a").exists()
+    calls.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressing, "solve", solve)
+        patch.setattr("peftx.compression.collection.gather", None)  # the statistics are there
+        outcome = call(*common, "--out", tmp_path / "b")
+    assert outcome.exit_code == 0, outcome.output
+    assert len(calls) == 12 - 4
+    assert call(*common[:4], *common[6:], "--out", tmp_path / "c").exit_code == 0
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in "bc")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--resume", "{folder}/data.jsonl"], "--resume must be a folder"),
         (["--keep", "1.5"], "keep must be a share in (0, 1), got 1.5"),
         (["--method", "tucker"], "method must be one of"),
         (["--out", "{folder}"], "exists and is not an empty folder"),
