@@ -29,11 +29,16 @@ EDGE = 1 << 20  # bytes at both ends of a file that go into its hash
 DEEP = ("data", "eval_data")  # a folder of data is read with all that lies in it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# what PEFT takes unchecked from a config; of a LoRA's numbers more is checked where they are used
+KINDS: dict[tuple[str, ...], tuple[type, ...]] = {
+    ("base_model_name_or_path", "task_type", "revision"): (str,),
+    ("auto_mapping", "rank_pattern", "alpha_pattern"): (dict,),
+    ("target_modules", "exclude_modules", "modules_to_save"): (str, list, set, tuple),
+    ("inference_mode", "use_rslora", "use_dora", "fan_in_fan_out"): (bool,),
+}
+
 Entry = dict[str, Any]
 Inputs = Mapping[str, Any]
-
-
-# What is read must not be written
 
 
 def check_apart(output: str | os.PathLike, inputs: Inputs, what: str = "output") -> None:
@@ -63,9 +68,6 @@ def check_apart(output: str | os.PathLike, inputs: Inputs, what: str = "output")
 
 def same(one: Path, other: Path) -> bool:
     return one == other or (one.exists() and other.exists() and one.samefile(other))
-
-
-# The list
 
 
 def facts(path: Path) -> Entry:
@@ -176,9 +178,6 @@ def files_in(folder: Path) -> list[str]:
     return sorted(name for name in found if name != LIST)
 
 
-# Folders
-
-
 def claim(
     output: str | os.PathLike, by: str, inputs: Inputs, *, overwrite: bool = False, ways: str = "say overwrite"
 ) -> Path:
@@ -281,9 +280,6 @@ def remove(folder: Path, names: Iterable[str], lists: Mapping[str, Entry]) -> No
                     (folder / parent).rmdir()
 
 
-# Single files
-
-
 def claim_file(
     path: str | os.PathLike, by: str, inputs: Inputs, *, overwrite: bool = False, what: str = "output"
 ) -> None:
@@ -378,9 +374,6 @@ def writing(place: str | os.PathLike, then: str = "start again") -> Iterator[Non
         ) from error
 
 
-# Adapters of others
-
-
 def read_config(folder: str | os.PathLike, shown: str | os.PathLike | None = None) -> Any:
     """The config of a saved adapter in a folder, called `shown` in errors.
 
@@ -391,10 +384,16 @@ def read_config(folder: str | os.PathLike, shown: str | os.PathLike | None = Non
     if not Path(folder, CONFIG_NAME).is_file():
         raise ValueError(f"{shown} holds no adapter that can be read: no {CONFIG_NAME} in it.")
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except KeyError as error:
         raise ValueError(
             f"The adapter {shown} is of the type {error}, which neither PEFT {peft.__version__} nor peftx knows."
         ) from None
     except Exception as error:  # whatever the config classes of PEFT make of values that nobody has checked
         raise ValueError(f"{shown} holds no adapter that can be read: {error}") from error
+    for names, kinds in KINDS.items():
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+                raise ValueError(f"{shown} holds no adapter that can be read: {name} in {CONFIG_NAME} is {value!r}.")
+    return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import warnings
 from collections import Counter
@@ -205,8 +206,17 @@ def _write(path: str | os.PathLike, state: dict[str, torch.Tensor], config: Any)
         config.save_pretrained(str(folder))
 
 
+def numbers_in(config: LoraConfig) -> list[tuple[str, Any]]:
+    """The ranks and alphas of single modules."""
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    return [(f"{name}: {key}", value) for name, part in patterns.items() for key, value in (part or {}).items()]
+
+
 def _check_factors(shown: Any, config: LoraConfig, state: dict[str, torch.Tensor]) -> None:
     """Raises ValueError unless the tensors are those of a LoRA with the config's ranks."""
+    for name, value in (("r", config.r), ("lora_alpha", config.lora_alpha), *numbers_in(config)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"The adapter {shown} cannot be exported: {name} in its config is {value!r}.")
     modules, _ = split(state, "lora_")
     if not modules:
         raise ValueError(f"The adapter {shown} has no tensor of a LoRA.")

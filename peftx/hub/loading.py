@@ -54,7 +54,7 @@ def fetch_adapter(
         folder = local / (subfolder or "")
         for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):  # a pipe would be waited for
             if (folder / name).exists() and not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no adapter that can be read: {name} is no file.")
+                raise ValueError(f"{folder} holds no adapter that can be read: no {name} in it that is a file.")
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder} holds no adapter that can be read: no {CONFIG_NAME} in it.")
         if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ..files import check_apart, check_free, drafted
-from .loading import load_adapter
+from .loading import fetch_adapter, load_adapter, read_config
 
 BY = "export"
 MODEL = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
@@ -24,9 +24,8 @@ def check_place(
     path: str | os.PathLike, names: tuple[str, ...], config: Any, base_model: Any = None, source: Any = None
 ) -> None:
     """Raises ValueError where an export would write over what it reads, or over what is not an export's."""
-    bases = (base_model, getattr(config, "base_model_name_or_path", None))
-    inputs = {"adapter": source, **{f"base_model{' ' * i}": base for i, base in enumerate(bases)}}
-    check_apart(path, inputs, "the output")
+    for base in (base_model, getattr(config, "base_model_name_or_path", None)):
+        check_apart(path, {"adapter": source, "base_model": base}, "the output")
     if Path(path).exists() and not Path(path).is_dir():
         raise ValueError(f"{path} is a file: name a folder to write to.")
     check_free(Path(path), names, BY)
@@ -66,8 +65,10 @@ def export_merged(
         raise ValueError(
             f"{path} holds an adapter, which transformers would put on the merged model again: name another folder."
         )
-    check_place(path, MODEL, None, base_model, Path(adapter, subfolder or ""))
+    check_place(path, (), None, base_model, Path(adapter, subfolder or ""))
     hub: dict[str, Any] = {"revision": revision, "token": token}
+    config = read_config(fetch_adapter(adapter, subfolder=subfolder, **hub), shown=adapter)
+    check_place(path, MODEL, config)
     model: Any = load_adapter(adapter, base_model, subfolder=subfolder, **hub)
     base = model.get_base_model()
     check_place(path, MODEL, model.active_peft_config, str(getattr(base.config, "_name_or_path", "")))

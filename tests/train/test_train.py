@@ -516,8 +516,8 @@ def test_the_output_folder(files: Path, tmp_path: Path) -> None:
         (["--data", "{tmp}/chat.jsonl"], "record 1: its messages are not a list of objects with role and content"),
         (["--data", "{tmp}/foreign.jsonl"], "no sample has a word that the tokenizer of {files}/llama knows within"),
         (["--task", "SEQ_CLS", "--data", "{tmp}/huge.jsonl"], "to be numbered 0, 1, ..., but one is 10000000000"),
-        (["--task", "SEQ_CLS", "--data", "{tmp}/null.jsonl"], "record 21: label None is neither a name nor a whole"),
-        (["--task", "SEQ_CLS", "--data", "{tmp}/nan.jsonl"], "record 21: label nan is neither a name nor a whole"),
+        (["--task", "SEQ_CLS", "--data", "{tmp}/null.jsonl"], "null.jsonl, record 21 has an empty field 'label': fill"),
+        (["--task", "SEQ_CLS", "--data", "{tmp}/nan.jsonl"], "nan.jsonl, record 21 has an empty field 'label': fill"),
         (["--task", "TOKEN_CLS", "--data", "{tmp}/uneven.jsonl"], "tokens and labels are not two lists of the same"),
         (["--model", "{tmp}/torn"], "the model {tmp}/torn cannot be loaded: "),
     ],
@@ -564,7 +564,7 @@ def test_what_must_be_named(files: Path, tmp_path: Path, name: str) -> None:
 
 def test_missing_datasets_is_named(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    outcome = call("train", "--model", files / "bert", "--data", files / "classes.csv", "--output", tmp_path / "out")
+    outcome = call("train", "--model", files / "bert", "--data", files / "classes.parquet", "--output", tmp_path / "o")
     assert outcome.exit_code == 2 and "datasets is missing" in outcome.stderr and "pip install" in outcome.stderr
 
 
