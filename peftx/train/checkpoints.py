@@ -15,7 +15,7 @@ from safetensors import safe_open
 from ..files import Entry
 
 NAME = re.compile(r"checkpoint-(\d+)")
-WEIGHTS = ("*.safetensors", "*.bin", "pytorch_model_fsdp*", "global_step*")
+WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*", "global_step*")
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "rank*-optimizer.pt", "global_step*")
 
 
