@@ -391,9 +391,10 @@ def read_config(folder: str | os.PathLike, shown: str | os.PathLike | None = Non
         ) from None
     except Exception as error:  # whatever the config classes of PEFT make of values that nobody has checked
         raise ValueError(f"{shown} holds no adapter that can be read: {error}") from error
-    for names, kinds in KINDS.items():
-        for name in names:
-            value = getattr(config, name, None)
-            if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-                raise ValueError(f"{shown} holds no adapter that can be read: {name} in {CONFIG_NAME} is {value!r}.")
+    if config.peft_type is None:
+        raise ValueError(f"{shown} holds no adapter that can be read: its {CONFIG_NAME} names no peft_type.")
+    for name, kinds in ((name, kinds) for names, kinds in KINDS.items() for name in names):
+        value = getattr(config, name, None)
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise ValueError(f"{shown} holds no adapter that can be read: {name} in {CONFIG_NAME} is {value!r}.")
     return config

@@ -81,9 +81,11 @@ def test_a_failure_leaves_no_trace(tmp_path):
 @pytest.mark.parametrize("other", ["export", "compare"])
 def test_the_files_of_another_command_are_not_replaced(tmp_path, other):
     run(tmp_path, a="1")
-    with pytest.raises(ValueError, match=f"a is there already, and not by peftx {other}"):
-        with drafted(tmp_path, other) as draft:
-            (draft / "a").write_text("2")
+    with (
+        pytest.raises(ValueError, match=f"a is there already, and not by peftx {other}"),
+        drafted(tmp_path, other) as draft,
+    ):
+        (draft / "a").write_text("2")
     assert pages(tmp_path) == {"a": "1"}
 
 
@@ -223,9 +225,9 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path, what):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
     try:
-        with pytest.raises(OSError, match="free some space and start again; what was whole before is so still"):
-            with drafted(tmp_path / "out", "train") as draft:
-                write(draft / "a")
+        told = "free some space and start again; what was whole before is so still"
+        with pytest.raises(OSError, match=told), drafted(tmp_path / "out", "train") as draft:
+            write(draft / "a")
         with pytest.raises(OSError, match="free some space"), written(tmp_path / "x", "prune") as draft:
             write(draft)
     finally:
@@ -234,9 +236,9 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path, what):
 
 
 def test_no_space_left_keeps_its_number(tmp_path):
-    with pytest.raises(OSError, match="No space left on device: free some space and go on by resume") as caught:
-        with writing(tmp_path, "go on by resume"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    told = "No space left on device: free some space and go on by resume"
+    with pytest.raises(OSError, match=told) as caught, writing(tmp_path, "go on by resume"):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.errno == errno.ENOSPC
     with pytest.raises(RuntimeError, match="another"), writing(tmp_path):
         raise RuntimeError("another")

@@ -15,9 +15,8 @@ PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("prompt",), "response"),
     (("prompt",), "answer"),
     (("question",), "answer"),
-    (("instruction", "input"), "output"),
-    (("instruction", "context"), "response"),
-    (("instruction", "input"), "response"),
+    (("instruction", "input", "context"), "output"),
+    (("instruction", "input", "context"), "response"),
 )
 # Otherwise one of each, which must be the only one of its kind.
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs", "source", "user", "human")

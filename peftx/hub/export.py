@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -217,12 +218,23 @@ def _check_factors(shown: Any, config: LoraConfig, state: dict[str, torch.Tensor
     for name, value in (("r", config.r), ("lora_alpha", config.lora_alpha), *numbers_in(config)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"The adapter {shown} cannot be exported: {name} in its config is {value!r}.")
+    targets = config.target_modules or ()
+    patterns = [rf"(.*\.)?({key})$" for key in (*(config.rank_pattern or ()), *(config.alpha_pattern or ()))]
+    for pattern in (*patterns, *([targets] if isinstance(targets, str) else ())):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"The adapter {shown} cannot be exported: {pattern!r} is no pattern: {error}") from None
     modules, _ = split(state, "lora_")
     if not modules:
         raise ValueError(f"The adapter {shown} has no tensor of a LoRA.")
     for name, tensors in modules.items():
         if problems := mismatched(name, tensors):
             raise ValueError(f"The adapter {shown} cannot be exported: {problems[0]}")
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise ValueError(f"The adapter {shown} cannot be exported: {name} has factors that are no floats.")
+        if not (isinstance(targets, str) or any(name == t or name.endswith(f".{t}") for t in targets)) and targets:
+            raise ValueError(f"The adapter {shown} cannot be exported: {name} is none of its target_modules.")
         A = factors(tensors)[0]
         r = by_pattern(config.rank_pattern, name, config.r)
         if A is not None and A.shape[0] != r and not config.target_parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +168,13 @@ def load_adapter(
         state = read_tensors(folder, shown=path)
         base_model = load_base(config, state, base_model, **({} if token is None else {"token": token}), **kwargs)
     try:
-        return PeftModel.from_pretrained(base_model, str(folder), config=config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # which would stay as they start
+            return PeftModel.from_pretrained(base_model, str(folder), config=config)
     except (ValueError, NotImplementedError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever PEFT makes of a config and of tensors that nobody has checked
-        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}".removeprefix("UserWarning: ")
         raise ValueError(f"The adapter {path} cannot be put on its base model: {told}") from error
 
 

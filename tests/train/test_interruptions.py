@@ -293,7 +293,8 @@ def test_a_comparison_that_fails_to_replace_leaves_the_old_one(
     [
         "", "[", "[]", "null", '{"settings": {}}', '{"settings": [], "runs": []}', '{"settings": {}, "runs": 3}',
         '{"settings": {}, "runs": [3]}', '{"settings": {}, "runs": [{}]}', "[" * 100_000,
-        ("method", None), ("method", "nothing"), ("method_settings", "r=2"), ("seed", "0"), ("eval", {}), ("eval", None),
+        ("method", None), ("method", "nothing"), ("method_settings", "r=2"), ("seed", "0"), ("eval", {}),
+        ("eval", None),
         ("eval", {"loss": "low"}), ("step_seconds", None), ("trained_values", {}), ("samples", [3]), ("bytes", "1"),
     ],
     ids=str,
