@@ -4,7 +4,7 @@ The MiniLM encoder of `peftx demo` learns the demo's task, or SST-2 from a folde
 (`sentence<TAB>label`). Each run is written to the results file when it ends; runs found there are not repeated.
 
     python benchmarks/real_data.py --methods lora allora lora-ggpo --seeds 0 1 2
-    python benchmarks/real_data.py --sst2 path/to/sst2 --texts 1600 --save
+    python benchmarks/real_data.py --sst2 path/to/sst2 --texts 1600
 """
 
 from __future__ import annotations

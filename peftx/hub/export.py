@@ -231,7 +231,7 @@ def _check_factors(shown: Any, config: LoraConfig, state: dict[str, torch.Tensor
     for name, tensors in modules.items():
         if problems := mismatched(name, tensors):
             raise ValueError(f"The adapter {shown} cannot be exported: {problems[0]}")
-        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        if not all(tensor.dtype.is_floating_point for tensor in tensors.values()):
             raise ValueError(f"The adapter {shown} cannot be exported: {name} has factors that are no floats.")
         if not (isinstance(targets, str) or any(name == t or name.endswith(f".{t}") for t in targets)) and targets:
             raise ValueError(f"The adapter {shown} cannot be exported: {name} is none of its target_modules.")

@@ -172,6 +172,8 @@ def mismatched(name: str, tensors: Mapping[str, AnyTensor]) -> list[str]:
         return [f"{name}: {'lora_A' if A is None else 'lora_B'} is missing"]
     if A is None or B is None:
         return []
+    if not (A.dtype.is_floating_point and B.dtype.is_floating_point):
+        return [f"{name}: its factors are {A.dtype} and {B.dtype}, and no floats".replace("torch.", "")]
     ranks = (A.shape[0], B.shape[1]) if min(A.ndim, B.ndim) > 1 else (0, 0)
     grouped = B.ndim > 2 and ranks[1] and not ranks[0] % ranks[1]  # of a convolution, B sees r / groups channels
     if not ranks[0] or (ranks[0] != ranks[1] and not grouped):
