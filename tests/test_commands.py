@@ -70,6 +70,7 @@ ELSEWHERE = {
     "peftx train --config run.yaml --prune-keep 0.3 --load-in-4bit": "test_train.py: test_quantised_bases",
     "peftx export me/my-adapter plain-lora --revision v1.0": "test_hub.py, on a stand-in of the Hub",
     "python benchmarks/step_time.py --device cuda": "needs a GPU",
+    "python benchmarks/method_table.py --keep": "needs the results of a whole demo",
     "python benchmarks/optimizer.py --parts loss": "needs the real stories260K and GSM8K",
     "python benchmarks/smollm2.py": "needs the real SmolLM2",
     "python benchmarks/compression_models.py smollm2": "needs the real SmolLM2",
@@ -141,8 +142,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, lines in {"pairs": pairs, "data": pairs, "lines": pairs, "train": labelled, "test": labelled}.items():
         (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (place / "data.csv").write_text("text,label\n" + "\n".join(f"{row['text']},{row['label']}" for row in labelled))
-    (place / "peftx-demo").mkdir()
-    shutil.copy(ROOT / "benchmarks" / "results" / "demo.json", place / "peftx-demo" / "results.json")
     (place / "run.yaml").write_text("model: folder\ndata: pairs.jsonl\noutput: out-yaml\n")
     (place / "data" / "sst2").mkdir(parents=True)
     for name in ("train", "dev", "test"):

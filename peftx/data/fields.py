@@ -140,7 +140,7 @@ def messages_of(record: Record, field: str) -> Messages:
         ValueError: there are none, or one has no known role or no text.
     """
     turns = record[field]
-    if is_empty(turns) or turns == []:
+    if is_empty(turns):
         raise EmptyError(field)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError(f"its {field} are not a list of objects with role and content")
@@ -166,7 +166,7 @@ def chat_of(record: Record, prompt: str | None, answer: str | None) -> tuple[Mes
     if not (prompt or answer) and (field := next((f for f in (named(record, n) for n in CHATS) if f), None)):
         turns = messages_of(record, field)
         given, wanted = turns[:-1], turns[-1:]
-        if wanted[0]["role"] != "assistant":
+        if not wanted or wanted[0]["role"] != "assistant":
             raise ValueError(f"the last of its {field} is not the assistant's")
     else:
         fields = (prompt, answer) if prompt and answer else ("prompt", "completion")
@@ -180,7 +180,7 @@ def chat_of(record: Record, prompt: str | None, answer: str | None) -> tuple[Mes
             for name, role in zip(fields, roles, strict=True)
         ]
         given, wanted = parts
-        if wanted[-1]["role"] != "assistant":
+        if not wanted or wanted[-1]["role"] != "assistant":
             raise ValueError(f"the last of its {fields[1]} is not the assistant's")
     if is_empty(wanted[-1]["content"]) and not wanted[-1].get("tool_calls"):
         raise EmptyError(answer or "content of the last turn")

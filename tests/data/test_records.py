@@ -124,7 +124,8 @@ def test_a_conversational_completion_may_have_turns_of_its_own(tokenizer: Any) -
         ({"conversations": [{"from": "cat", "value": "a"}]}, "a turn of its conversations is by 'cat', none of user"),
         ({"conversations": [{"who": "human", "what": "a"}]}, "has the fields who, what, not role and content"),
         ({"conversations": "hello"}, "are not a list of objects with role and content"),
-        ({"conversations": []}, "record 1 has an empty field 'conversations'"),
+        ({"conversations": []}, "the last of its conversations is not the assistant's"),
+        ({"conversations": None}, "record 1 has an empty field 'conversations'"),
         (
             {"messages": [*TURNS[:-1], {"role": "assistant", "content": ""}]},
             "an empty field 'content of the last turn'",
