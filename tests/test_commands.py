@@ -159,7 +159,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(line: str) -> Any:
     if reason := ELSEWHERE.get(beginning(ELSEWHERE, line)):
         return pytest.param(line, marks=pytest.mark.skip(reason=reason))
-    slow = (line.startswith("python benchmarks/") and "method_table.py" not in line) or line.startswith("peftx demo")
+    slow = line.startswith(("python benchmarks/", "peftx demo", "peftx compare ")) and "method_table.py" not in line
     return pytest.param(line, marks=pytest.mark.slow) if slow else line
 
 
