@@ -45,7 +45,7 @@ SMALL: dict[str, str] = {
     "peftx compress --model folder": "--batch-size 8",
     "peftx export": "",
     "peftx inspect": "",
-    "peftx demo": "--quick --epochs 0.02 --methods bone --model-cards cards",
+    "peftx demo": "--quick --epochs 0.02 --methods bone --model-cards cards --overwrite",
     "python benchmarks/compression.py": "--small --rounds 2 --model llama --training lora",
     "python benchmarks/compression_models.py": "--smoke --data data --work work",
     "python benchmarks/federated.py": "--naive-limit 512 --parts bytes",
