@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 import transformers
-from peftx.text import encode, pad
 from pruning_noise import DATA, RESULTS, Results, read_gsm8k, read_sst2
 from torch import nn
 from tqdm import tqdm
@@ -55,6 +54,7 @@ from peftx.compression import (
     target_layers,
 )
 from peftx.compression.compress import count
+from peftx.data.text import encode, pad
 from peftx.demo.model import default_folder
 
 KEEPS = (0.9, 0.75, 0.6, 0.5)

@@ -42,7 +42,6 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", categor
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from peftx.text import encode, pad
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -54,6 +53,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from peftx.data.text import encode, pad
 from peftx.demo.model import default_folder
 from peftx.pruning import METHODS, preference, score_dataset, select
 from peftx.pruning.warmup import warmed_up, warmup_length

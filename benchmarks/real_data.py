@@ -4,7 +4,7 @@ The MiniLM encoder of `peftx demo` learns the demo's task, or SST-2 from a folde
 (`sentence<TAB>label`). Each run is written to the results file when it ends; runs found there are not repeated.
 
     python benchmarks/real_data.py --methods lora allora lora-ggpo --seeds 0 1 2
-    python benchmarks/real_data.py --sst2 path/to/sst2 --texts 1600 --save
+    python benchmarks/real_data.py --sst2 path/to/sst2 --texts 1600
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import DataCollatorWithPadding
 from peftx.demo import data as demo_data
 from peftx.demo import model as encoder
 from peftx.demo.run import Bench, Contender, Options, contenders, peft_config
+from peftx.utils import quiet
 
 RESULTS = Path(__file__).parent / "results" / "real_data.json"
 
@@ -95,7 +96,7 @@ def main() -> None:
             replace(entry, name=f"{entry.name} {name}={value}", settings={**entry.settings, name: json.loads(value)})
             for entry in entries
         ]
-    with encoder.quiet():
+    with quiet():
         tokenizer = encoder.tokenizer(options.model)
         data = sst2(args.sst2, tokenizer, args.texts) if args.sst2 else demo_data.load(tokenizer, args.texts)
     todo = [(seed, entry) for seed in args.seeds for entry in entries]
@@ -109,7 +110,7 @@ def main() -> None:
                 DataCollatorWithPadding(tokenizer),
                 lambda *_: None,
             )
-            with encoder.quiet():
+            with quiet():
                 found = run(bench, entry)
             runs[key] = {
                 "task": task,

@@ -7,6 +7,7 @@ PEFT, transformers and accelerate do with an adapter works as for PEFT's own met
 import importlib
 from typing import Any
 
+from . import command as command  # the first one: before PEFT is imported
 from . import compression as compression  # registers the loader of compressed models
 from .adapters import (
     Adapter,

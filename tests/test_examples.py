@@ -105,7 +105,6 @@ def test_example(name, tmp_path):
         [sys.executable, EXAMPLES / f"{name}.py"],
         capture_output=True,
         text=True,
-        timeout=600,  # of a machine with much else to do
         cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )

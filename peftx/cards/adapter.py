@@ -20,6 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors import safe_open
 
+from ..files import beside
 from ..registry import MethodInfo, info_of, methods
 
 UNFILLED = "# Model Card for Model ID"  # the title of the template that PEFT starts from, which says nothing yet
@@ -68,7 +69,8 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
         text = title.sub(lambda _: f"# {_title(config)}", text, count=1)
     earlier = re.compile(rf"{LOADING}\n\n```python\nimport peftx.*?```\n*", re.DOTALL)
     card.text = f"{loading_code(info, config, labels_in(config, shapes), repo_id)}\n\n{earlier.sub('', text).lstrip()}"
-    card.save(path)
+    with beside(path) as draft:
+        card.save(draft)
 
 
 def drop_paths(card: Any) -> None:

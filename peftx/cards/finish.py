@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from peft.utils import CONFIG_NAME
 
-from ..files import read_config
+from ..files import check_apart, read_config, rewritten
 from ..registry import MethodInfo, info_of
 from .adapter import complete_card, drop_paths, is_id
 from .compressed import PAPERS, QUANT_METHOD, loader_of, loading
@@ -89,6 +90,7 @@ def finish_card(
             cannot be read. The card is as it was before.
     """
     path = Path(folder, "README.md")
+    check_apart(folder, {"base_model": base_model}, "the folder")
     config, settings = read_model(Path(folder))
     if not path.is_file():
         raise ValueError(
@@ -107,57 +109,58 @@ def finish_card(
     if not kind:
         raise ValueError(f"{folder} does not say for which task it is: name it by task, e.g. 'text-classification'.")
     info = method_of(config)
-    if info is not None:
-        named = copy.copy(config)
-        named.base_model_name_or_path = base_model or config.base_model_name_or_path
-        complete_card(path, named)
-        card = read_card(path)
+    with rewritten(path) as draft:
+        shutil.copyfile(path, draft)
+        if info is not None:
+            named = copy.copy(config)
+            named.base_model_name_or_path = base_model or config.base_model_name_or_path
+            complete_card(draft, named)
+            card = read_card(draft)
+        compressed = settings.get("quantization_config")
+        if (
+            isinstance(compressed, dict)
+            and compressed.get("quant_method") == QUANT_METHOD
+            and "import peftx" not in card.text
+        ):
+            (architecture,) = (settings.get("architectures") or ["AutoModel"])[:1]
+            code = loading(loader_of(str(architecture)), name or Path(folder).resolve().name)
+            card.text = f"{code}\n\n{card.text.lstrip()}"
 
-    compressed = settings.get("quantization_config")
-    if (
-        isinstance(compressed, dict)
-        and compressed.get("quant_method") == QUANT_METHOD
-        and "import peftx" not in card.text
-    ):
-        (architecture,) = (settings.get("architectures") or ["AutoModel"])[:1]
-        code = loading(loader_of(str(architecture)), name or Path(folder).resolve().name)
-        card.text = f"{code}\n\n{card.text.lstrip()}"
-
-    data = card.data
-    if base_model:
-        rename(card, {getattr(config, "base_model_name_or_path", None), *listed(data.base_model)}, base_model)
-        data.base_model = base_model
-    drop_paths(card)
-    public = is_hub_id(dataset)
-    data_id = dataset if public else re.sub(r"[^\w.-]+", "-", dataset.lower()).strip("-.")
-    found = [
-        EvalResult(kind, data_id, dataset, key, value, dataset_split=split, metric_name=key)
-        for key, value in scores.items()
-    ]
-    former = data.eval_results or []
-    kept = [row for row in former if row.unique_identifier != found[0].unique_identifier]
-    data.eval_results = [*found, *kept]
-    data.model_name = name or data.model_name or Path(folder).resolve().name
-    gone = {row.metric_type for row in former}
-    measured = [row.metric_type for row in data.eval_results]
-    data.metrics = list(dict.fromkeys([*(key for key in listed(data.metrics) if key not in gone), *measured]))
-    data.pipeline_tag = data.pipeline_tag or kind
-    if public:
-        data.datasets = list(dict.fromkeys([*listed(data.datasets), dataset]))
-    if license:
-        data.license = license
-    sections = [
-        *results(found, kept, others, [notes] if isinstance(notes, str) else notes),
-        *table("Training", ("", ""), (training or {}).items()),
-        *table("Examples", ("input", "answer"), examples or ()),
-        f"## Limits\n\n{limits}",
-        *citation(info, settings),
-    ]
-    block = "\n\n".join([START, *sections, END]) + "\n"
-    text = BLOCK.sub("", card.text)
-    before, heading, after = text.partition(f"{VERSIONS}\n")
-    card.text = f"{before.rstrip()}\n\n{block}" + (f"\n{heading}{after}" if heading else "")
-    card.save(path)
+        data = card.data
+        if base_model:
+            rename(card, {getattr(config, "base_model_name_or_path", None), *listed(data.base_model)}, base_model)
+            data.base_model = base_model
+        drop_paths(card)
+        public = is_hub_id(dataset)
+        data_id = dataset if public else re.sub(r"[^\w.-]+", "-", dataset.lower()).strip("-.")
+        found = [
+            EvalResult(kind, data_id, dataset, key, value, dataset_split=split, metric_name=key)
+            for key, value in scores.items()
+        ]
+        former = data.eval_results or []
+        kept = [row for row in former if row.unique_identifier != found[0].unique_identifier]
+        data.eval_results = [*found, *kept]
+        data.model_name = name or data.model_name or Path(folder).resolve().name
+        gone = {row.metric_type for row in former}
+        measured = [row.metric_type for row in data.eval_results]
+        data.metrics = list(dict.fromkeys([*(key for key in listed(data.metrics) if key not in gone), *measured]))
+        data.pipeline_tag = data.pipeline_tag or kind
+        if public:
+            data.datasets = list(dict.fromkeys([*listed(data.datasets), dataset]))
+        if license:
+            data.license = license
+        sections = [
+            *results(found, kept, others, [notes] if isinstance(notes, str) else notes),
+            *table("Training", ("", ""), (training or {}).items()),
+            *table("Examples", ("input", "answer"), examples or ()),
+            f"## Limits\n\n{limits}",
+            *citation(info, settings),
+        ]
+        block = "\n\n".join([START, *sections, END]) + "\n"
+        text = BLOCK.sub("", card.text)
+        before, heading, after = text.partition(f"{VERSIONS}\n")
+        card.text = f"{before.rstrip()}\n\n{block}" + (f"\n{heading}{after}" if heading else "")
+        card.save(draft)
     return path
 
 

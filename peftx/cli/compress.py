@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from ..utils import AUTO_CLASSES, quiet
-from .main import fail
+from .main import OVERWRITE, fail
 from .prune import load
 from .train import data_option
 
@@ -24,7 +24,7 @@ KEEPS = (0.9, 0.75, 0.6, 0.5)  # of the picture
 
 def compress(
     model: Annotated[str, typer.Option(help="The fine-tuned model: folder or hub id.")],
-    data: Annotated[Path, typer.Option(help="One JSON object a line: for statistics, recovery and evaluation.")],
+    data: Annotated[Path, typer.Option(help="As of `peftx train`, a file: for statistics, recovery and evaluation.")],
     out: Annotated[Path, typer.Option(help="New folder for the model, its tokenizer and its card.")],
     keep: Annotated[float, typer.Option(help="Share of the factorised layers' entries, in (0, 1).")] = 0.6,
     method: Annotated[str, typer.Option(help="fwsvd, svd, asvd or svd-llm.")] = "fwsvd",
@@ -47,7 +47,7 @@ def compress(
         Path | None, typer.Option(help="File of a FisherCallback or `collect`.", show_default="collected from --data")
     ] = None,
     max_samples: Annotated[int, typer.Option(min=1, help="Samples for the statistics.")] = 1024,
-    eval_data: Annotated[Path | None, typer.Option(help="Held-out lines.", show_default="a part of --data")] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="Held-out data.", show_default="a part of --data")] = None,
     eval_share: Annotated[float, typer.Option(help="Part of --data that is held out, in (0, 1).")] = 0.1,
     task: Annotated[
         str | None, typer.Option(help="CAUSAL_LM, SEQ_CLS or SEQ_2_SEQ_LM.", show_default="the model's")
@@ -65,6 +65,7 @@ def compress(
     plot: Annotated[
         Path | None, typer.Option(help="Draw all methods at 90 to 50 % kept into this PNG file: 16 more evaluations.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Make a fine-tuned model smaller: linear layers become products of two thin ones, weighted by Fisher information.
 
@@ -77,13 +78,14 @@ def compress(
         from ..compression.compress import check_settings
         from ..compression.factorize import METHODS, NEEDS
         from ..data import text
+        from ..files import claim, claim_file, drafted, written
 
         check_settings(keep, method, allocation, side, alpha)
         check_folder("--resume", resume)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--out {out} exists and is not an empty folder")
-        if plot and not plot.parent.is_dir():
-            raise ValueError(f"--plot {plot}: there is no folder {plot.parent}")
+        inputs = {"model": model, "data": data, "eval_data": eval_data, "adapter": adapter, "statistics": statistics}
+        claim(out, "compress", inputs, overwrite=overwrite, ways="say --overwrite")
+        if plot:
+            claim_file(plot, "compress", inputs, overwrite=overwrite, what="--plot")
         if learning_rate <= 0:
             raise ValueError(f"--learning-rate must be above 0, got {learning_rate}")
         if plot:
@@ -128,9 +130,6 @@ def compress(
             training: dict[str, Any] = {"epochs": recover_epochs, "learning_rate": learning_rate, "seed": seed}
             compression.recover(small, train, pad, batch_size=batch_size, progress=True, **training)
             scores["recovered"] = score(small)
-        with quiet():
-            small.save_pretrained(out)
-            tokenizer.save_pretrained(out)
         card = compression.card(
             report,
             name=out.name,
@@ -140,11 +139,15 @@ def compress(
             scores=scores,
             calibration=f"{known.samples} samples" if known and what else "none",
         )
-        (out / "README.md").write_text(card, encoding="utf-8")
+        with drafted(out, "compress") as draft, quiet():
+            small.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+            (draft / "README.md").write_text(card, encoding="utf-8")
         if plot:
             recovered = {method: [(report.kept, scores["recovered"])]} if recover_epochs else None
             figure = compression.plot(curves, score=metric, dense=scores["dense"], recovered=recovered)
-            figure.savefig(plot, format="png", dpi=120)
+            with written(plot, "compress") as picture:
+                figure.savefig(picture, format="png", dpi=120)
     except (ValueError, OSError, NotImplementedError) as error:
         fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
@@ -167,11 +170,14 @@ def _statistics_in(folder: Path | None, made_of: list[Any]) -> Path | None:
 
 def _split(data: Path, eval_data: Path | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:
     """Records to learn from, and held-out ones."""
-    from ..data.text import read_lines
+    from ..data.records import FILES, read
+    from ..data.tables import read_lines
 
-    records = read_lines(data)[1]
-    if eval_data:
-        return records, read_lines(eval_data)[1]
+    records, *held_out = (
+        read(str(path)) if path.suffix.lower() in FILES else read_lines(path)[1] for path in (data, eval_data) if path
+    )
+    if held_out:
+        return records, held_out[0]
     if not 0 < share < 1:
         raise ValueError(f"--eval-share must be in (0, 1), got {share}")
     random.Random(seed).shuffle(records)

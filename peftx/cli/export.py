@@ -8,7 +8,7 @@ import typer
 
 from ..utils import plain, quiet
 from .inspect import Revision, Subfolder
-from .main import fail
+from .main import OVERWRITE, fail
 
 
 class Target(str, Enum):
@@ -41,21 +41,23 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the merged model's weights.", show_default="the base model's")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Write an adapter as a plain LoRA for stock PEFT, vLLM or llama.cpp, as MiSS, or merged into its base model."""
     if rank is not None and to is not Target.lora:
         fail(f"--rank is for --to lora, not for --to {to.value}")
     if dtype is not None and to is not Target.merged:
         fail(f"--dtype is for --to merged, not for --to {to.value}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fail(f"{out} exists and is not an empty folder")
     import torch
 
     from .. import hub
+    from ..files import claim
 
     where = {"revision": revision, "subfolder": subfolder}
     wanted = getattr(torch, dtype.value) if dtype is not None else None
     try:
+        inputs = {"adapter": Path(adapter, subfolder or ""), "base_model": base_model}
+        claim(out, "export", inputs, overwrite=overwrite, ways="say --overwrite")
         with quiet():
             if to is Target.miss:
                 hub.export_miss(adapter, out, **where)
@@ -70,3 +72,8 @@ def export(
                 typer.echo(f"LoRA adapter of {len(errors)} modules for stock PEFT, {lost}: {out}")
     except (ValueError, NotImplementedError, OSError) as error:
         fail(plain(" ".join(str(error).split())))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of PEFT, of transformers, over files that nobody has checked
+        told = plain(" ".join(str(error).split()))
+        fail(f"{plain(adapter)} cannot be exported ({type(error).__name__}: {told}): see `peftx inspect` on it")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..utils import plain, quiet
-from .main import fail
+from .main import OVERWRITE, fail
 
 if TYPE_CHECKING:
     from ..hub import AdapterReport
@@ -38,24 +38,35 @@ def inspect(
     subfolder: Subfolder = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the norms by layer and module into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Tell what an adapter is: method, ranks, norms, sizes, and whether it loads. Nothing in it is executed.
 
     Exit code 1 where something is wrong with it.
     """
     from .. import hub
+    from ..files import claim_file, written
 
     try:
+        if plot is not None:
+            inputs = {"adapter": Path(path, subfolder or ""), "base_model": base_model}
+            claim_file(plot, "inspect", inputs, overwrite=overwrite, what="--plot")
         with quiet():
             report = hub.inspect_adapter(path, load=load, base_model=base_model, revision=revision, subfolder=subfolder)
             if plot is not None:
-                hub.heat_map(report, plot)
-    except (ValueError, OSError) as error:
+                with written(plot, "inspect") as draft:
+                    hub.heat_map(report, draft)
+    except (ValueError, OSError, NotImplementedError) as error:
         fail(plain(" ".join(str(error).split())))
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         fail("matplotlib is missing, which --plot needs: pip install matplotlib")
+    except MemoryError:
+        raise
+    except Exception as error:  # of PEFT, of transformers, over files that nobody has checked
+        told = plain(" ".join(str(error).split()))
+        fail(f"{plain(path)} cannot be read as an adapter ({type(error).__name__}: {told})")
     if as_json:
         typer.echo(json.dumps(numbered(dataclasses.asdict(report)), indent=1, default=str))
     else:

@@ -1,9 +1,11 @@
 """The commands."""
 
+import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -17,11 +19,24 @@ app = typer.Typer(
 
 QUICK_TEXTS = 800
 QUICK_METHODS = 2
+OVERWRITE = "Replace what this command has written there before, and only that."
 PASSES = 8.0  # over the texts, by all methods together: some six minutes on two cores
 
 
+def tell_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"peftx {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """More fine-tuning methods for Hugging Face PEFT."""
 
 
@@ -87,6 +102,7 @@ def demo(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 8,
     output: Annotated[Path, typer.Option(help="Folder for adapters, table and picture.")] = Path("peftx-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of head, batches and adapters.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     model_cards: Annotated[
         Path | None,
         typer.Option(help="Folder for a copy of each method's finished card, METHOD.md.", show_default="none"),
@@ -98,6 +114,7 @@ def demo(
     loaded back and merged, and must still answer the same. Its model card tells the results.
     """
     with user_errors():
+        from .. import files
         from ..demo import cards, report, run
         from ..demo.model import default_folder
 
@@ -118,13 +135,16 @@ def demo(
             texts=QUICK_TEXTS if quick else None,
         )
         console = Console()
-        names = [entry.name for entry in run.check(options)]
+        names = [entry.name for entry in run.check(options, overwrite)]
+        if model_cards:
+            cards.check_copies(model_cards, names)
         console.print("Reading docstrings and probing the frozen encoder, then fine-tuning it:")
-        with bars(names, console) as watch:
-            outcome = run.run(options, watch)
-        paths = report.write(outcome)
-        cards.finish(outcome)
-        copies = cards.collect(outcome, model_cards) if model_cards else []
+        with files.drafted(output, "demo") as draft:
+            with bars(names, console) as watch:
+                outcome = run.run(dataclasses.replace(options, output=draft), watch)
+            paths = [output / path.name for path in report.write(outcome)]
+            cards.finish(outcome)
+            copies = cards.collect(outcome, model_cards) if model_cards else []
     console.print(report.table(outcome))
     console.print(f"Adapters: {output}. Report: {', '.join(str(path) for path in paths)}", soft_wrap=True)
     if copies:
@@ -141,12 +161,29 @@ def user_errors() -> Iterator[None]:
 
     try:
         yield
-    except DemoError as error:
-        fail(str(error))
+    except (DemoError, ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
         if error.name not in {"datasets", "matplotlib", "sklearn"}:
             raise
         fail(f'{error.name} is missing: pip install "peftx[demo]"')
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Warnings of peftx as lines of the command's own; others as Python has them."""
+    home = str(Path(__file__).parents[1])
+    show = warnings.showwarning
+
+    def tell(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> None:
+        if filename.startswith(home) and issubclass(category, UserWarning):
+            typer.echo(f"peftx: {message}", err=True)
+        else:
+            show(message, category, filename, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        yield
 
 
 def fail(message: str) -> NoReturn:

@@ -1,6 +1,9 @@
 """`peftx prune`: choose training samples from lines of JSON."""
 
+import csv
+import json
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from ..utils import AUTO_CLASSES, quiet
-from .main import fail
+from .main import OVERWRITE, fail
 from .train import data_option
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
@@ -18,8 +21,10 @@ TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 
 def prune(
     model: Annotated[str, typer.Option(help="What is to be trained, or a smaller relative: folder or hub id.")],
-    data: Annotated[Path, typer.Option(help="One JSON object a line.")],
-    out: Annotated[Path, typer.Option(help="The kept lines, unchanged and in their order.")],
+    data: Annotated[Path, typer.Option(help="One JSON object a line; or .json, .csv, .tsv, .parquet.")],
+    out: Annotated[
+        Path, typer.Option(help="The kept lines, unchanged and in their order; of other data, lines of JSON or .csv.")
+    ],
     keep: Annotated[float, typer.Option(help="Share of the samples, in (0, 1].")] = 0.3,
     method: Annotated[
         str, typer.Option(help="donod, don, nod, loss, el2n, grand, grand_full, ifd or random.")
@@ -53,26 +58,28 @@ def prune(
     show: Annotated[int, typer.Option(min=0, help="Print so many of the most and the least wanted samples.")] = 3,
     scores: Annotated[Path | None, typer.Option(help="Write indices and scores to this JSON file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw kept and dropped samples into this PNG file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
-    """Choose the part of a JSONL file that is worth training on, by DONOD or one of its baselines.
+    """Choose the part of a file that is worth training on, by DONOD or one of its baselines.
 
-    Fields are found: messages; prompt and completion; question and answer; instruction, input and output; or text. Of a
-    classifier: text and label. Of a causal LM only the answer counts.
+    Fields are found as by `peftx train`. Of a causal LM only the answer counts.
     """
     try:
         from .. import pruning
         from ..data import text
+        from ..files import claim_file, written
         from ..pruning.select import METHODS, check_keep, check_settings
 
-        for option, path in (("--out", out), ("--scores", scores), ("--plot", plot)):
-            if path is not None and path.resolve() == data.resolve():
-                raise ValueError(f"{option} {path} is the data itself, which is never changed")
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+        outputs = {"--out": out, "--scores": scores, "--plot": plot}
+        for option, path in outputs.items():
+            if path is not None:
+                others = {other: value for other, value in outputs.items() if other != option}
+                inputs = {"data": data, "model": model, "adapter": adapter, **others}
+                claim_file(path, "prune", inputs, overwrite=overwrite, what=option)
         check_keep(keep)
         ranking: dict[str, Any] = {"method": method, "don_goal": don_goal, "goal": goal}
         check_settings(method, don_goal, goal, pruning.WEIGHTS)
-        lines, records = text.read_lines(data)
+        records, write = rows_of(data, out)
         network, tokenizer, kind = load(model, adapter, task, dtype, device)
         fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label}
         fields["max_length"] = text.longest(max_length, tokenizer, network.config)
@@ -92,16 +99,19 @@ def prune(
             kept = pruning.select(found, keep, **ranking, balanced=balanced)
         for warning in caught:
             typer.echo(f"peftx: {warning.message}", err=True)
-        out.write_text("".join(f"{lines[i]}\n" for i in kept), encoding="utf-8", newline="")
+        with written(out, "prune") as draft:
+            write(draft, kept)
         if scores:
             key = {
-                "data": pruning.fingerprint(lines),
+                "data": pruning.fingerprint(records),
                 "model": model,
                 "settings": {"keep": keep, "eta": eta, "balanced": balanced, **ranking},
             }
-            pruning.Selection(kept, found, key).save(scores)
+            with written(scores, "prune") as draft:
+                pruning.Selection(kept, found, key).save(draft)
         if plot:
-            pruning.scatter(found, kept, plot, *pruning.axes_of(method))
+            with written(plot, "prune") as draft:
+                pruning.scatter(found, kept, draft, *pruning.axes_of(method))
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
@@ -111,7 +121,43 @@ def prune(
     if show:
         wanted = pruning.preference(found, **ranking)
         Console().print(Markdown(pruning.table(found, wanted, records, rows=show)))
-    typer.echo(f"Kept {len(kept)} of {len(lines)} samples: {out}")
+    typer.echo(f"Kept {len(kept)} of {len(records)} samples: {out}")
+
+
+def rows_of(data: Path, out: Path) -> tuple[list[Any], Callable[[Path, list[int]], None]]:
+    """The records, and what writes some of them: of lines of JSON the lines as they are, else new ones or CSV.
+
+    Raises:
+        ValueError: the data cannot be read, or `out` is of another kind.
+        OSError: a file cannot be read.
+    """
+    from ..data.records import FILES, LINES, read
+    from ..data.tables import read_lines
+
+    if data.suffix.lower() in LINES or data.suffix.lower() not in FILES:
+        lines, records = read_lines(data)
+        return records, lambda path, kept: write_lines(path, [lines[i] for i in kept])
+    records = read(str(data))
+    if (kind := out.suffix.lower()) in (".csv", ".tsv"):
+        return records, lambda path, kept: write_table(
+            path, [records[i] for i in kept], "\t" if kind == ".tsv" else ","
+        )
+    if kind not in LINES:
+        raise ValueError(f"--out {out}: of {data.suffix} data name a .jsonl, .csv or .tsv file to write")
+    return records, lambda path, kept: write_lines(path, [json.dumps(records[i], ensure_ascii=False) for i in kept])
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="")
+
+
+def write_table(path: Path, records: list[Any], comma: str) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(
+            file, list(dict.fromkeys(name for record in records for name in record)), delimiter=comma
+        )
+        table.writeheader()
+        table.writerows(records)
 
 
 def load(name: str, adapter: str | None, task: str | None, dtype: str, device: str | None) -> tuple[Any, Any, str]:

@@ -12,8 +12,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ..files import NEW
 from ..train.settings import Settings, TrainSettings, parse, read_value, read_yaml
-from .main import fail
+from .main import fail, told
 
 S = TypeVar("S", bound=Settings)
 
@@ -46,7 +47,8 @@ def with_options(cls: type[S], *left_out: str) -> Callable[[Callable[[S], None]]
             import torch
 
             try:
-                run(parse(cls, collect(cls, given)))
+                with told():
+                    run(parse(cls, collect(cls, given)))
             except (ValueError, OSError, NotImplementedError) as error:
                 message = " ".join(str(error).split())
             except torch.OutOfMemoryError as error:
@@ -128,7 +130,7 @@ def collect(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     """
     flags = {name: value for name, value in given.items() if value is not None and value != []}
     path = flags.pop("config", None)
-    own = Path(flags.get("output", ""), "settings.yaml")
+    own = interrupted(Path(flags.get("output", "")))
     if path is None and flags.get("resume") and own.is_file():
         path = own
     elif path is None and flags.get("resume") and "model" not in flags:
@@ -153,6 +155,12 @@ def collect(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def interrupted(output: Path) -> Path:
+    """The settings of the run that may be resumed: of one that was to replace another, else of that in the folder."""
+    found = output / NEW / "settings.yaml"
+    return found if found.is_file() else output / "settings.yaml"
+
+
 def as_mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = values.get(name)
     if value is None or value is True or value is False:
@@ -173,10 +181,12 @@ def pair(text: str) -> tuple[str, Any]:
 def train(settings: TrainSettings) -> None:
     """Fine-tune a model on your data by any method of peftx or PEFT.
 
-    Fields of the data are found: messages; prompt and completion; question and answer; instruction, input and output;
-    or text. Of a classifier: text and label; of one of tokens (TOKEN_CLS): tokens and labels, lists of words and of
-    their labels. Of a causal LM only the answer is learned. The output folder gets the adapter, tokenizer, card and
-    metrics.json. `accelerate launch -m peftx.cli train ...` and `torchrun` use several devices or processes.
+    Fields of the data are found: messages or conversations (role and content, or from and value); prompt and
+    completion, response or answer; question and answer; instruction, input and output; or text. Of a classifier: text
+    (or sentence, content, review...) and label (or class, sentiment...); of one of tokens (TOKEN_CLS): tokens and
+    labels, lists of words and of their labels. Of a causal LM only the last answer is learned. The output folder gets
+    the adapter, tokenizer, card and metrics.json. `accelerate launch -m peftx.cli train ...` and `torchrun` use several
+    devices or processes.
     """
     from ..train.run import train as run
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..utils import IGNORE
-from .text import read_lines
+from .tables import Records, read_json, read_lines, read_table
 
-LINES = (".jsonl", ".ndjson")  # what the standard library reads
-BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}  # what `datasets` reads
-
-Records = list[dict[str, Any]]
+LINES = (".jsonl", ".ndjson")
+COMMAS = (".csv", ".tsv")
+TABLES = (".json", *COMMAS)
+FILES = (*LINES, *TABLES, ".parquet")
 
 
 def read(source: str, *, subset: str | None = None, split: str = "train") -> Records:
@@ -25,21 +25,26 @@ def read(source: str, *, subset: str | None = None, split: str = "train") -> Rec
 
     Raises:
         ValueError: nothing is there, it cannot be read, or it has no rows; or `datasets` is missing.
+        OSError: a .jsonl file cannot be read.
     """
     path = Path(source)
-    if path.suffix in LINES:
+    kind = path.suffix.lower()
+    if kind in LINES:
         return read_lines(path)[1]
+    if path.exists() and not path.is_dir() and kind not in FILES:
+        raise ValueError(f"{source} is neither a folder nor a file that is known by its ending: {', '.join(FILES)}")
+    if kind in FILES and not path.exists():
+        raise ValueError(f"there is no file {source}")
+    if kind in TABLES and not path.is_dir():
+        return read_table(path) if kind in COMMAS else read_json(path)
     try:
         import datasets
     except ModuleNotFoundError as error:
         if error.name != "datasets":
             raise
-        raise ValueError(f"datasets is missing, which reads {source} (all but .jsonl): pip install datasets") from None
-    if path.suffix in BUILDERS:
-        if not path.is_file():
-            raise ValueError(f"there is no file {source}")
-        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-        arguments: dict[str, Any] = {"path": BUILDERS[path.suffix], "data_files": source, "split": "train", **options}
+        raise ValueError(f"datasets is missing, which reads {source}: pip install datasets") from None
+    if kind in FILES and not path.is_dir():
+        arguments: dict[str, Any] = {"path": "parquet", "data_files": source, "split": "train"}
     else:
         arguments = {"path": source, "name": subset, "split": split}
     try:
@@ -89,7 +94,7 @@ def read_both(settings: Any) -> tuple[Records, Records | None]:
     split = settings.split if settings.split != "train" else None
     said = {"subset": (settings.subset, settings.data), "split": (split, settings.data)}
     for name, (value, where) in (said | {"eval_split": (settings.eval_split, source)}).items():
-        if value is not None and Path(where).suffix in (*LINES, *BUILDERS):
+        if value is not None and Path(where).suffix.lower() in FILES:
             raise ValueError(f"{name} is {value!r}, but {where} is a single file, which has none: leave it out")
     records = read(settings.data, subset=settings.subset, split=settings.split)
     if settings.eval_data is None and settings.eval_split is None:

@@ -1,103 +1,36 @@
-"""Lines of JSON as samples for a tokenizer: the data of the commands."""
+"""Records as samples for a tokenizer: the data of the commands."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..utils import IGNORE
+from .fields import TOKENS, EmptyError, Messages, chat_of, class_of, label_field, text_field, text_of, texts_of
 
-# Field names by which a prompt and its answer are known; joined by a line break where there is more than one.
-PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("prompt",), "completion"),
-    (("prompt",), "response"),
-    (("question",), "answer"),
-    (("instruction", "input"), "output"),
-    (("instruction", "context"), "response"),
-)
+LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 
 
-def read_lines(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """The lines of a JSONL file that are not blank, as they are and parsed.
+def chat_texts(given: Messages, wanted: Messages, tokenizer: Any) -> tuple[str, str]:
+    """Prompt and answer as the tokenizer's chat template writes them.
 
     Raises:
-        ValueError: the file is not UTF-8, a line is not a JSON object, or there is none.
-        OSError: the file cannot be read.
+        ValueError: there is no template, or it does not take these turns.
     """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the tokenizer has no chat template to write its messages with: take an instruct model, or make fields of "
+            "prompt and completion"
+        )
     try:
-        page = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error})") from None
-    lines, records = [], []
-    for number, line in enumerate(page.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON, one object a line ({error})") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not an object with named fields")
-        lines.append(line)
-        records.append(record)
-    if not lines:
-        raise ValueError(f"{path} is empty")
-    return lines, records
-
-
-def text_of(record: Mapping[str, Any], field: str) -> str:
-    if not isinstance(record[field], str | int | float):
-        raise ValueError(f"its field {field!r} is not a text but a {type(record[field]).__name__}")
-    return str(record[field])
-
-
-def prompt_and_answer(
-    record: Mapping[str, Any], tokenizer: Any, prompt: str | None, answer: str | None
-) -> tuple[str, str]:
-    """The two texts of a record: of the given fields, of chat `messages`, of the fields in `PAIRS`, or `text` alone."""
-    if prompt or answer:
-        return text_of(record, prompt) if prompt else "", text_of(record, answer or "text")
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-            raise ValueError("its messages are not a list of objects with role and content")
-        if not messages or messages[-1].get("role") != "assistant":
-            raise ValueError("the last of its messages is not the assistant's")
-        try:
-            given = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-            whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # a template raises what it likes
-            raise ValueError(f"the chat template does not take its messages ({error})") from None
-        if not whole.startswith(given):
-            raise ValueError("the chat template does not write the prompt first: make prompt and completion fields")
-        return given, whole[len(given) :]
-    for fields, target in PAIRS:
-        if fields[0] in record and target in record:
-            parts = [text_of(record, field) for field in fields if record.get(field)]
-            plain = fields == ("prompt",)  # TRL's form, joined as it is
-            return "\n".join(parts) + ("" if plain else "\n"), text_of(record, target)
-    if "text" in record:
-        return "", text_of(record, "text")
-    raise ValueError(f"found no prompt and answer among its fields {', '.join(record)}: name them")
-
-
-def class_of(value: Any, label2id: Mapping[str, int] | None) -> int:
-    """The number of a label, given as its name or as the number itself."""
-    if isinstance(value, str):
-        if value not in (label2id or {}):
-            raise ValueError(f"label {value!r} is not one of the model's: {', '.join(label2id or {})}")
-        return (label2id or {})[value]
-    if not isinstance(value, int | float) or not float(value).is_integer():
-        raise ValueError(f"label {value!r} is neither a name nor a whole number")
-    return int(value)
-
-
-def label_field(task: str, label: str | None) -> str:
-    """The field of the labels: the named one, else `label`, or `labels` where each token has one."""
-    return label or ("labels" if task == "TOKEN_CLS" else "label")
+        start = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*given, *wanted], tokenize=False)
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template does not take its messages ({error})") from None
+    if not whole.startswith(start):
+        raise ValueError("the chat template does not write the prompt first: make prompt and completion fields")
+    return start, whole[len(start) :]
 
 
 def longest(max_length: int, tokenizer: Any, config: Any) -> int:
@@ -126,9 +59,13 @@ def encode(
         ValueError: a record lacks a field; its number (from 1) is in the message.
     """
 
+    def sides(record: Mapping[str, Any]) -> tuple[str, str, bool]:
+        turns = chat_of(record, prompt, answer)
+        texts = texts_of(record, prompt, answer) if turns is None else chat_texts(*turns, tokenizer)
+        return *texts, turns is not None
+
     def causal(record: Mapping[str, Any]) -> dict[str, Any]:
-        given, wanted = prompt_and_answer(record, tokenizer, prompt, answer)
-        chat = "messages" in record and not (prompt or answer)  # the template has written all special tokens
+        given, wanted, chat = sides(record)  # of a chat the template has written all special tokens
         start = tokenizer(given, add_special_tokens=not chat).input_ids if given or not chat else []
         if start and start[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
             start = start[:-1]
@@ -138,7 +75,7 @@ def encode(
         return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
     def translated(record: Mapping[str, Any]) -> dict[str, Any]:
-        given, wanted = prompt_and_answer(record, tokenizer, prompt, answer)
+        given, wanted, _ = sides(record)
         limits = {"truncation": True, "max_length": max_length}
         return {
             "input_ids": tokenizer(given, **limits).input_ids,
@@ -146,13 +83,14 @@ def encode(
         }
 
     def classified(record: Mapping[str, Any]) -> dict[str, Any]:
-        text = tokenizer(text_of(record, prompt or "text"), truncation=True, max_length=max_length)
-        return {"input_ids": text.input_ids, "labels": class_of(record[field], label2id)}
+        text = tokenizer(text_of(record, text_field(record, prompt)), truncation=True, max_length=max_length)
+        return {"input_ids": text.input_ids, "labels": class_of(record[field], label2id, field)}
 
     def tagged(record: Mapping[str, Any]) -> dict[str, Any]:
-        words, tags = record[prompt or "tokens"], record[field]
+        column = prompt or next((name for name in TOKENS if name in record), TOKENS[0])
+        words, tags = record[column], record[field]
         if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
-            raise ValueError(f"{prompt or 'tokens'} and {field} are not two lists of the same length")
+            raise ValueError(f"{column} and {field} are not two lists of the same length")
         if not tokenizer.is_fast:
             raise ValueError("the tokenizer does not tell which word a piece is of: a fast one is needed")
         text = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
@@ -168,17 +106,24 @@ def encode(
         "SEQ_CLS": classified,
         "TOKEN_CLS": tagged,
     }
-    field = label_field(task, label)
     if task not in encoders:
-        raise ValueError(f"{task}: lines of JSON are for {', '.join(encoders)}; use peftx.pruning.score_dataset")
+        raise ValueError(f"{task}: records are for {', '.join(encoders)}; use peftx.pruning.score_dataset")
+    field = label or (label_field(task, None, records) if task in LABELLED else "")
     samples = []
+    empty: dict[str, list[int]] = {}
     for number, record in enumerate(records, 1):
         try:
             samples.append(encoders[task](record))
+        except EmptyError as error:
+            empty.setdefault(error.field, []).append(number)
         except KeyError as error:
             raise ValueError(f"record {number} has no field {error}, only {', '.join(record)}") from None
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"record {number}: {error}") from None
+    for name, rows in empty.items():
+        shown = f"{', '.join(map(str, rows[:10]))}{', ...' if len(rows) > 10 else ''}"
+        which = f"record {shown} has" if len(rows) == 1 else f"{len(rows)} records have ({shown})"
+        raise ValueError(f"{which} an empty field {name!r}: fill it, or leave them out")
     return samples
 
 

@@ -3,8 +3,10 @@
 import platform
 import shutil
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
+from ..files import check_free, written
 from ..hub import finish_card
 from ..registry import methods
 from . import model as encoder
@@ -89,18 +91,33 @@ def base_model(folder: Path) -> str:
     return encoder.HUB_ID if folder == default else str(folder)
 
 
+def copied(names: Iterable[str]) -> list[str]:
+    """Those of peftx's methods."""
+    ours = {variant for info in methods() for variant in info.variants}
+    return [name for name in names if name in ours and name != BASELINE]
+
+
+def check_copies(folder: Path, names: Iterable[str]) -> None:
+    """Raises DemoError where a card would be written over a file that the demo did not write."""
+    try:
+        check_free(folder, [f"{name}.md" for name in copied(names)], "demo")
+    except ValueError as error:
+        raise DemoError(str(error)) from error
+
+
 def collect(report: Report, folder: Path) -> list[Path]:
     """Copies the finished cards of peftx's methods to `folder/<method>.md`.
 
     Raises:
-        DemoError: the folder cannot be written to.
+        DemoError: the folder cannot be written to, or has such a file that is not the demo's.
     """
-    ours = {variant for info in methods() for variant in info.variants}
-    names = [result.name for result in report.results if result.name in ours and result.name != BASELINE]
+    names = copied(result.name for result in report.results)
+    check_copies(folder, names)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [
-            Path(shutil.copyfile(report.options.output / name / "README.md", folder / f"{name}.md")) for name in names
-        ]
+        for name in names:
+            with written(folder / f"{name}.md", "demo") as draft:
+                shutil.copyfile(report.options.output / name / "README.md", draft)
     except OSError as error:
         raise DemoError(f"cannot write the cards to {folder}: {error.strerror}") from error
+    return [folder / f"{name}.md" for name in names]

@@ -164,4 +164,4 @@ def plot(report: Report, path: Path) -> None:
         f"Which of {len(report.families)} module families does a docstring come from? "
         f"Fine-tuned on {report.train_texts} docstrings, {len(results[0].losses)} steps"
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120)

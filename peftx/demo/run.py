@@ -25,6 +25,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import peftx
 
+from ..files import claim
 from ..utils import quiet
 from . import model as encoder
 from .data import load
@@ -127,22 +128,27 @@ def first_variants(count: int | None = None) -> tuple[str, ...]:
     return tuple(next(iter(info.variants)) for info in peftx.methods()[:count])
 
 
-def check(options: Options) -> list[Contender]:
-    """What would run; a `DemoError` for what the user has to change first. Makes the output folder."""
+def check(options: Options, overwrite: bool = False) -> list[Contender]:
+    """What would run; a `DemoError` for what the user has to change first.
+
+    Args:
+        overwrite: whether what an earlier demo wrote to the output folder may be replaced.
+    """
     entries = contenders(options.methods)
     if not 0 < options.epochs < float("inf"):
         raise DemoError(f"epochs must be a positive number, got {options.epochs}")
     encoder.check_folder(options.model)
     try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"cannot write to the folder {options.output}: {error.strerror}") from error
+        claim(options.output, "demo", {"model": options.model}, overwrite=overwrite)
+    except (ValueError, OSError) as error:
+        raise DemoError(f"cannot write to the folder {options.output}: {error}") from error
     return entries
 
 
 def run(options: Options, watch: Watch = lambda *_: None) -> Report:
-    """The whole demo. Adapters are written to `options.output/<method>`."""
+    """The whole demo. Adapters are written to `options.output/<method>`, an empty folder or a new one."""
     entries = check(options)
+    options.output.mkdir(parents=True, exist_ok=True)
     with quiet():
         tokenizer = encoder.tokenizer(options.model)
         data = load(tokenizer, options.texts)
@@ -188,7 +194,6 @@ class Bench:
         model = get_peft_model(base, peft_config(entry, base))
         recorder = self.fit(model, entry, folder)
         trained = encoder.logits(model, self.test, self.collate)
-        (folder / "README.md").unlink(missing_ok=True)  # of an earlier run
         model.save_pretrained(str(folder))
         adapter, head = (sum(p.numel() for p in part) for part in encoder.trainable(model))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -17,15 +19,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.files import belongs_to
 from ..adapters.lora import Variant
 from ..adapters.products import at_least_fp32
+from ..files import drafted
 from ..registry import info_of, methods
 from ..tuners.bone import BoneConfig
 from .loading import load_adapter, read_adapter
+from .merged import BY, check_place
+from .tensors import by_pattern, factors, mismatched, split
+
+ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
 BLOCK = ".bone_adapter.block"  # the end of the key of a Bone tensor
 
@@ -70,7 +76,8 @@ def export_lora(
     Raises:
         TypeError: `model` is neither a `PeftModel` nor a path.
         ValueError: there is no such adapter, more than one is active and none was named, or `rank` is below 1; a saved
-            adapter or its base model cannot be read; `path` is the saved adapter itself.
+            adapter or its base model cannot be read; `path` is what is read, or a file, or has files in the way that
+            are not an earlier export's.
         NotImplementedError: the adapter is no weight delta (Compacter), or has no exact LoRA form (Bone's bat,
             some convolutions; the latter none of a given rank either), or is one of PEFT's whose weight delta is not
             the whole of what it does (`rank` with DoRA or another variant, `lora_bias`, `target_parameters`). Nothing
@@ -80,14 +87,16 @@ def export_lora(
         raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
     if isinstance(model, (str, os.PathLike)):
         hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
-        _check_apart(model, subfolder, path)
+        check_place(path, (), None, base_model, Path(model, subfolder or ""))
         config, state = read_adapter(model, **hub)
+        check_place(path, ADAPTER, config)
         _check_known(config)
         if rank is None and isinstance(config, LoraConfig):
             if bad := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
                 raise ValueError(
                     f"The adapter {model} has NaN or infinity in {bad[0]} and {len(bad) - 1} more tensors."
                 )
+            _check_factors(model, config, state)
             _write(path, state, _as_lora(config))
             names = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in state if ".lora_" in key}
             return dict.fromkeys(sorted(names), 0.0)
@@ -99,6 +108,7 @@ def export_lora(
         )
     adapter_name = _chosen(model, adapter_name)
     config = model.peft_config[adapter_name]
+    check_place(path, ADAPTER, config)
     _check_known(config)
     state = _state_of(model, adapter_name)
     tuner: Any = model.base_model
@@ -151,16 +161,17 @@ def export_miss(
     Raises:
         TypeError: `model` is neither a `PeftModel` nor a path.
         ValueError: the adapter is no Bone, or has blocks of several sizes, which MiSS has no setting for; no such
-            adapter; `path` is the saved adapter itself.
+            adapter; `path` as for `export_lora`.
     """
     if isinstance(model, (str, os.PathLike)):
-        _check_apart(model, subfolder, path)
+        check_place(path, (), None, source=Path(model, subfolder or ""))
         config, state = read_adapter(model, revision=revision, subfolder=subfolder, token=token)
     elif isinstance(model, PeftModel):
         adapter_name = _chosen(model, adapter_name)
         config, state = model.peft_config[adapter_name], _state_of(model, adapter_name)
     else:
         raise TypeError(f"export_miss needs a PeftModel or the folder of a saved adapter, got {type(model).__name__}.")
+    check_place(path, ADAPTER, config)
     if not isinstance(config, BoneConfig):
         raise ValueError(f"Only Bone adapters are MiSS adapters too, not {config.peft_type.value}.")
     if isinstance(model, PeftModel):
@@ -178,85 +189,6 @@ def export_miss(
     _write(path, renamed, MissConfig(**settings, bias=bias, init_weights="bat" if bat else True))
 
 
-def export_merged(
-    adapter: str | os.PathLike,
-    path: str | os.PathLike,
-    *,
-    dtype: torch.dtype | None = None,
-    base_model: Any = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-) -> nn.Module:
-    """Writes the base model with a saved adapter merged into it: any tool loads it, no PEFT needed.
-
-    Where the adapter changes one of two tied weights (a head that is the input embeddings too), they are untied.
-
-    Args:
-        adapter: folder, or id of a repository on the Hub.
-        path: folder for the model and, where there is one, its tokenizer; made if missing.
-        dtype: of the written weights; default: the base model's. Deltas are added in fp32 at least, and cast once.
-        base_model: a model, which is merged into, or where to find it; default: where the adapter's config says.
-        revision, subfolder, token: of the adapter, as for `export_lora`.
-
-    Returns:
-        The merged model.
-
-    Raises:
-        ValueError: the adapter or its base model cannot be read, or the merged weights are not finite in `dtype`; the
-            base model is quantised and `dtype` is given; there is an adapter in `path`, which transformers would put
-            on the merged model again. Nothing is written then.
-        NotImplementedError: the adapter is no weight delta (Compacter).
-    """
-    if Path(path, CONFIG_NAME).exists():
-        raise ValueError(
-            f"{path} holds an adapter, which transformers would put on the merged model again: name another folder."
-        )
-    hub: dict[str, Any] = {"revision": revision, "token": token}
-    model: Any = load_adapter(adapter, base_model, subfolder=subfolder, **hub)
-    base = model.get_base_model()
-    if Path(path).is_dir() and Path(path).resolve() == Path(str(base.config._name_or_path)).resolve():
-        raise ValueError(f"{path} is the base model itself, which is never changed: name another folder.")
-    if dtype is not None and dtype != base.dtype:
-        if getattr(base, "is_quantized", False):
-            raise ValueError(f"The base model is quantised: its weights have no {dtype}. Name a dense `base_model`.")
-        model = model.to(torch.float32)  # so that the sums are rounded once
-    _untie(model)
-    merged = model.merge_and_unload(safe_merge=True)
-    if dtype is not None:
-        merged = merged.to(dtype)
-        bad = next((name for name, weight in merged.named_parameters() if not torch.isfinite(weight).all()), None)
-        if bad is not None:
-            raise ValueError(f"{bad} has values that {dtype} cannot hold: name another `dtype`.")
-    merged.save_pretrained(str(path))
-    of_adapter = hub | {"subfolder": subfolder or ""}
-    for source, options in ((adapter, of_adapter), (merged.config._name_or_path, {"token": token})):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-        except (OSError, ValueError):
-            continue
-        tokenizer.save_pretrained(str(path))
-        break
-    return merged
-
-
-def _untie(model: PeftModel) -> None:
-    """Gives all places of tied weights one each, if one is adapted: merging into it would change the others too."""
-    base: Any = model.get_base_model()
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in base.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            places.setdefault(id(weight), []).append((module, name))
-    layers = [layer.get_base_layer() for layer in base.modules() if isinstance(layer, BaseTunerLayer)]
-    if all(len(places.get(id(getattr(layer, "weight", None)), ())) < 2 for layer in layers):
-        return
-    base.config.tie_word_embeddings = False  # which is said of all of them
-    for users in places.values():
-        for module, name in users[1:]:
-            weight = getattr(module, name)
-            setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
-
-
 def _state_of(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
     """What PEFT would save of an adapter; its remark that adapted embeddings are saved whole is left out."""
     with warnings.catch_warnings():
@@ -271,21 +203,47 @@ def _rescaled_blocks(model: Any, state: dict[str, torch.Tensor], adapter_name: s
     return {key: layers[key].adapters[adapter_name].scale * block for key, block in state.items() if key in layers}
 
 
-def _check_apart(source: str | os.PathLike, subfolder: str | None, path: str | os.PathLike) -> None:
-    """Raises ValueError where an export would write over the adapter that it reads."""
-    folder = Path(source, subfolder or "")
-    if folder.is_dir() and folder.resolve() == Path(path).resolve():
-        raise ValueError(f"{path} is the adapter itself, which is never changed: name another folder.")
-
-
 def _write(path: str | os.PathLike, state: dict[str, torch.Tensor], config: Any) -> None:
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     stock = {key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): t for key, t in state.items()}
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in stock.items()}
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.inference_mode = True
-    config.save_pretrained(str(folder))
+    with drafted(path, BY) as folder:
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+
+
+def numbers_in(config: LoraConfig) -> list[tuple[str, Any]]:
+    """The ranks and alphas of single modules."""
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    return [(f"{name}: {key}", value) for name, part in patterns.items() for key, value in (part or {}).items()]
+
+
+def _check_factors(shown: Any, config: LoraConfig, state: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless the tensors are those of a LoRA with the config's ranks."""
+    for name, value in (("r", config.r), ("lora_alpha", config.lora_alpha), *numbers_in(config)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"The adapter {shown} cannot be exported: {name} in its config is {value!r}.")
+    targets = config.target_modules or ()
+    patterns = [rf"(.*\.)?({key})$" for key in (*(config.rank_pattern or ()), *(config.alpha_pattern or ()))]
+    for pattern in (*patterns, *([targets] if isinstance(targets, str) else ())):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"The adapter {shown} cannot be exported: {pattern!r} is no pattern: {error}") from None
+    modules, _ = split(state, "lora_")
+    if not modules:
+        raise ValueError(f"The adapter {shown} has no tensor of a LoRA.")
+    for name, tensors in modules.items():
+        if problems := mismatched(name, tensors):
+            raise ValueError(f"The adapter {shown} cannot be exported: {problems[0]}")
+        if not all(tensor.dtype.is_floating_point for tensor in tensors.values()):
+            raise ValueError(f"The adapter {shown} cannot be exported: {name} has factors that are no floats.")
+        if not (isinstance(targets, str) or any(name == t or name.endswith(f".{t}") for t in targets)) and targets:
+            raise ValueError(f"The adapter {shown} cannot be exported: {name} is none of its target_modules.")
+        A = factors(tensors)[0]
+        r = by_pattern(config.rank_pattern, name, config.r)
+        if A is not None and A.shape[0] != r and not config.target_parameters:
+            raise ValueError(f"The adapter {shown} cannot be exported: {name} has rank {A.shape[0]}, its config {r!r}.")
 
 
 def _check_known(config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel, load_peft_weights
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import nn
 
 from ..cards.adapter import labels_in
@@ -51,6 +53,9 @@ def fetch_adapter(
         if revision is not None:
             raise ValueError(f"{path} is a folder here, which has no revision {revision!r}: leave `revision` out.")
         folder = local / (subfolder or "")
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):  # a pipe would be waited for
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise ValueError(f"{folder} holds no adapter that can be read: no {name} in it that is a file.")
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{folder} holds no adapter that can be read: no {CONFIG_NAME} in it.")
         if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
@@ -128,7 +133,8 @@ def read_tensors(folder: str | os.PathLike, shown: str | os.PathLike | None = No
     try:
         return load_peft_weights(str(folder), device="cpu")
     except Exception as error:
-        raise ValueError(f"The tensors of the adapter {shown or folder} cannot be read: {error}") from error
+        text = str(error) or type(error).__name__
+        raise ValueError(f"The tensors of the adapter {shown or folder} cannot be read: {text}") from error
 
 
 def load_adapter(
@@ -153,14 +159,23 @@ def load_adapter(
         kwargs: for `from_pretrained` of the base model, e.g. `dtype`.
 
     Raises:
-        ValueError: as for `read_adapter`, or the base model cannot be found.
+        ValueError: as for `read_adapter`, or the base model cannot be found, or the adapter does not fit it.
+        NotImplementedError: the method cannot do what the config asks for.
     """
     folder = fetch_adapter(path, revision=revision, subfolder=subfolder, token=token)
     config = read_config(folder, shown=path)
     if not isinstance(base_model, nn.Module):
         state = read_tensors(folder, shown=path)
         base_model = load_base(config, state, base_model, **({} if token is None else {"token": token}), **kwargs)
-    return PeftModel.from_pretrained(base_model, str(folder), config=config)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # which would stay as they start
+            return PeftModel.from_pretrained(base_model, str(folder), config=config)
+    except (ValueError, NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever PEFT makes of a config and of tensors that nobody has checked
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}".removeprefix("UserWarning: ")
+        raise ValueError(f"The adapter {path} cannot be put on its base model: {told}") from error
 
 
 def load_base(config: Any, state: dict[str, torch.Tensor], name: str | os.PathLike | None, **kwargs: Any) -> nn.Module:
@@ -177,6 +192,17 @@ def load_base(config: Any, state: dict[str, torch.Tensor], name: str | os.PathLi
         kwargs = {"num_labels": labels, **kwargs}
     try:
         return cls.from_pretrained(name, revision=revision, **kwargs)
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         where = "" if Path(name).exists() else ", which is not a folder here,"
         raise ValueError(f"The base model {name}{where} cannot be loaded: {' '.join(str(error).split())}") from error

@@ -5,45 +5,48 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import transformers
-from peft import get_peft_model
 from transformers import TrainerCallback
 
-from ..utils import AUTO_CLASSES, quiet
-from .methods import Method, check_settings, find, first_variants, key, peft_config, trainable
-from .report import write
-from .run import (
-    DoesNotFitError,
-    Plan,
-    as_dict,
-    extra_callbacks,
-    optimizer_options,
-    plain,
-    prepared,
-    skeleton,
-    train,
-    training_arguments,
-)
+from ..files import LIST, NEW, check_apart, check_free, claim, note, publish, read_list, recover, written
+from ..utils import quiet
+from .folder import as_dict, inputs, plain
+from .methods import check_settings, find, first_variants, key
+from .plan import DoesNotFitError, prepared
+from .report import FILES, write
+from .run import extra_callbacks, optimizer_options, train, training_arguments
 from .settings import CompareSettings, Section, Settings, TrainSettings
+from .sizes import sized
 
+BY = "compare"
 RESULTS = "results.json"
-RANK = 8
-LARGEST = 14  # power of 2, above which no rank is tried
-Count = Callable[[Method, Section], int | None]
+# what a run in this file must have for the report
+RUN: dict[str, Any] = {
+    "method": str,
+    "method_settings": dict,
+    "seed": int,
+    "learning_rate": int | float,
+    "steps": int,
+    "samples": dict,
+    "trained_values": dict,
+    "eval": dict,
+    "step_seconds": int | float,
+    "peak_memory": int | float,
+    "memory_of": str,
+    "bytes": int,
+}
 Methods = str | list[str] | Mapping[str, Section | None]
 Watch = Callable[[str, int, int], None]  # method, run, runs
 
@@ -112,11 +115,14 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
         raise ValueError("compare starts processes of its own: run it without accelerate launch or torchrun")
     entries = contestants(settings.methods)
     check(settings, entries)
-    folder = Path(settings.output)
-    runs = earlier(settings, folder)
+    folder, where = find_folder(settings)
+    runs = [] if settings.overwrite else earlier(settings, where)
+    check_free(folder, (RESULTS, *FILES), BY)
     with quiet():
         plan, *_ = prepared(settings)  # what every run would find of model and data is found before the first one
         entries, sizes = sized(settings, entries, plan)
+    if settings.overwrite and where != folder and where.exists():
+        shutil.rmtree(where)
     queue = [(name, chosen, seed) for seed in range(settings.seeds) for name, chosen in entries.items()]
     failures: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -126,13 +132,13 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
         if name in failures or name in left_out or any(same(run, name, chosen, seed) for run in runs):
             continue
         try:
-            found = apart(measured, run_settings(settings, name, chosen, seed))
+            found = apart(measured, run_settings(settings, name, chosen, seed, where))
         except (ValueError, NotImplementedError, RuntimeError) as error:
             unasked = isinstance(error, DoesNotFitError) and name not in asked
             (left_out if unasked else failures)[name] = " ".join(str(error).split())
             continue
         runs.append(found)
-        store(settings, folder, runs)
+        store(settings, where, runs)
     shown = [
         run
         for name, chosen in entries.items()
@@ -143,7 +149,10 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     trained = {run["method"] for run in shown}
     notes = [note for name, note in sizes.items() if name in trained]
     notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
-    paths = write(shown, folder, notes, failures) if shown else []
+    paths = write(shown, where, notes, failures) if shown else []
+    if shown and where != folder:
+        publish(where, folder, BY)
+        paths = [folder / path.name for path in paths]
     return Outcome(shown, paths, notes, failures, left_out)
 
 
@@ -189,7 +198,7 @@ def check(settings: CompareSettings, entries: Mapping[str, Section]) -> None:
     if "seed" in settings.training:
         raise ValueError("training: seed is set by `seeds`: leave it out")
     for name, chosen in entries.items():
-        run = run_settings(settings, name, chosen, 0)
+        run = run_settings(settings, name, chosen, 0, Path(settings.output))
         training_arguments(run, find(name))
         extra_callbacks(run)
         optimizer_options(run)
@@ -197,10 +206,10 @@ def check(settings: CompareSettings, entries: Mapping[str, Section]) -> None:
         raise ValueError("compare needs held-out samples: name eval_data, or an eval_share above 0")
 
 
-def run_settings(settings: CompareSettings, name: str, chosen: Section, seed: int) -> TrainSettings:
+def run_settings(settings: CompareSettings, name: str, chosen: Section, seed: int, where: Path) -> TrainSettings:
     common = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
     common |= {
-        "output": str(Path(settings.output, key(name), f"seed-{seed}")),
+        "output": str(where / key(name) / f"seed-{seed}"),
         "training": {"save_strategy": "no", **settings.training, "seed": seed},
         "overwrite": True,
     }
@@ -218,27 +227,48 @@ def shared(settings: CompareSettings) -> dict[str, Any]:
     return {name: value for name, value in as_dict(settings).items() if name not in own}
 
 
+def find_folder(settings: CompareSettings) -> tuple[Path, Path]:
+    """The output folder, and where the comparison is written: there, or in a folder in it, where an earlier one is to
+    be replaced, which stays until the new one is whole.
+
+    Raises:
+        ValueError: the output is or holds what is read, is a file, or holds something else than a comparison.
+    """
+    folder = Path(settings.output)
+    if settings.overwrite:
+        claim(folder, BY, inputs(settings), overwrite=True)
+        earlier = any(entry["by"] == BY for entry in read_list(folder).values())
+        return folder, folder / NEW if earlier else folder
+    check_apart(folder, inputs(settings))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file, not a folder")
+    recover(folder)
+    where = folder / NEW if (folder / NEW / RESULTS).is_file() else folder
+    if not (where / RESULTS).is_file() and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"output {folder} is not empty, and holds no comparison: name another folder")
+    return folder, where
+
+
 def earlier(settings: CompareSettings, folder: Path) -> list[dict[str, Any]]:
     """The runs that are there already.
 
     Raises:
-        ValueError: the folder holds something else, or runs with other settings.
+        ValueError: what is there is no comparison, or one with other settings.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file, not a folder")
     path = folder / RESULTS
     if not path.is_file():
-        if folder.exists() and any(folder.iterdir()) and not settings.overwrite:
-            raise ValueError(f"output {folder} is not empty, and holds no comparison: name another folder")
-        return []
-    if settings.overwrite:
         return []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         before, runs = found["settings"], found["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not what compare writes ({error}): say overwrite to start anew") from None
-    now = json.loads(json.dumps(shared(settings)))
+        if not isinstance(before, dict):
+            raise TypeError(f"its settings are a {type(before).__name__}")
+        for run in runs:
+            check_run(run)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not what compare writes ({reason}): say overwrite to start anew") from None
+    now = json.loads(json.dumps(shared(settings), default=str))
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             raise ValueError(
@@ -248,109 +278,26 @@ def earlier(settings: CompareSettings, folder: Path) -> list[dict[str, Any]]:
     return runs
 
 
+def check_run(run: Any) -> None:
+    """Raises KeyError, TypeError or ValueError unless a run from a file has all that the report needs."""
+    for name, kind in RUN.items():
+        value = run[name]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{name} of a run is {value!r}")
+    quality = run["eval"].get("accuracy", run["eval"].get("loss"))
+    numbers = [quality, run["samples"]["eval"], *(run["trained_values"][key] for key in ("adapter", "whole_modules"))]
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
+        raise TypeError(f"a run has no numbers: {numbers}")
+    find(run["method"])
+
+
 def store(settings: CompareSettings, folder: Path, runs: list[dict[str, Any]]) -> None:
     """Replaces `results.json` in one step, so that an interruption leaves the old one."""
     folder.mkdir(parents=True, exist_ok=True)
     page = json.dumps({"settings": shared(settings), "runs": runs}, indent=1, default=str)
-    draft = folder / f"{RESULTS}.part"
-    draft.write_text(page + "\n", encoding="utf-8")
-    draft.replace(folder / RESULTS)
-
-
-def sized(
-    settings: CompareSettings, entries: dict[str, Section], plan: Plan
-) -> tuple[dict[str, Section], dict[str, str]]:
-    """The entries with ranks as `settings.equal` says, and notes on those that cannot be made equal, by name."""
-    if settings.equal == "none":
-        return entries, {}
-    notes = {name: f"{name} has no rank: it has its own size" for name in entries if find(name).rank_field is None}
-    if settings.equal == "rank":
-        rank = settings.rank or RANK
-        return {name: with_rank(find(name), chosen, rank) for name, chosen in entries.items()}, notes
-    names = list(entries)
-    first = with_rank(find(names[0]), entries[names[0]], settings.rank) if settings.rank else entries[names[0]]
-    result = {**entries, names[0]: first}
-    count = counter(settings, plan)
-    budget = count(find(names[0]), first)
-    if budget is None:
-        raise ValueError(f"method {names[0]} does not fit the model, so there is no budget: name another first")
-    for name in names[1:]:
-        method = find(name)
-        if method.rank_field is None:
-            continue
-        rank, found = closest_rank(partial(values, count, method, entries[name]), budget)
-        if rank:  # else the method does not fit, which its run will say
-            result[name] = with_rank(method, entries[name], rank)
-            if abs(found - budget) > 0.1 * budget:
-                notes[name] = f"{name} comes no nearer to the budget of {budget:,} values than {found:,}"
-    return result, notes
-
-
-def values(count: Count, method: Method, settings: Section, rank: int) -> int | None:
-    return count(method, with_rank(method, settings, rank))
-
-
-def with_rank(method: Method, settings: Section, rank: int) -> Section:
-    """The settings with this rank; LoRA's alpha, unless it is named, keeps its default ratio to the rank."""
-    if method.rank_field is None:
-        return settings
-    defaults = {f.name: f.default for f in dataclasses.fields(method.config)}  # type: ignore[arg-type]
-    defaults |= dict(method.settings)
-    chosen = {**settings, method.rank_field: rank}
-    alpha, r = defaults.get("lora_alpha"), defaults.get(method.rank_field)
-    if "lora_alpha" not in settings and isinstance(alpha, int) and isinstance(r, int):
-        chosen["lora_alpha"] = max(1, round(alpha * rank / r))
-    return chosen
-
-
-def closest_rank(count: Callable[[int], int | None], budget: int) -> tuple[int, int]:
-    """The rank with the number of values nearest to the budget, and this number; zeros where no rank works.
-
-    `count` grows with the rank, and is None for one that the method refuses: then smaller ones are tried.
-    """
-    counts: dict[int, int | None] = {}
-    for rank in (2**power for power in range(LARGEST + 1)):
-        found = counts[rank] = count(rank)
-        if (found or 0) >= budget or (rank > 64 and found is None):
-            break
-    low = max((r for r, c in counts.items() if c is not None and c <= budget), default=0)
-    high = min((r for r in counts if r > low), default=low)
-    while high - low > 1:
-        middle = (low + high) // 2
-        counts[middle] = found = count(middle)
-        if found is not None and found <= budget:
-            low = middle
-        else:
-            high = middle
-    valid = [(abs(c - budget), r, c) for r, c in counts.items() if c is not None]
-    return min(valid, default=(0, 0, 0))[1:]
-
-
-def counter(settings: CompareSettings, plan: Plan) -> Count:
-    """What counts the values that a method trains on the model, without a new classifier; None if it does not fit.
-
-    The model is on the meta device, without its weights. A method that needs weights to start (LoLDU) gets random ones.
-    """
-    network, new_modules = skeleton(settings, plan)
-    cls = getattr(transformers, AUTO_CLASSES[plan.task])
-
-    def count(method: Method, chosen: Section) -> int | None:
-        if method.config is None:
-            return sum(p.numel() for p in network.parameters())
-        for device in ("meta", "cpu"):
-            with torch.random.fork_rng(devices=[]), torch.device(device):
-                base = cls.from_config(network.config)
-            adapter = peft_config(method, check_settings(method, chosen), plan.task, new_modules)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    return trainable(get_peft_model(base, adapter))[0]
-            except Exception as error:
-                if "meta" not in str(error) and not isinstance(error, NotImplementedError):
-                    return None
-        return None
-
-    return count
+    note(folder, [f"{key(run['method'])}/seed-{run['seed']}/{LIST}" for run in runs], BY)
+    with written(folder / RESULTS, BY) as draft:
+        draft.write_text(page + "\n", encoding="utf-8")
 
 
 def apart(function: Callable[[TrainSettings], dict[str, Any]], settings: TrainSettings) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import written
+
+FILES = ("results.md", "results.csv", "pareto.png")
 Runs = Sequence[Mapping[str, Any]]
 
 
@@ -182,20 +185,23 @@ def plot(runs: Runs, path: Path) -> None:
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylabel(f"held-out {name}" + ("" if more else ", less is better"))
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120)
 
 
 def write(
     runs: Runs, folder: Path, remarks: Sequence[str] = (), failures: Mapping[str, str] | None = None
 ) -> list[Path]:
     """results.md and results.csv, and pareto.png where matplotlib is installed; their paths."""
-    paths = [folder / "results.md", folder / "results.csv"]
-    paths[0].write_text(markdown(runs, remarks, failures), encoding="utf-8")
-    write_csv(runs, paths[1])
+    page, sheet, picture = (folder / name for name in FILES)
+    with written(page, "compare") as draft:
+        draft.write_text(markdown(runs, remarks, failures), encoding="utf-8")
+    with written(sheet, "compare") as draft:
+        write_csv(runs, draft)
     try:
-        plot(runs, folder / "pareto.png")
+        with written(picture, "compare") as draft:
+            plot(runs, draft)
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        return paths
-    return [*paths, folder / "pareto.png"]
+        return [page, sheet]
+    return [page, sheet, picture]

@@ -33,7 +33,7 @@ class Settings:
     """
 
     model: str = setting("Model: folder or hub id.", "")
-    data: str = setting("Training data: .jsonl, .json, .csv or .parquet file, or hub id of a data set.", "")
+    data: str = setting("Training data: .jsonl, .json, .csv, .tsv or .parquet file, or hub id of a data set.", "")
     output: str = setting("New folder for what comes out.", "")
     task: str | None = setting("CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS.", shown="the model's")
     subset: str | None = setting("Configuration of a hub data set.")
@@ -54,7 +54,7 @@ class Settings:
     small_states: Section | bool | None = setting(
         "8-bit optimizer states (peftx.optim).", shown="where the method's config has options for them"
     )
-    overwrite: bool = setting("Replace what an earlier run has left in the output folder.", False)
+    overwrite: bool = setting("Replace what an earlier run has written to the output folder, and only that.", False)
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "output"):
@@ -76,7 +76,7 @@ class TrainSettings(Settings):
 
     method: str = setting("A method of peftx (`peftx methods`) or of PEFT (lora, dora, miss, ...), or full.", "lora")
     method_settings: Section = field(default_factory=dict, metadata={"help": "Fields of the method's config."})
-    resume: bool = setting("Go on from the last checkpoint in the output folder.", False)
+    resume: bool = setting("Go on from the last whole checkpoint in the output folder.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

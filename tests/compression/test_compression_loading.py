@@ -559,7 +559,7 @@ def test_the_command_goes_on_after_an_interruption(folder, tmp_path):
         (["--resume", "{folder}/data.jsonl"], "--resume must be a folder"),
         (["--keep", "1.5"], "keep must be a share in (0, 1), got 1.5"),
         (["--method", "tucker"], "method must be one of"),
-        (["--out", "{folder}"], "exists and is not an empty folder"),
+        (["--out", "{folder}"], ", which is never changed: name another folder"),
         (["--data", "{folder}/none.jsonl"], "none.jsonl"),
         (["--eval-share", "1"], "--eval-share must be in (0, 1)"),
         (["--plot", "{folder}/none/picture.png"], "there is no folder"),

@@ -566,8 +566,8 @@ def test_mistakes_of_the_command_are_one_line(tmp_path):
     (tmp_path / "used" / "adapter_model.safetensors").write_text("another's")
     for arguments, message in (
         (["nowhere", tmp_path / "out"], "peftx: nowhere holds no adapter that can be read"),
-        ([folder, folder], "exists and is not an empty folder"),
-        ([folder, tmp_path / "used", "--rank", 2], "used exists and is not an empty folder"),
+        ([folder, folder], "is the adapter itself, which is never changed"),
+        ([folder, tmp_path / "used", "--rank", 2], "used is not empty: name another folder, or say --overwrite"),
         ([folder, tmp_path / "out", "--to", "merged", "--rank", 2], "--rank is for --to lora"),
         ([folder, tmp_path / "out", "--dtype", "float16"], "--dtype is for --to merged"),
         ([folder, tmp_path / "out"], "no exact LoRA form"),

@@ -722,6 +722,6 @@ def test_the_demo_copies_the_cards_of_our_methods(outcome, tmp_path):
     assert str(outcome.options.model) not in finished  # where a model of the user's is, is nobody's business
     folder = tmp_path / "new" / "cards"
     assert cards.collect(outcome, folder) == [folder / "bone.md"]
-    assert (folder / "bone.md").read_text() == finished and len(list(folder.iterdir())) == 1
+    assert (folder / "bone.md").read_text() == finished and len(list(folder.glob("*.md"))) == 1
     with pytest.raises(DemoError, match="cannot write the cards to"):
         cards.collect(outcome, folder / "bone.md")

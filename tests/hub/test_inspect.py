@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from peftx.cli import app
 from peftx.hub import heat_map, inspect_adapter
-from peftx.hub import inspect as inspecting
-from peftx.hub.inspect import place
+from peftx.hub import tensors as stored
+from peftx.hub.picture import place
 
 RANKS = {"compacter": 1, "loldu": 2, "krona": 2}  # what the shapes of their tensors say; the others have r=2
 
@@ -257,7 +257,7 @@ def test_a_rank_without_end_or_none_takes_no_memory(tmp_path):
 
 
 def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(inspecting, "BLOCK", 100)
+    monkeypatch.setattr(stored, "BLOCK", 100)
     torch.manual_seed(0)
     tensors = {
         key("q", "A"): torch.randn(2, 300),
@@ -267,8 +267,8 @@ def test_a_large_file_is_read_in_blocks(tmp_path, monkeypatch):
     tensors["base_model.model.head"][49, 29] = float("nan")
     tensors["base_model.model.scale"] = torch.tensor(2.0)
     seen = []
-    survey = inspecting.blocks
-    monkeypatch.setattr(inspecting, "blocks", lambda tensor: (seen.append(b.numel()) or b for b in survey(tensor)))
+    survey = stored.blocks
+    monkeypatch.setattr(stored, "blocks", lambda tensor: (seen.append(b.numel()) or b for b in survey(tensor)))
     report = inspect_adapter(write(tmp_path / "a", LORA | {"lora_alpha": 4}, tensors))
     assert max(seen) <= 300 and sum(seen) == report.parameters
     assert [line for line in report.problems if "head: 1 of 1500 values are not finite" in line]

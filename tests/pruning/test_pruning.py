@@ -1029,9 +1029,9 @@ def test_only_the_answer_of_a_chat_counts() -> None:
         (
             {},
             ['{"prompt": [{"role": "user", "content": "w1"}], "completion": "w2"}'],
-            "record 1: its field 'prompt' is not a text but a list",
+            "record 1: the tokenizer has no chat template to write its messages with",
         ),
-        ({}, ['{"question": "w1", "answer": null}'], "record 1: its field 'answer' is not a text but a NoneType"),
+        ({}, ['{"question": "w1", "answer": null}'], "record 1 has an empty field 'answer': fill it, or leave"),
         (
             {"model": "classifier"},
             ['{"text": "w1", "label": 0.5}'],

@@ -25,7 +25,19 @@ from typer.testing import CliRunner
 import peftx
 from peftx.cli import app
 from peftx.data.records import hold_out, label_names, read, read_both
-from peftx.train import CompareSettings, TrainSettings, comparison, methods, parse, read_yaml, report, run
+from peftx.train import (
+    CompareSettings,
+    TrainSettings,
+    comparison,
+    methods,
+    parse,
+    plan,
+    read_yaml,
+    report,
+    results,
+    run,
+    sizes,
+)
 from peftx.train.settings import nearest
 
 SHORT = ("--max-steps", 2, "--batch-size", 4, "--training", "use_cpu=true", "--training", "disable_tqdm=true")
@@ -134,11 +146,11 @@ def test_the_card_says_once_how_it_was_trained(files: Path, tmp_path: Path, meth
                       "--method", method)  # fmt: skip
     before = (out / "README.md").read_text()
     assert before.count("## Training run") == 1 and "Framework versions" in before
-    run.finish(out, metrics)
+    results.finish(out, metrics)
     assert (out / "README.md").read_text() == before
     for accuracy in (0.5, 0.6):
         peftx.hub.finish_card(out, metrics={"accuracy": accuracy}, dataset="owner/data")
-    run.finish(out, metrics)
+    results.finish(out, metrics)
     card = (out / "README.md").read_text()
     parts = ("## Training run", "\n## Results\n", "| **this model** | 0.6 |", "### Framework versions")
     assert [card.count(part) for part in parts] == [1] * 4
@@ -504,8 +516,8 @@ def test_the_output_folder(files: Path, tmp_path: Path) -> None:
         (["--data", "{tmp}/chat.jsonl"], "record 1: its messages are not a list of objects with role and content"),
         (["--data", "{tmp}/foreign.jsonl"], "no sample has a word that the tokenizer of {files}/llama knows within"),
         (["--task", "SEQ_CLS", "--data", "{tmp}/huge.jsonl"], "to be numbered 0, 1, ..., but one is 10000000000"),
-        (["--task", "SEQ_CLS", "--data", "{tmp}/null.jsonl"], "record 21: label None is neither a name nor a whole"),
-        (["--task", "SEQ_CLS", "--data", "{tmp}/nan.jsonl"], "record 21: label nan is neither a name nor a whole"),
+        (["--task", "SEQ_CLS", "--data", "{tmp}/null.jsonl"], "null.jsonl, record 21 has an empty field 'label': fill"),
+        (["--task", "SEQ_CLS", "--data", "{tmp}/nan.jsonl"], "nan.jsonl, record 21 has an empty field 'label': fill"),
         (["--task", "TOKEN_CLS", "--data", "{tmp}/uneven.jsonl"], "tokens and labels are not two lists of the same"),
         (["--model", "{tmp}/torn"], "the model {tmp}/torn cannot be loaded: "),
     ],
@@ -552,7 +564,7 @@ def test_what_must_be_named(files: Path, tmp_path: Path, name: str) -> None:
 
 def test_missing_datasets_is_named(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    outcome = call("train", "--model", files / "bert", "--data", files / "classes.csv", "--output", tmp_path / "out")
+    outcome = call("train", "--model", files / "bert", "--data", files / "classes.parquet", "--output", tmp_path / "o")
     assert outcome.exit_code == 2 and "datasets is missing" in outcome.stderr and "pip install" in outcome.stderr
 
 
@@ -585,7 +597,7 @@ def test_whose_loss_follows_the_number_of_items(model: str, wanted: bool) -> Non
     ids = torch.tensor([[5, 7, 9, 11]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch["labels"] = torch.tensor([1]) if model == "bert" else ids
-    assert run.scales_loss(tiny_model(model), batch) is wanted
+    assert plan.scales_loss(tiny_model(model), batch) is wanted
 
 
 # Two processes
@@ -808,7 +820,7 @@ def test_bad_comparisons(files: Path, tmp_path: Path, arguments: list[str], mess
     ],
 )
 def test_closest_rank(count: Any, budget: int, wanted: int | None) -> None:
-    rank, found = comparison.closest_rank(count, budget)
+    rank, found = sizes.closest_rank(count, budget)
     if wanted is None:
         assert (rank, found) == (0, 0)
         return
@@ -832,10 +844,10 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 def test_rank_keeps_the_scale() -> None:
     lora, bone = methods.find("lora"), methods.find("bone")
-    assert comparison.with_rank(lora, {}, 32) == {"r": 32, "lora_alpha": 32}
-    assert comparison.with_rank(lora, {"lora_alpha": 16}, 32) == {"r": 32, "lora_alpha": 16}
-    assert comparison.with_rank(bone, {}, 32) == {"r": 32}
-    assert comparison.with_rank(methods.find("full"), {}, 32) == {}
+    assert sizes.with_rank(lora, {}, 32) == {"r": 32, "lora_alpha": 32}
+    assert sizes.with_rank(lora, {"lora_alpha": 16}, 32) == {"r": 32, "lora_alpha": 16}
+    assert sizes.with_rank(bone, {}, 32) == {"r": 32}
+    assert sizes.with_rank(methods.find("full"), {}, 32) == {}
 
 
 @pytest.mark.parametrize(("name", "cls"), [("train.yaml", TrainSettings), ("compare.yaml", CompareSettings)])
