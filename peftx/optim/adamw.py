@@ -15,7 +15,7 @@ import torch
 from . import projection
 from .checks import OPTIONS, as_python, check_names, check_options, check_parameter, check_schedule, check_state
 from .fused import fusable, fused_step
-from .lanes import descend, plain, project
+from .lanes import Apollo, descend, descend_apollo, plain, project
 from .moments import Rule, Segment, directions, segments, span_of
 from .report import log_summary
 from .state import is_projected, layout, moments, read_moment, working_dtype, write_moment
@@ -213,9 +213,11 @@ class LowRankAdamW(torch.optim.Optimizer):
                 torch._foreach_copy_([segment.target for segment in batch], found)
             else:
                 descend([segment.target for segment in batch], found, decay, lr)
-            for segment in batch:
-                if segment.finish is not None:
-                    segment.finish()
+            ends = [segment.finish for segment in batch if segment.finish is not None]
+            descend_apollo([end for end in ends if isinstance(end, Apollo)], decay)
+            for end in ends:
+                if not isinstance(end, Apollo):
+                    end()
             filled[key] = 0
 
         for p in params:

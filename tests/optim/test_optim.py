@@ -462,6 +462,24 @@ def test_apollo_and_frugal_are_the_oracles(update, shape):
     assert torch.linalg.matrix_rank(found - weight) == 12
 
 
+@pytest.mark.parametrize("span", [1 << 16, 512, 256])
+def test_apollos_tensors_of_one_batch_are_as_each_alone(span, monkeypatch):
+    monkeypatch.setitem(moments.SPAN, "cpu", span)
+    shapes = [(12, 20), (20, 12), (8, 30), (40, 9), (9, 40)]
+    gradients = [
+        [normal(*shape, seed=10 * t + i, dtype=F64) * (1 + t) for t in range(5)] for i, shape in enumerate(shapes)
+    ]
+    options = dict(lr=0.01, rank=3, update="apollo", update_proj_gap=3, proj_refresh="svd", optim_bits=32)
+    together = [parameter(*shape, seed=i, dtype=F64) for i, shape in enumerate(shapes)]
+    alone = [run(p.detach(), own, **options)[0] for p, own in zip(together, gradients, strict=True)]
+    optimizer = LowRankAdamW(together, **options)
+    for t in range(5):
+        for p, own in zip(together, gradients, strict=True):
+            p.grad = own[t].clone()
+        optimizer.step()
+    assert all((p - other).abs().max() < 1e-12 for p, other in zip(together, alone, strict=True))
+
+
 def test_the_randomized_basis_spans_what_the_svd_finds():
     gradient = (
         torch.linalg.qr(normal(60, 60)).Q * (0.7 ** torch.arange(60)) @ torch.linalg.qr(normal(90, 60, seed=1)).Q.T
