@@ -59,7 +59,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             row (0.5 is r // 2 for LoRA's factors, whatever their r). Default None, no projection.
         update_proj_gap: steps between two refreshes of Q, at least 1; default 200 (GaLore's).
         scale: of the projected tensors' update, not of their decay; default 1.0. GaLore's papers use 0.25.
-        proj_refresh: `"randomized"` (default; two power iterations, arXiv:0909.4061: nearly the same subspace, sixty
+        proj_refresh: `"randomized"` (default; two power iterations, arXiv:0909.4061: nearly the same subspace, fifty
             times as fast for 4096 x 4096, and exact from 8 rows below the short side); `"svd"` (exact); `"random"` (a
             random subspace, which costs nothing to find).
         refresh_moments: what a refresh does with the moments: `"keep"` them as they are (default; GaLore),
