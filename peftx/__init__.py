@@ -5,7 +5,7 @@ PEFT, transformers and accelerate do with an adapter works as for PEFT's own met
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import command as command  # the first one: before PEFT is imported
 from . import compression as compression  # registers the loader of compressed models
@@ -33,6 +33,16 @@ from .tuners import (
     TriAdaptLoRAConfig,
     plot_ranks,
 )
+
+if TYPE_CHECKING:  # what is imported when it is first used; `__getattr__` is hidden, or a misspelt name would be Any
+    from . import federated as federated
+    from . import hub as hub
+    from . import optim as optim
+    from . import pruning as pruning
+    from . import train as train
+    from .compression import FisherCallback
+    from .hub import export_lora
+    from .pruning import DonodCallback
 
 __version__ = "0.1.0"
 
@@ -68,9 +78,11 @@ _PACKAGES = ("compression", "federated", "hub", "optim", "pruning", "train")  # 
 _NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_lora": "hub"}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in _NAMES:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _PACKAGES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in _NAMES:
+            return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -50,8 +50,9 @@ __all__ = [
 # `import peftx` comes through here for the loader; these need transformers' Trainer, which takes a while.
 _LATER = {"FisherCallback": "callback", "collect": "collection"}
 
+if not TYPE_CHECKING:  # or a misspelt name would be Any
 
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

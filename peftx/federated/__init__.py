@@ -9,7 +9,7 @@ is sent, `average_B` and the other updates of a server, `refactorize`. `FedSVDSt
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..tuners.fedsvd import factored_svd, is_due, refactorize, refactorize_model
 from .state import (
@@ -24,6 +24,15 @@ from .state import (
     load_global,
     refactorize_state,
 )
+
+if TYPE_CHECKING:
+    from .apps import make_client_app, make_server_app
+    from .checks import AuditEntry, Limits, admit
+    from .grid import InProcessGrid, run_in_process
+    from .local import LocalResult, LocalSettings, train_local
+    from .partition import dirichlet_partition
+    from .privacy import BudgetExceeded, DPSpec, epsilon_spent
+    from .strategy import FedSVDStrategy
 
 __all__ = [
     "AuditEntry",
@@ -75,14 +84,15 @@ _NAMES = {  # imported when they are first used: most need Flower or Opacus
     "train_local": "local",
 }
 
+if not TYPE_CHECKING:  # or a misspelt name would be Any
 
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in ("flwr", "opacus"):
-            raise
-        raise ImportError(f"{__name__}.{name} needs {missing}: pip install 'peftx[federated]'") from error
+    def __getattr__(name: str) -> Any:
+        if name not in _NAMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in ("flwr", "opacus"):
+                raise
+            raise ImportError(f"{__name__}.{name} needs {missing}: pip install 'peftx[federated]'") from error

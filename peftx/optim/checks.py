@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,63 +12,102 @@ from . import projection
 from .fused import bitsandbytes_update
 from .state import layout
 
-OPTIONS = {
-    *("lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale", "proj_refresh", "refresh_moments"),
-    *("update", "optim_bits", "min_8bit_size", "basis_bits", "fused", "skipped_steps"),
-}
+LARGEST = 1e38  # numbers have to be finite in fp32, in which the arithmetic is
+SMALLEST = 1e-30  # of eps: below it, an element that never had a gradient would become 0 / 0
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 UPDATES = ("galore", "apollo", "frugal-sign", "frugal-sgd")
+REFRESH_MOMENTS = ("keep", "rotate", "reset")
 
 
 def check_options(group: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first hyperparameter of a group that is out of its range."""
-
-    def number(value: Any, low: float, high: float = math.inf) -> bool:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) < high
-
-    def whole(value: Any, low: int) -> bool:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= low
-
-    betas, rank = group["betas"], group["rank"]
-    pair = isinstance(betas, Sequence) and len(betas) == 2
-    lr = group["lr"].item() if isinstance(group["lr"], torch.Tensor) else group["lr"]
-    rules = {
-        "lr": (number(lr, 0), "at least 0"),
-        "betas": (pair and all(number(beta, 0, 1) for beta in betas), "two numbers, at least 0, below 1"),
-        "eps": (number(group["eps"], 0), "at least 0"),
-        "weight_decay": (number(group["weight_decay"], 0), "at least 0"),
-        "rank": (
-            rank is None or whole(rank, 1) or (rank and number(rank, 0, 1)),
-            "None, a whole number >= 1, or a share",
-        ),
-        "update_proj_gap": (whole(group["update_proj_gap"], 1), "a whole number, at least 1"),
-        "scale": (number(group["scale"], 0), "at least 0"),
-        "optim_bits": (group["optim_bits"] in (8, 32), "8 or 32"),
-        "basis_bits": (group["basis_bits"] in (16, 32), "16 or 32"),
-        "min_8bit_size": (whole(group["min_8bit_size"], 0), "a whole number, at least 0"),
-        "fused": (group["fused"] in (None, True, False), "None, True or False"),
-        "skipped_steps": (whole(group["skipped_steps"], 0), "a whole number, at least 0"),
-    }
-    choices = {
-        "proj_refresh": projection.REFRESH,
-        "refresh_moments": ("keep", "rotate", "reset"),
-        "update": UPDATES,
-    }
-    rules |= {key: (group[key] in names, "one of " + ", ".join(names)) for key, names in choices.items()}
-    for key, (fine, wanted) in rules.items():
-        if not fine:
-            raise ValueError(f"{key} must be {wanted}, not {group[key]!r}")
+    """Raises ValueError for the first hyperparameter of a group that is not of its type or out of its range."""
+    for key in RULES:
+        check_option(key, group[key])
     if group["fused"] and bitsandbytes_update() is None:
         raise ImportError("fused=True needs bitsandbytes: pip install bitsandbytes")
 
 
+def check_option(key: str, value: Any) -> None:
+    fine, wanted = RULES[key]
+    if not fine(value):
+        raise ValueError(f"{key} must be {wanted}, not {value!r}")
+
+
+def number(low: float, high: float = LARGEST, strict: bool = False) -> Callable[[Any], bool]:
+    """Whether a value is a real number, no bool, of at least `low` (`strict`: above it) and below `high`."""
+
+    def fine(value: Any) -> bool:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return real and (low < value if strict else low <= value) and value < high
+
+    return fine
+
+
+def whole(low: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= low
+
+
+def one_of(*choices: Any) -> Callable[[Any], bool]:
+    """Whether a value is one of `choices`, and of its type: True is not 1, and 8.0 is not 8."""
+    return lambda value: any(is_kind(value, type(choice)) and value == choice for choice in choices)
+
+
+def is_kind(value: Any, kind: type) -> bool:
+    if kind is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def is_rate(value: Any) -> bool:
+    """A learning rate may be a tensor, which schedules of torch.compile change in place."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and value.dtype.is_floating_point and number(0)(value.item())
+    return number(0)(value)
+
+
+def is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(number(0, 1), value))
+
+
+def is_rank(value: Any) -> bool:
+    return value is None or whole(1)(value) or number(0, 1, strict=True)(value)
+
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (is_rate, "a finite number, at least 0"),
+    "betas": (is_pair, "two numbers, at least 0, below 1"),
+    "eps": (number(SMALLEST), f"a finite number, at least {SMALLEST:g}"),
+    "weight_decay": (number(0), "a finite number, at least 0"),
+    "rank": (is_rank, "None, a whole number, at least 1, or a share, above 0, below 1"),
+    "update_proj_gap": (whole(1), "a whole number, at least 1"),
+    "scale": (number(0), "a finite number, at least 0"),
+    "proj_refresh": (one_of(*projection.REFRESH), "one of " + ", ".join(projection.REFRESH)),
+    "refresh_moments": (one_of(*REFRESH_MOMENTS), "one of " + ", ".join(REFRESH_MOMENTS)),
+    "update": (one_of(*UPDATES), "one of " + ", ".join(UPDATES)),
+    "optim_bits": (one_of(8, 32), "8 or 32"),
+    "min_8bit_size": (whole(0), "a whole number, at least 0"),
+    "basis_bits": (one_of(16, 32), "16 or 32"),
+    "fused": (one_of(None, True, False), "None, True or False"),
+    "skipped_steps": (whole(0), "a whole number, at least 0"),
+}
+OPTIONS = set(RULES)
+
+
+def check_schedule(group: Mapping[str, Any]) -> None:
+    """The same, every step, for what schedules change."""
+    for key in ("lr", "betas", "weight_decay"):
+        check_option(key, group[key])
+
+
 def as_python(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with NumPy's numbers as Python's, which `torch.load(weights_only=True)` reads."""
+    """Options with all numbers, NumPy's or fractions, as Python's, which `torch.load(weights_only=True)` reads."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(map(plain, value))
-        return value.item() if isinstance(value, numbers.Real) and hasattr(value, "item") else value
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return value
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
 
     return {key: plain(value) if key in OPTIONS else value for key, value in options.items()}
 
@@ -80,7 +118,11 @@ def check_parameter(p: Any) -> None:
     if not p.is_floating_point():
         raise ValueError(f"parameters must be real floating-point tensors, not {p.dtype}")
     if hasattr(p, "device_mesh"):
-        raise NotImplementedError("parameters sharded as DTensor (FSDP2) are not supported by LowRankAdamW")
+        raise NotImplementedError(
+            "LowRankAdamW cannot train parameters sharded as DTensor (FSDP2): a projection needs the whole gradient, "
+            "and states quantised in blocks of each shard could not be put together again. Use DDP, FSDP1 without a "
+            "rank, or torch.optim.AdamW."
+        )
 
 
 def check_names(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -101,7 +143,7 @@ def check_state(state: Any, p: torch.Tensor, group: Mapping[str, Any], where: st
     if not isinstance(state, Mapping) or state.keys() != wanted.keys() | {"step"}:
         found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"{where}: expected {sorted(wanted.keys() | {'step'})}, found {found}")
-    if not isinstance(state["step"], int) or state["step"] < 0:
+    if not whole(0)(state["step"]):
         raise ValueError(f"{where}: step must be a whole number, at least 0, not {state['step']!r}")
     for key, (shape, dtype) in wanted.items():
         value = state[key]

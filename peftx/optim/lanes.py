@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from . import projection
+from .moments import span_of
 from .state import working_dtype
 
 GROWTH = 1.01  # APOLLO's limit to the growth of an update's norm from one step to the next
-Lane = tuple[torch.Tensor, torch.Tensor, Callable[[], Any] | None]
+Lane = tuple[torch.Tensor, torch.Tensor, Any]  # the last: a call, an `Apollo`, or None
 
 
 def plain(p: torch.Tensor) -> Lane:
@@ -30,12 +31,11 @@ def project(p: torch.Tensor, state: dict[str, Any], group: Mapping[str, Any], de
     if update == "galore":
         return low, low, functools.partial(lower, weight, basis, low, decay, step)
     direction = torch.empty_like(low)
+    if update == "apollo":
+        return low, direction, Apollo(weight, gradient, low, direction, state["norm"], step)
 
     def finish() -> None:
-        lifted = lift(basis, direction, low, gradient, update)
-        if update == "apollo":
-            limit_growth(lifted, state["norm"])
-        descend([weight], [lifted], decay, step)
+        descend([weight], [lift(basis, direction, low, gradient, update)], decay, step)
 
     return low, direction, finish
 
@@ -51,22 +51,56 @@ def lower(weight: torch.Tensor, basis: torch.Tensor, direction: torch.Tensor, de
 def lift(
     basis: torch.Tensor, direction: torch.Tensor, low: torch.Tensor, gradient: torch.Tensor, update: str
 ) -> torch.Tensor:
-    """APOLLO's or FRUGAL's full update (short, long), from D and R (rank, long) and the gradient G (short, long)."""
-    if update == "apollo":
-        peak = low.abs().amax(0)
-        peak = peak.masked_fill(peak == 0, 1)
-        norm = peak * (low / peak).norm(dim=0)  # whose squares cannot overflow
-        return gradient * (direction.norm(dim=0) / norm.masked_fill(norm == 0, 1))
+    """FRUGAL's full update (short, long), from D and R (rank, long) and the gradient G (short, long)."""
     rest = gradient - basis @ low
     return torch.addmm(rest.sign() if update == "frugal-sign" else rest, basis, direction)
 
 
-def limit_growth(update: torch.Tensor, norm: torch.Tensor) -> None:
-    """Shrinks an update whose norm exceeds 1.01 times that of the last one, which `norm` (0-dim) holds."""
-    found = update.norm()
-    allowed = torch.where(norm > 0, torch.minimum(found, GROWTH * norm), found)
-    update.mul_(allowed / found.masked_fill(found == 0, 1))
-    norm.copy_(allowed)
+class Apollo(NamedTuple):
+    """A projected parameter whose direction is complete and scales the columns of its gradient.
+
+    `weight` and `gradient` (short, long), `low` and `direction` (rank, long), `norm` (0-dim): of the last update.
+    """
+
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    low: torch.Tensor
+    direction: torch.Tensor
+    norm: torch.Tensor
+    step: float
+
+
+def descend_apollo(waiting: Sequence[Apollo], decay: float) -> None:
+    """APOLLO's steps, for as many tensors at once as have about as many elements as a batch of moments."""
+    while waiting:
+        count, room = 1, span_of(waiting[0].gradient) - waiting[0].gradient.numel()
+        while count < len(waiting) and (room := room - waiting[count].gradient.numel()) >= 0:
+            count += 1
+        batch, waiting = waiting[:count], waiting[count:]
+        updates = [one.gradient * column_scales(one.low, one.direction) for one in batch]
+        limit_growth(updates, [one.norm for one in batch])
+        descend([one.weight for one in batch], updates, decay, batch[0].step)
+
+
+def column_scales(low: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """|D_j| / |R_j| for each column; where R_j is 0, |D_j|."""
+    if low.dtype == torch.float64:  # whose squares nothing wider holds
+        peak = low.abs().amax(0)
+        peak.masked_fill_(peak == 0, 1)
+        norm = (low / peak).square_().sum(0).sqrt_().mul_(peak)
+    else:
+        norm = low.double().square_().sum(0).sqrt_().to(low.dtype)
+    return direction.square().sum(0).sqrt_().div_(norm.masked_fill_(norm == 0, 1))  # `norm(dim=0)` is ten times as slow
+
+
+def limit_growth(updates: list[torch.Tensor], norms: list[torch.Tensor]) -> None:
+    """Shrinks every update whose norm exceeds 1.01 times that of the last one, which its `norm` (0-dim) holds."""
+    found, last = torch.stack(torch._foreach_norm(updates)), torch.stack(norms)
+    allowed = torch.where(last > 0, torch.minimum(found, GROWTH * last), found)
+    factors = allowed / found.masked_fill(found == 0, 1)
+    for update, factor in zip(updates, factors.unbind(), strict=True):
+        update.mul_(factor)
+    torch._foreach_copy_(norms, list(allowed.unbind()))
 
 
 def descend(weights: list[torch.Tensor], directions: list[torch.Tensor], decay: float, step: float) -> None:

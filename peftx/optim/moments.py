@@ -8,8 +8,8 @@ in batches of about `SPAN` elements: small tensors together, large ones piece by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,17 +31,17 @@ class Segment(NamedTuple):
     """A piece of a tensor on its way through a step; every tensor is flat.
 
     `moments` is (m, v), or the codes and absmax (m, v, absmax of m, absmax of v) of quantised ones. `target` is
-    where the Adam direction of `gradient` belongs. `finish` is called when the last piece of a tensor is done.
+    where the Adam direction of `gradient` belongs. `finish` is what remains when the last piece of a tensor is done.
     """
 
     gradient: torch.Tensor
     moments: tuple[torch.Tensor, ...]
     target: torch.Tensor
-    finish: Callable[[], None] | None
+    finish: Any
 
 
 def segments(
-    gradient: torch.Tensor, moments: Sequence[torch.Tensor], target: torch.Tensor, finish: Callable[[], None] | None
+    gradient: torch.Tensor, moments: Sequence[torch.Tensor], target: torch.Tensor, finish: Any
 ) -> Iterator[Segment]:
     """The pieces of one tensor; each argument as in `Segment`, but of the whole tensor and of any contiguous shape."""
     gradient, target, moments = gradient.view(-1), target.view(-1), tuple(moment.view(-1) for moment in moments)

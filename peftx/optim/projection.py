@@ -12,6 +12,7 @@ import torch
 from .blockwise import FP32
 
 REFRESH = ("svd", "randomized", "random")
+OVERSAMPLING = 8  # columns of the range finder beside those that are wanted
 
 
 def lay(matrix: torch.Tensor) -> torch.Tensor:
@@ -29,22 +30,23 @@ def basis(gradient: torch.Tensor, rank: int, how: str, seed: int) -> torch.Tenso
     """Orthonormal columns (short, rank), in the dtype of `gradient` (short, long).
 
     `how`: `"svd"`: the leading left singular vectors. `"randomized"`: nearly those, by a range finder with two power
-    iterations (arXiv:0909.4061), at a small fraction of the time for large matrices. `"random"`: of a Gaussian matrix,
-    whatever the gradient. Random numbers come from a private generator, `seed` and the shape decide them.
+    iterations on `rank` + 8 columns (arXiv:0909.4061), at a small fraction of the time for large matrices; where there
+    are no more rows than that, exactly those. `"random"`: of a Gaussian matrix, whatever the gradient. Random numbers
+    come from a private generator, `seed` and the shape decide them.
     """
     short, long = gradient.shape
-    if how == "svd":
+    sketch = rank + OVERSAMPLING
+    if how == "svd" or (how == "randomized" and sketch >= short):
         return torch.linalg.svd(gradient, full_matrices=False).U[:, :rank]
     generator = torch.Generator("cpu").manual_seed(seed)
     if how == "random":
         return _orthonormal(torch.randn(short, rank, generator=generator, **FP32).to(gradient))
     gradient = gradient / gradient.abs().max()  # powers of large numbers would overflow
-    sketch = min(rank + 8, short)
     found = _orthonormal(gradient @ torch.randn(long, sketch, generator=generator, **FP32).to(gradient))
     for _ in range(2):
         found = _orthonormal(gradient @ _orthonormal(gradient.T @ found))
-    left = torch.linalg.svd(found.T @ gradient, full_matrices=False).U[:, :rank]
-    return found @ left
+    core = torch.linalg.qr(gradient.T @ found, mode="r").R.T  # of the left singular vectors of found^T gradient
+    return found @ torch.linalg.svd(core).U[:, :rank]
 
 
 def align(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import numbers
 import re
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from .adamw import LowRankAdamW
+from .checks import check_option, check_options
 
 NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as the Trainer has it
 LORA = re.compile(r"\.lora_(embedding_)?[AB]\.")
@@ -23,8 +26,16 @@ def param_groups(
     whose name `target`, a regular expression, finds. Without a target: LoRA's A and B where the model has them (so no
     magnitudes and no head); else all matrices but those of embeddings and of a language model's head.
 
-    Raises ValueError if nothing is trainable, or there is a rank and nothing to project.
+    Raises ValueError if nothing is trainable, if there is a rank and nothing to project, or for a `weight_decay`,
+    `rank` or `target` that is none; NotImplementedError for a rank where FSDP1 has flattened the matrices.
     """
+    check_option("weight_decay", weight_decay)
+    check_option("rank", rank)
+    check_target(target)
+    if rank is not None and any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules()):
+        raise NotImplementedError(
+            "FSDP1 flattens parameters, so there is no matrix to project: use DDP, or rank=None (8 bits without it)"
+        )
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError("the model has no trainable parameter")
@@ -47,6 +58,14 @@ def param_groups(
         {"params": params, "weight_decay": weight_decay if decays else 0.0, "rank": rank if projected else None}
         for (decays, projected), params in groups.items()
     ]
+
+
+def check_target(target: Any) -> None:
+    """Raises ValueError unless `target` is None or a regular expression."""
+    try:
+        re.compile("" if target is None else target)
+    except (TypeError, re.error) as error:
+        raise ValueError(f"target must be None or a regular expression, not {target!r}: {error}") from error
 
 
 def _targets(model: nn.Module, trained: list[tuple[str, nn.Parameter]], target: str | None) -> list[str]:
@@ -86,14 +105,26 @@ def create_optimizer(
 def _hyperparameters(args: Any) -> dict[str, Any]:
     if args is None:
         return {}
-    if isinstance(args, (int, float, torch.Tensor)):
+    if isinstance(args, (numbers.Real, torch.Tensor)):
         return {"lr": args}
+    if not hasattr(args, "learning_rate"):
+        raise TypeError(f"args must be TrainingArguments, a learning rate or None, not {args!r}")
     return {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.weight_decay,
     }
+
+
+def check_arguments(args: Any, *, rank: int | float | None = None, target: str | None = None, **options: Any) -> None:
+    """Raises what `create_optimizer` would, of what can be known without the model."""
+    known = inspect.signature(LowRankAdamW).parameters
+    if unknown := options.keys() - (known.keys() - {"params"}):
+        raise TypeError(f"LowRankAdamW has no argument {sorted(unknown)[0]!r}; it has {', '.join(list(known)[1:])}")
+    check_target(target)
+    defaults = {name: parameter.default for name, parameter in known.items() if name != "params"}
+    check_options({**defaults, "skipped_steps": 0, **_hyperparameters(args), "rank": rank, **options})
 
 
 class OptimizerFactory:
@@ -109,6 +140,11 @@ def trainer_kwargs(args: Any, **options: Any) -> dict[str, Any]:
         trainer = Trainer(model, args, train_dataset=data, **peftx.optim.trainer_kwargs(args, rank=4, min_8bit_size=0))
 
     `args`, `TrainingArguments` as the Trainer's, or a learning rate, has no default: the Trainer hands nothing on.
-    The optimizer is made when the Trainer makes its own, so this also works with `model_init` and FSDP.
+    The optimizer is made when the Trainer makes its own, so this also works with `model_init` and, without a rank, with
+    FSDP1. FSDP2 is refused, at the first step at the latest (`LowRankAdamW` says why).
+
+    Raises here, before anything is trained: TypeError for an argument that there is not, ValueError for a value out of
+    its range.
     """
+    check_arguments(args, **options)
     return {"optimizer_cls_and_kwargs": (OptimizerFactory, {"args": args, **options})}

@@ -14,6 +14,7 @@ import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftx.optim import (
@@ -134,8 +135,9 @@ def oracle(
 
 
 def run(weight: torch.Tensor, gradients, **options) -> tuple[torch.Tensor, LowRankAdamW]:
+    """Weights and optimizer after all `gradients`, with the oracle's exact refresh where the options name no other."""
     p = nn.Parameter(weight.detach().clone())
-    optimizer = LowRankAdamW([p], **options)
+    optimizer = LowRankAdamW([p], **{"proj_refresh": "svd", **options})
     for gradient in gradients:
         p.grad = gradient.clone()
         optimizer.step()
@@ -460,6 +462,24 @@ def test_apollo_and_frugal_are_the_oracles(update, shape):
     assert torch.linalg.matrix_rank(found - weight) == 12
 
 
+@pytest.mark.parametrize("span", [1 << 16, 512, 256])
+def test_apollos_tensors_of_one_batch_are_as_each_alone(span, monkeypatch):
+    monkeypatch.setitem(moments.SPAN, "cpu", span)
+    shapes = [(12, 20), (20, 12), (8, 30), (40, 9), (9, 40)]
+    gradients = [
+        [normal(*shape, seed=10 * t + i, dtype=F64) * (1 + t) for t in range(5)] for i, shape in enumerate(shapes)
+    ]
+    options = dict(lr=0.01, rank=3, update="apollo", update_proj_gap=3, proj_refresh="svd", optim_bits=32)
+    together = [parameter(*shape, seed=i, dtype=F64) for i, shape in enumerate(shapes)]
+    alone = [run(p.detach(), own, **options)[0] for p, own in zip(together, gradients, strict=True)]
+    optimizer = LowRankAdamW(together, **options)
+    for t in range(5):
+        for p, own in zip(together, gradients, strict=True):
+            p.grad = own[t].clone()
+        optimizer.step()
+    assert all((p - other).abs().max() < 1e-12 for p, other in zip(together, alone, strict=True))
+
+
 def test_the_randomized_basis_spans_what_the_svd_finds():
     gradient = (
         torch.linalg.qr(normal(60, 60)).Q * (0.7 ** torch.arange(60)) @ torch.linalg.qr(normal(90, 60, seed=1)).Q.T
@@ -467,6 +487,31 @@ def test_the_randomized_basis_spans_what_the_svd_finds():
     exact, fast = (find_basis(gradient, 5, how, seed=0) for how in ("svd", "randomized"))
     assert torch.linalg.svdvals(exact.T @ fast).min() > 0.999
     assert torch.equal(fast, find_basis(gradient, 5, "randomized", seed=0))
+    flat = normal(60, 90)  # a spectrum that hardly decays: the subspace is another, what it keeps hardly less
+    kept = [
+        float((find_basis(flat, 5, how, seed=0).T @ flat).square().sum()) for how in ("svd", "randomized", "random")
+    ]
+    assert 0.95 * kept[0] < kept[1] <= kept[0] * (1 + 1e-5) and kept[2] < 0.7 * kept[0]
+
+
+@pytest.mark.parametrize("shape", [(8, 768), (12, 40), (40, 41)])
+def test_the_randomized_basis_is_exact_up_to_eight_rows_below_the_short_side(shape):
+    gradient = normal(*shape)
+    rank = shape[0] - 8 if shape[0] > 8 else 4
+    assert torch.equal(*(find_basis(gradient, rank, how, seed=3) for how in ("svd", "randomized")))
+    assert not torch.equal(*(find_basis(normal(50, 60), 4, how, seed=3) for how in ("svd", "randomized")))
+
+
+def test_the_default_refresh_is_the_randomized_one():
+    weights = normal(64, 96), [normal(64, 96, seed=t) for t in range(3)]
+    ends = {}
+    for way in (None, "randomized", "svd"):
+        p = nn.Parameter(weights[0].clone())
+        optimizer = LowRankAdamW([p], rank=4, update_proj_gap=2, **({"proj_refresh": way} if way else {}))
+        for p.grad in weights[1]:
+            optimizer.step()
+        ends[way] = p.detach()
+    assert torch.equal(ends[None], ends["randomized"]) and not torch.equal(ends[None], ends["svd"])
 
 
 @pytest.mark.parametrize("proj_refresh", ["svd", "randomized", "random"])
@@ -769,6 +814,7 @@ BROKEN = {
     "wrong shape": lambda d: d["state"][0].update(basis=torch.zeros(64, 5)),
     "wrong dtype": lambda d: d["state"][0].update(exp_avg=d["state"][0]["exp_avg"].float()),
     "nan": lambda d: d["state"][0]["exp_avg_absmax"].fill_(math.nan),
+    "step as bool": lambda d: d["state"][0].update(step=True),
     "step as tensor": lambda d: d["state"][0].update(step=torch.tensor(4)),
     "negative step": lambda d: d["state"][3].update(step=-1),
     "last state broken": lambda d: d["state"][3].pop("step"),
@@ -861,12 +907,20 @@ def test_numpys_numbers_are_numbers(tmp_path):
 
 
 BAD = [
-    ("optim_bits", 4), ("optim_bits", "8"), ("basis_bits", 8), ("rank", 0), ("rank", -1), ("rank", 2.5),
-    ("rank", 1.0), ("rank", 0.0), ("rank", False), ("rank", True),
-    ("update_proj_gap", 0), ("update_proj_gap", 1.5), ("min_8bit_size", -1), ("scale", -1.0), ("scale", math.nan),
-    ("lr", -1.0), ("lr", math.nan), ("betas", (0.9, 1.0)), ("betas", (0.9,)), ("betas", 0.9), ("eps", -1e-8),
-    ("weight_decay", -0.1),
-    ("proj_refresh", "qr"), ("refresh_moments", "drop"), ("update", "adam"), ("fused", "yes"),
+    *[("lr", bad) for bad in (-1.0, torch.ones(2), torch.tensor(math.nan), torch.tensor(1), "0.1", None)],
+    *[("betas", bad) for bad in ((0.9, 1.0), (0.9,), 0.9, (0.9, math.nan), (0.9, 0.99, 0.999))],
+    *[("betas", bad) for bad in (("0.9", 0.9), (True, 0.9), {0.9, 0.99}, (0.9, 1.1), (-0.1, 0.9), "ab", None)],
+    *[("eps", bad) for bad in (-1e-8, 0.0, 1e-40)],
+    *[("weight_decay", bad) for bad in (-0.1, None)],
+    *[("rank", bad) for bad in (0, -1, 2.5, 1.0, 0.0, False, True, math.nan, math.inf, "4", (4,))],
+    *[("update_proj_gap", bad) for bad in (0, 1.5, 200.0, True, math.inf, None)],
+    *[("min_8bit_size", bad) for bad in (-1, 4096.0, True, None)],
+    *[("optim_bits", bad) for bad in (4, "8", 8.0, True, None)],
+    *[("basis_bits", bad) for bad in (8, 16.0, None)],
+    *[(name, bad) for name in ("lr", "eps", "weight_decay", "scale") for bad in (math.nan, math.inf, 1e300)],
+    *[(name, bad) for name in ("lr", "eps", "weight_decay", "scale") for bad in (True, "1", 1j)],
+    ("scale", -1.0), ("proj_refresh", "qr"), ("proj_refresh", 1), ("refresh_moments", "drop"), ("update", "adam"),
+    ("update", None), ("fused", "yes"), ("fused", 1), ("fused", 0.0),
 ]  # fmt: skip
 
 
@@ -878,6 +932,48 @@ def test_bad_options_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
         optimizer.add_param_group({"params": [parameter(4)], name: value})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", math.nan), ("betas", (1.0, 0.9)), ("weight_decay", math.inf)])
+def test_what_a_schedule_sets_is_refused_before_the_step(name, value):
+    params = [parameter(64, 96), parameter(4, seed=1)]
+    optimizer = LowRankAdamW([{"params": p} for p in params])
+    steps(optimizer, 1)
+    before, weights = snapshot(optimizer)["state"], [p.detach().clone() for p in params]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        steps(optimizer, 1, 1)
+    assert same(optimizer.state_dict()["state"], before) and same([p.detach() for p in params], weights)
+
+
+def test_a_smallest_eps_leaves_elements_without_gradient_alone():
+    weight, gradient = normal(64), torch.zeros(64)
+    found, _ = run(weight, [gradient] * 2, eps=1e-30, weight_decay=0.0)
+    assert torch.equal(found, weight)
+
+
+@pytest.fixture
+def process_group():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 4}])
+def test_sharded_parameters_are_refused_when_they_are_given_and_before_the_first_step(options, process_group):
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    early = LowRankAdamW(model.parameters(), **options)
+    fully_shard(model)
+    with pytest.raises(NotImplementedError, match="FSDP2.*Use DDP"):
+        LowRankAdamW(model.parameters(), **options)
+    early.param_groups[0]["params"] = list(model.parameters())  # what accelerate does with an optimizer made before
+    model(torch.ones(2, 16)).sum().backward()
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    with pytest.raises(NotImplementedError, match="FSDP2.*Use DDP"):
+        early.step()
+    assert not early.state
+    assert all(torch.equal(p.full_tensor(), old) for p, old in zip(model.parameters(), before, strict=True))
 
 
 def test_bad_parameters_are_refused():

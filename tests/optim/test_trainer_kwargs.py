@@ -147,6 +147,52 @@ def test_nothing_to_train_or_to_project_is_refused():
         param_groups(model.requires_grad_(False))
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rnk": 4}, TypeError, "no argument 'rnk'"),
+        ({"rank": 2.5}, ValueError, "rank must be"),
+        ({"rank": 4, "target": "(["}, ValueError, "target must be"),
+        ({"rank": 4, "target": 5}, ValueError, "target must be"),
+        ({"update_proj_gap": 1.5}, ValueError, "update_proj_gap must be"),
+        ({"weight_decay": float("nan")}, ValueError, "weight_decay must be"),
+        ({"proj_refresh": "qr"}, ValueError, "proj_refresh must be"),
+    ],
+)
+def test_what_cannot_be_is_refused_where_it_is_given(options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        trainer_kwargs(arguments(tmp_path), **options)
+    with pytest.raises(error, match=message.replace("no argument", "argument")):
+        create_optimizer(lora(), 1e-3, **options)
+
+
+@pytest.mark.parametrize("args", ["1e-3", [1e-3], object(), float("nan"), -1.0, True])
+def test_arguments_that_are_none_are_refused(args):
+    for make in (trainer_kwargs, lambda args: create_optimizer(lora(), args)):
+        with pytest.raises((TypeError, ValueError), match=r"args must be|lr must be"):
+            make(args)
+
+
+def test_numbers_of_training_arguments_are_refused_too(tmp_path):
+    args = arguments(tmp_path)
+    args.learning_rate = float("inf")
+    with pytest.raises(ValueError, match="lr must be"):
+        trainer_kwargs(args)
+    with pytest.raises(ValueError, match="weight_decay must be"):
+        param_groups(lora(), weight_decay=-1.0)
+
+
+def test_a_rank_where_fsdp1_has_flattened_the_matrices_is_refused_with_the_reason():
+    class Flattened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._fsdp_wrapped_module = nn.Linear(4, 4)
+
+    with pytest.raises(NotImplementedError, match="FSDP1 flattens"):
+        param_groups(Flattened(), rank=2)
+    assert param_groups(Flattened())
+
+
 def test_training_warns_once_that_small_states_stay_32_bit(tmp_path, caplog):
     args = arguments(tmp_path, max_steps=2, save_strategy="no")
     trainer = Trainer(lora(), args, train_dataset=rows(), **trainer_kwargs(args))
