@@ -29,7 +29,7 @@ from peftx.cli import app
 from peftx.data.text import encode
 from peftx.pruning import don_nod, gradient_square, head_statistics, preference, score_dataset, select, topsis
 from peftx.pruning.head import calls_of, check_head, find_head
-from peftx.pruning.scores import gradient_way, residual
+from peftx.pruning.probe import gradient_way, residual
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ETA = 1e-3
@@ -241,7 +241,7 @@ def test_both_ways_give_the_norm_of_the_explicit_gradient(t: int, v: int, d: int
 
 
 def test_the_gradient_is_built_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftx.pruning.scores.BLOCK", 64)
+    monkeypatch.setattr("peftx.pruning.probe.BLOCK", 64)
     d, h = torch.randn(2, 50, 100, dtype=torch.float64), torch.randn(2, 50, 8, dtype=torch.float64)
     torch.testing.assert_close(gradient_square(d, h, "blocked"), (d.mT @ h).square().sum((1, 2)))
 
@@ -787,8 +787,8 @@ class Packed:
     ("arguments", "message"),
     [
         ({"dataset": []}, "the data set is empty"),
-        ({"dataset": Stream()}, "a Stream cannot be pruned: choosing samples needs a length and indices"),
-        ({"dataset": iter(rows())}, "cannot be pruned: choosing samples needs a length"),
+        ({"dataset": iter(rows())}, "a list_iterator cannot be pruned: it can be read once"),
+        ({"dataset": Stream(), "indices": [1]}, "indices are for data with a length"),
         ({"metrics": ["don", "dno"]}, "unknown metric 'dno': one of don, nod"),
         ({"eta": 0.0}, "eta must be a positive number"),
         ({"reduction": "max"}, "reduction must be 'mean' or 'sum'"),

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftx
 from peftx.pruning import METHODS, Selection, fingerprint, prune, score_dataset, select
+from peftx.pruning.scores import score_share
 from peftx.pruning.warmup import warmed_up, warmup_length
 
 COUNT = 40
@@ -223,7 +224,7 @@ def test_a_stored_selection_is_used_again(tmp_path: Path, monkeypatch: pytest.Mo
     first = peftx.DonodCallback(keep=0.25)
     run = trainer(tmp_path, first)
     run.train()
-    monkeypatch.setattr("peftx.pruning.callback.score_dataset", no_scoring)
+    monkeypatch.setattr("peftx.pruning.callback.score_share", no_scoring)
     run.train()  # the same trainer
     second = peftx.DonodCallback(keep=0.25)
     trainer(tmp_path, second).train()  # another one
@@ -483,9 +484,7 @@ def test_smaller_batches_after_running_out_of_memory(tmp_path: Path, monkeypatch
             return super().training_step(model, inputs, *arguments, **settings)
 
     scored = []
-    monkeypatch.setattr(
-        "peftx.pruning.callback.score_dataset", lambda *a, **k: scored.append(1) or score_dataset(*a, **k)
-    )
+    monkeypatch.setattr("peftx.pruning.callback.score_share", lambda *a, **k: scored.append(1) or score_share(*a, **k))
     callback = peftx.DonodCallback(keep=0.25)
     run = trainer(tmp_path, callback, cls=Large, auto_find_batch_size=True)
     run.train()
@@ -501,10 +500,26 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(examples())
 
 
+class Shuffled(Stream):
+    def __iter__(self):
+        rows = examples()
+        return (rows[i] for i in torch.randperm(COUNT).tolist())
+
+
+class Once(Stream):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise StopIteration
+
+
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
-        (Stream(), {"max_steps": 3}, "a Stream cannot be pruned"),
+        (Shuffled(), {"max_steps": 3}, "a Shuffled that gives its rows in another order each time cannot be pruned"),
+        (Once(), {"max_steps": 3}, "a Once cannot be pruned: it can be read once"),
+        (Stream(), {"max_steps": 3, "dataloader_num_workers": 1}, "known by their places.*dataloader_num_workers=1"),
         ([{**row, "labels": torch.full((8,), -100)} for row in examples()], {}, "none of the 40 samples can be kept"),
         ([], {}, "the data set is empty"),
     ],
@@ -633,7 +648,7 @@ def process(rank: int, folder: Path) -> None:
         message = ""
     except ValueError as error:
         message = str(error)
-    bad = [{**row, "labels": row["labels"] + 60 * (i == 1)} for i, row in enumerate(examples(6))]
+    bad = [{**row, "labels": row["labels"] + 60 * (i == 4)} for i, row in enumerate(examples(6))]
     try:  # a sample that only one process sees
         trainer(folder / "bad", peftx.DonodCallback(), data=bad, ddp_backend="gloo").train()
         failure = ""
