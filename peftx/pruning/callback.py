@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from ..utils import columns_of, trainer_above, undisturbed
 from .checks import check_choice, check_flag, check_model, check_probe, check_whole
 from .columns import pyarrow_there
 from .head import base_of, task_of
-from .parts import FOLDER, Parts, model_digest
+from .parts import FOLDER, Parts, model_digest, remove_parts
 from .probe import ETA
 from .report import shown, shown_with, write_report
 from .rows import WORKERS, Bare, Kept, Stream, Table, length_of, rows_at, subset
@@ -34,7 +35,8 @@ from .warmup import warmed_up, warmup_length
 
 logger = logging.get_logger(__name__)
 
-PART_ROWS = 4096  # more samples than that are scored in parts
+PART_ROWS = 4096  # more samples than that are scored in parts, of as many or less
+PARTS = 8  # of each process, at least
 
 UNATTACHED = (
     "DonodCallback prunes where the Trainer makes its data loader, and this Trainer made it without: the callback was "
@@ -200,7 +202,7 @@ class DonodCallback(TrainerCallback):
                     data = rows_at(self._data, shown(wanted))
                     write_report(selection, wanted, data, path.parent, method=self.method, tokenizer=tokenizer)
         if self._parts is not None and trainer.accelerator.is_local_main_process:
-            self._parts.remove()
+            remove_parts(self._parts.folder)
         self._scored, self._parts = False, None  # from here on it is what a resumed run has to use
         trainer.accelerator.wait_for_everyone()
 
@@ -284,10 +286,19 @@ class DonodCallback(TrainerCallback):
         seen: list[Any] = [key["data"]["fingerprint"], model_digest(model) if accelerator.is_main_process else None]
         broadcast_object_list(seen)  # all processes get the main one's start
 
+        open_parts = partial(self.open_parts, key, score.columns, seen[1], steps, batch_size)
+        if self.overwrite:
+            if accelerator.is_local_main_process:
+                try:
+                    open_parts()
+                except ValueError:
+                    remove_parts(Path(trainer.args.output_dir, FOLDER))
+            accelerator.wait_for_everyone()
+
         def share() -> Share:
             if key["data"]["fingerprint"] != seen[0]:
                 raise ValueError("the processes have different data, but have to share the same samples")
-            parts = self.open_parts(key, score.columns, seen[1], steps)
+            self._parts = parts = open_parts()
             warm: AbstractContextManager = nullcontext()
             if steps:
                 rate, size = trainer.args.learning_rate, trainer._train_batch_size
@@ -314,7 +325,9 @@ class DonodCallback(TrainerCallback):
             scores["random"] = drawn(count, self.seed, scores["tokens"])
         return {name: scores[name] for name in (*metrics, *facts(task))}, count
 
-    def open_parts(self, key: dict[str, Any], names: tuple[str, ...], digest: str, steps: int) -> Parts | None:
+    def open_parts(
+        self, key: dict[str, Any], names: tuple[str, ...], digest: str, steps: int, batch_size: int
+    ) -> Parts | None:
         """Where scores are kept while they are made; nowhere if they are few, or pyarrow is missing."""
         trainer, count = self._trainer, key["data"]["samples"]
         if not pyarrow_there() or (count is not None and count <= PART_ROWS):
@@ -324,12 +337,15 @@ class DonodCallback(TrainerCallback):
             rate, size = trainer.args.learning_rate, trainer._train_batch_size
             settings |= {"warmup": [steps, self.seed, rate, size]}
         wanted = {"data": key["data"], "model": key["model"], "digest": digest, "settings": settings}
-        folder = Path(trainer.args.output_dir, FOLDER)
+        folder, most = Path(trainer.args.output_dir, FOLDER), PART_ROWS
+        if count is not None:  # some for each process
+            most = min(most, -(-count // (PARTS * trainer.accelerator.num_processes)))
+        rows = -(-most // batch_size) * batch_size
         try:
-            self._parts = Parts(folder, wanted, names, PART_ROWS)
+            return Parts(folder, wanted, names, rows)
         except ValueError as error:
-            raise ValueError(f"{error} (a scoring that was interrupted left it)") from error
-        return self._parts
+            hint = "a scoring that was interrupted left it; or DonodCallback(overwrite=True)"
+            raise ValueError(f"{error} ({hint})") from error
 
 
 def loads(loader: Any, dataset: Any) -> bool:

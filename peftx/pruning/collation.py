@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scorer import BatchError
+from .scorer import BatchError, check_batch
 
 FIRST = 4  # batches that are looked at in any case
 SHARE = 0.01  # of the time, that more looks may take
@@ -70,9 +70,7 @@ def check_order(
 
 def batch_of(collator: Callable[[list], Mapping[str, Any]], samples: list, order: list[int]) -> dict[str, Tensor]:
     """What has one entry for each sample. Collators may take fields out of the samples, so they get copies."""
-    batch = collator([copy.copy(samples[place]) for place in order])
-    if not isinstance(batch, Mapping):
-        raise BatchError(f"the collator made no batch (a mapping with labels) but a {type(batch).__name__}")
+    batch = check_batch(collator([copy.copy(samples[place]) for place in order]))
     return {
         name: part
         for name, part in batch.items()

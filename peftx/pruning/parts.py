@@ -3,6 +3,7 @@ are, and `part-000012.parquet` holds those of the 12th so many samples. Only who
 
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ class Parts:
     """
 
     def __init__(self, folder: Path | str, key: Mapping[str, Any], columns: Sequence[str], rows: int = ROWS) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise ValueError(f"folder must be a path, got {folder!r}")
         if not pyarrow_there():
             raise ModuleNotFoundError("scores in a folder need pyarrow: pip install 'peftx[train]'", name="pyarrow")
         self.folder, self.columns = Path(folder), ("index", *columns)
@@ -100,12 +103,15 @@ class Parts:
             ) from error
         return found
 
-    def remove(self) -> None:
-        """Deletes what was written here, and the folder if nothing else is in it."""
-        for entry in [*self.folder.glob("part-[0-9]*.parquet"), *self.folder.glob(".*.part"), self.folder / MANIFEST]:
-            entry.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+
+def remove_parts(folder: Path) -> None:
+    """Deletes the scores in a folder of them, and the folder if nothing else is in it."""
+    if not (folder / MANIFEST).exists():
+        return
+    for entry in [*folder.glob("part-[0-9]*.parquet"), *folder.glob(".*.part"), folder / MANIFEST]:
+        entry.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def model_digest(model: nn.Module) -> str:

@@ -14,20 +14,25 @@ PROBED = 64  # rows of a stream that are read twice, to see that they come in th
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether the data can only be read from the start, again and again: a `datasets.IterableDataset`, torch's, or
-    another iterable without indices.
+    """Whether the data has no indices, and is read from its start: a `datasets.IterableDataset`, torch's, ..."""
+    table = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return not table or isinstance(dataset, IterableDataset)
+
+
+def length_of(dataset: Any) -> int | None:
+    """Number of samples, None of a stream.
 
     Raises:
-        ValueError: nothing can be chosen from it, since it can be read once only, or comes in another order each time.
+        ValueError: there are none, or nothing can be chosen from the stream, since it can be read once only, or comes
+            in another order each time.
     """
-    table = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if table and not isinstance(dataset, IterableDataset | str | bytes | Mapping):
-        return False
     kind = type(dataset).__name__
-    if not hasattr(dataset, "__iter__") or isinstance(dataset, str | bytes | Mapping):
-        raise ValueError(
-            f"a {kind} cannot be pruned: choosing samples needs a length and indices, or a stream of samples"
-        )
+    if isinstance(dataset, str | bytes | Mapping) or not (hasattr(dataset, "__iter__") or not is_stream(dataset)):
+        raise ValueError(f"a {kind} cannot be pruned: choosing samples needs a length and indices, or a stream")
+    if not is_stream(dataset):
+        if not (count := len(dataset)):
+            raise ValueError("the data set is empty")
+        return count
     if iter(dataset) is dataset:
         raise ValueError(
             f"a {kind} cannot be pruned: it can be read once, and choosing samples needs a length and indices, or a "
@@ -39,20 +44,7 @@ def is_stream(dataset: Any) -> bool:
             f"a {kind} that gives its rows in another order each time cannot be pruned, since the chosen ones are "
             "known by their places: shuffle with a seed, or prune before shuffling"
         )
-    return True
-
-
-def length_of(dataset: Any) -> int | None:
-    """Number of samples, None of a stream.
-
-    Raises:
-        ValueError: there are none, or see `is_stream`.
-    """
-    if is_stream(dataset):
-        return None
-    if not (count := len(dataset)):
-        raise ValueError("the data set is empty")
-    return count
+    return None
 
 
 class Table:

@@ -37,6 +37,17 @@ class BatchError(ValueError):
     """What is wrong with a batch; the caller says which samples it holds."""
 
 
+def check_batch(batch: Any) -> Mapping[str, Any]:
+    """Raises BatchError unless a collator made a mapping with labels."""
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("labels"), Tensor):
+        made = f"only {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"but a {type(batch).__name__}"
+        raise BatchError(
+            f"the collator made no tensor 'labels', {made}. Scores are of samples with labels: score a data set of "
+            "prompts and answers with peftx.pruning.score_dataset, and train on dataset.select(indices)"
+        )
+    return batch
+
+
 class Scorer:
     """Scores batches; the head is looked at once, in the first batch that has a supervised token."""
 
@@ -76,13 +87,7 @@ class Scorer:
 
     def labels(self, batch: Mapping[str, Any], size: int) -> Tensor:
         """(size, T), in line with the logits."""
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor):
-            raise BatchError(
-                f"the collator made no tensor 'labels', only {', '.join(map(str, batch))}. Scores are of samples with "
-                "labels: score a data set of prompts and answers with peftx.pruning.score_dataset, and train on "
-                "dataset.select(indices)"
-            )
+        labels = check_batch(batch)["labels"]
         if not labels.ndim or len(labels) != size or is_packed(batch):
             raise BatchError(
                 "the rows of the batch are not the samples: data that is packed (or flattened, padding_free) mixes "

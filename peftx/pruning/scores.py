@@ -20,7 +20,7 @@ from .head import base_of, task_of
 from .parts import ROWS, Parts, model_digest
 from .probe import ETA
 from .rows import Stream, Table, length_of
-from .scorer import BatchError, Scorer, check_samples, facts
+from .scorer import BatchError, Scorer, check_batch, check_samples, facts
 from .selection import fingerprint
 
 
@@ -103,7 +103,8 @@ def score_dataset(
     check_whole("part_rows", part_rows)
     for name, flag in (("progress", progress), ("shard", shard)):
         check_flag(name, flag)
-    count = length_of(dataset)
+    with undisturbed(model):
+        count = length_of(dataset)
     if count is None and indices is not None:
         raise ValueError(
             "indices are for data with a length; of a stream, take what is wanted first: .take(n), .skip(n)"
@@ -223,7 +224,9 @@ def score_part(
         part = torch.full((len(score.columns), len(samples)), math.nan, dtype=torch.float64)
         try:
             check_samples(samples)
-            scores = score(moved(collator(samples), score.device), len(samples))
+            batch = check_batch(collator(samples))
+            batch = {key: part.to(score.device) if isinstance(part, Tensor) else part for key, part in batch.items()}
+            scores = score(batch, len(samples))
         except BatchError as error:
             indices = source.indices_of(start, start + len(samples))
             raise ValueError(f"samples {indices[0]} to {indices[-1]}: {error}") from None
@@ -233,16 +236,6 @@ def score_part(
         found.append(part)
         bar.update(len(samples))
     return torch.cat(found, 1)
-
-
-def moved(batch: Any, device: torch.device) -> dict[str, Any]:
-    if not isinstance(batch, Mapping):
-        raise BatchError(
-            f"the collator made no batch (a mapping with 'labels') but a {type(batch).__name__}. Scores are of samples "
-            "with labels: score a data set of prompts and answers with peftx.pruning.score_dataset, and train on "
-            "dataset.select(indices)"
-        )
-    return {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
 
 
 class Growing:

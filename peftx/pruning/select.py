@@ -3,7 +3,7 @@
 import math
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from reprlib import repr as short
 from typing import Literal
 
@@ -237,7 +237,7 @@ def check_balanced(balanced: bool | None) -> None:
 
 def check_weights(weights: Sequence[float], count: int) -> None:
     try:
-        found = weights.tolist() if hasattr(weights, "tolist") else list(weights)  # of a text: letters
+        found = [] if isinstance(weights, Mapping | Set) else list(getattr(weights, "tolist", lambda: weights)())
     except TypeError:
         found = []
     real = [isinstance(weight, numbers.Real) and not isinstance(weight, bool) for weight in found]

@@ -161,7 +161,7 @@ def test_warm_up_needs_something_that_trains_and_a_loss() -> None:
     collator = transformers.default_data_collator
     unlabelled = [{"input_ids": row["input_ids"]} for row in examples()]
     with (
-        pytest.raises(ValueError, match="no loss to warm up with"),
+        pytest.raises(ValueError, match="made no tensor 'labels', only input_ids"),
         warmed_up(model, unlabelled, collator, steps=2, learning_rate=0.1),
     ):
         pass
@@ -600,6 +600,61 @@ def test_sft_trainer(tmp_path: Path, form: str) -> None:
     assert run.state.global_step == 6 and len(callback.selection.indices) == 10
     wanted = score_dataset(tiny_model("llama"), examples())
     torch.testing.assert_close(callback.selection.scores["nod"], wanted["nod"], rtol=1e-2, atol=1e-6)
+
+
+def trl_trainer(name: str, folder: Path, rows: list[dict], **settings: Any) -> Trainer:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    kept = {key: value for key, value in arguments(folder).to_dict().items() if key in ARGUMENTS}
+    config = getattr(trl, f"{name}Config")(str(folder), **kept, **settings)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    extra = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if name == "GRPO" else {}
+    data = datasets.Dataset.from_list(rows)
+    make = {"args": config, "train_dataset": data, "processing_class": words(), "peft_config": lora, **extra}
+    return getattr(trl, f"{name}Trainer")(tiny_model("llama"), **make, callbacks=[peftx.DonodCallback()])
+
+
+PACKED = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "seq_lengths": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "settings", "message"),
+    [
+        (
+            "DPO",
+            {"prompt": "w1", "chosen": " w2", "rejected": " w3"},
+            {},
+            "preference pairs .*chosen answers",
+        ),
+        ("KTO", {"prompt": "w1", "completion": " w2", "label": True}, {}, "no tensor 'labels'.*prompts and answers"),
+        ("GRPO", {"prompt": "w1"}, {"num_generations": 2}, "no tensor 'labels', but a list.*prompts and answers"),
+        ("SFT", {"text": "w1 w2 w3"}, {"packing": True, "max_length": 8}, "packing=True puts several samples.*prune"),
+        (
+            "SFT",
+            {"text": "w1 w2 w3"},
+            {"packing": True, "packing_strategy": "wrapped", "max_length": 8},
+            "packing=True puts several samples into a row",
+        ),
+        (
+            "SFT",
+            PACKED,
+            {},
+            "holds several samples",
+        ),
+        (
+            "SFT",
+            PACKED,
+            {"padding_free": True, "max_length": None},
+            r"holds several samples \(seq_lengths\): score and select before packing",
+        ),
+    ],
+)
+def test_what_trl_packs_or_pairs_is_refused(tmp_path: Path, name: str, row: dict, settings: dict, message: str) -> None:
+    run = trl_trainer(name, tmp_path, [row] * 12, **settings)
+    start = parameters(run)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in parameters(run).items())
+    assert not (tmp_path / "selection.json").exists()
 
 
 ARGUMENTS = {
