@@ -57,7 +57,11 @@ class DonodCallback(TrainerCallback):
 
     Written to `output_dir`: `selection.json`, which a resumed or repeated run uses and a run with other data, model or
     settings refuses; and, with `report`, `selection.md`, the most and the least wanted samples to read, and
-    `selection.png` (with matplotlib). Look at these before you trust a score.
+    `selection.png` (with matplotlib). Look at these before you trust a score. While more than 4,096 samples are scored,
+    their scores are kept in `selection-scores/` (with pyarrow), and a run that was interrupted goes on from there.
+
+    The data may be a stream (`datasets.IterableDataset`) that ends and starts anew in the same order. It is read once
+    to score it, and in each pass of the training, which gets the kept rows in their order.
 
     No score promises better training. Measured with wrong labels and answers in the data
     (benchmarks/pruning_noise.py), the paper's own setting, `don_goal="max"`, keeps the wrong ones, since it asks for
@@ -71,8 +75,8 @@ class DonodCallback(TrainerCallback):
         when: `"start"`: the model scores as it is. `"warmup"`: it is trained for a moment on random samples first, and
             set back after scoring. Default: `"warmup"` for classifiers, whose head is new as a rule, else (and for
             `"random"`) `"start"`. Not in the paper.
-        warmup_steps: batches of that moment, at the Trainer's batch size and learning rate. Default: a tenth of an
-            epoch, at least 200, at most an epoch.
+        warmup_steps: batches of that moment, at the Trainer's batch size and learning rate; of a stream, its first.
+            Default: a tenth of an epoch, at least 200, at most an epoch; none for a stream.
         eta, reduction, task, head: see `score_dataset`.
         batch_size: samples in a forward pass. Default: the Trainer's batch of one device; 1 with TRL's `padding_free`.
         seed: of `"random"` and of the warm-up.
@@ -82,8 +86,9 @@ class DonodCallback(TrainerCallback):
 
     Raises:
         ValueError: here for bad settings; from the Trainer for a second DonodCallback; when training starts for data
-            that cannot be pruned (no length, empty, packed), a model split over processes, a head that cannot be
-            scored, a selection of something else, a resumed run without its selection, or a trainer that could not be
+            that cannot be pruned (empty, packed, pairs, a stream that cannot be read twice or has workers), a collator
+            that changes the order of its samples, a model split over processes, a head that cannot be scored, a
+            selection or scores of something else, a resumed run without its selection, or a trainer that could not be
             found: then `attach` helps.
     """
 
@@ -190,7 +195,7 @@ class DonodCallback(TrainerCallback):
                 f"training resumes at step {state.global_step}, but {wrong}, or start anew without "
                 "resume_from_checkpoint"
             )
-        count = selection.count
+        count = selection.key["data"]["samples"]
         means = {name: float(column.nanmean()) for name, column in selection.scores.items() if name != "label"}
         logger.info(f"Training on {len(selection.indices)} of {count} samples; mean scores: {means}")
         if self._scored and args.should_save:
@@ -283,11 +288,14 @@ class DonodCallback(TrainerCallback):
         progress = accelerator.is_main_process and not trainer.args.disable_tqdm
         task, head = key["settings"]["task"], self.head
         score = Scorer(model, task, metrics, self.eta, self.reduction, head)
-        seen: list[Any] = [key["data"]["fingerprint"], model_digest(model) if accelerator.is_main_process else None]
+        # Scores are kept while they are made, unless they are few.
+        parted = pyarrow_there() and (stream or len(dataset) > PART_ROWS)
+        digest = model_digest(model) if parted and accelerator.is_main_process else ""
+        seen: list[Any] = [key["data"]["fingerprint"], digest]
         broadcast_object_list(seen)  # all processes get the main one's start
 
         open_parts = partial(self.open_parts, key, score.columns, seen[1], steps, batch_size)
-        if self.overwrite:
+        if parted and self.overwrite:
             if accelerator.is_local_main_process:
                 try:
                     open_parts()
@@ -298,7 +306,7 @@ class DonodCallback(TrainerCallback):
         def share() -> Share:
             if key["data"]["fingerprint"] != seen[0]:
                 raise ValueError("the processes have different data, but have to share the same samples")
-            self._parts = parts = open_parts()
+            self._parts = parts = open_parts() if parted else None
             warm: AbstractContextManager = nullcontext()
             if steps:
                 rate, size = trainer.args.learning_rate, trainer._train_batch_size
@@ -327,11 +335,9 @@ class DonodCallback(TrainerCallback):
 
     def open_parts(
         self, key: dict[str, Any], names: tuple[str, ...], digest: str, steps: int, batch_size: int
-    ) -> Parts | None:
-        """Where scores are kept while they are made; nowhere if they are few, or pyarrow is missing."""
+    ) -> Parts:
+        """Where scores are kept while they are made."""
         trainer, count = self._trainer, key["data"]["samples"]
-        if not pyarrow_there() or (count is not None and count <= PART_ROWS):
-            return None
         settings = {name: key["settings"][name] for name in ("eta", "reduction", "when", "task", "head")}
         if steps:
             rate, size = trainer.args.learning_rate, trainer._train_batch_size

@@ -69,12 +69,13 @@ def check_order(
 
 
 def batch_of(collator: Callable[[list], Mapping[str, Any]], samples: list, order: list[int]) -> dict[str, Tensor]:
-    """What has one entry for each sample. Collators may take fields out of the samples, so they get copies."""
+    """Labels, and what has one row for each sample; numbers alone may be of something else that is as many. Collators
+    may take fields out of the samples, so they get copies."""
     batch = check_batch(collator([copy.copy(samples[place]) for place in order]))
     return {
         name: part
         for name, part in batch.items()
-        if isinstance(part, Tensor) and part.ndim and len(part) == len(samples)
+        if isinstance(part, Tensor) and part.ndim > (name != "labels") and len(part) == len(samples)
     }
 
 

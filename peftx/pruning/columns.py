@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ def write_columns(path: Path, columns: Mapping[str, Tensor], owner: Any) -> list
         mark_of(path)
     table = pyarrow.table({name: column.numpy() for name, column in columns.items()})
     table = table.replace_schema_metadata({MARK: json.dumps(owner)})
-    draft = path.with_name(f".{path.name}.part")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with draft.open("wb") as file:
             pyarrow.parquet.write_table(table, file)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import count as numbers_from
 from pathlib import Path
 from typing import Any, Literal
@@ -101,6 +100,7 @@ def score_dataset(
     check_whole("batch_size", batch_size)
     check_probe(batch_size, eta, reduction, task, head, seed)
     check_whole("part_rows", part_rows)
+    eta, batch_size, seed, part_rows = float(eta), int(batch_size), int(seed), int(part_rows)
     for name, flag in (("progress", progress), ("shard", shard)):
         check_flag(name, flag)
     with undisturbed(model):
@@ -114,8 +114,10 @@ def score_dataset(
     check_model(model, task, metrics)
     score = Scorer(model, task, metrics, eta, reduction, head)
     names = score.columns
-    parts = None
-    with undisturbed(model):
+    world = distributed.get_world_size() if shard and distributed.is_initialized() else 1
+
+    def share() -> Share:
+        parts = None
         if folder is not None:
             key = {
                 "data": fingerprint(dataset),
@@ -124,22 +126,18 @@ def score_dataset(
                 "indices": None if indices is None else fingerprint(chosen),
             }
             parts = Parts(folder, key, names, part_rows)
-        world = distributed.get_world_size() if shard and distributed.is_initialized() else 1
-        scores, found = merge(
-            partial(
-                score_share,
-                score,
-                Stream(dataset) if count is None else Table(dataset, chosen),
-                collator or default_data_collator,
-                batch_size=batch_size,
-                parts=parts,
-                process=(distributed.get_rank() if world > 1 else 0, world),
-                progress=progress,
-            ),
-            names,
-            world,
-            reduce_sum,
+        return score_share(
+            score,
+            Stream(dataset) if count is None else Table(dataset, chosen),
+            collator or default_data_collator,
+            batch_size=batch_size,
+            parts=parts,
+            process=(distributed.get_rank() if world > 1 else 0, world),
+            progress=progress,
         )
+
+    with undisturbed(model):
+        scores, found = merge(share, names, world, reduce_sum)
     if "random" in metrics:
         scores["random"] = drawn(
             found if count is None else count, seed, scores["tokens"], None if indices is None else chosen

@@ -33,11 +33,6 @@ class Selection:
     scores: dict[str, Tensor]
     key: dict[str, Any]
 
-    @property
-    def count(self) -> int:
-        """Number of all samples."""
-        return len(next(iter(self.scores.values())))
-
     def save(self, path: Path) -> None:
         """Writes JSON, whole or not at all; NaN and infinity become null. Scores of more than 100,000 samples go into
         a Parquet file beside it, `selection-scores.parquet`, if pyarrow is installed.
@@ -47,7 +42,7 @@ class Selection:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         page: dict[str, Any] = {"format": FORMAT, "indices": self.indices, "scores": None, "key": self.key}
-        if self.scores and self.count > IN_JSON and pyarrow_there():
+        if len(next(iter(self.scores.values()), ())) > IN_JSON and pyarrow_there():
             page["format"] = FORMAT_WITH_COLUMNS
             page["columns"] = write_columns(columns_beside(path), self.scores, self.digest(self.key))
         else:

@@ -104,6 +104,12 @@ def test_what_keeps_the_order_is_not_refused(collator: Any, count: int) -> None:
     assert found["don"].isfinite().all()
 
 
+def test_numbers_of_the_batch_are_no_rows() -> None:
+    """As many class weights as samples, say."""
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    check_order(lambda samples: {**pad_rows(samples), "class_weights": weights}, rows(4))
+
+
 def test_equal_rows_have_no_order() -> None:
     same = [rows()[0]] * 10
     assert score_dataset(small("llama"), same, lambda batch: pad_rows(batch[::-1]))["nod"].unique().numel() == 1

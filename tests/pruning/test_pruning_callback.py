@@ -697,6 +697,12 @@ def process(rank: int, folder: Path) -> None:
             "seen": run.watch.seen,
         }
         torch.save(outcome, folder / f"{when}-{rank}")
+    callback = peftx.DonodCallback(keep=0.25)
+    run = trainer(
+        folder / "stream", callback, data=Stream(), max_steps=3, per_device_train_batch_size=2, ddp_backend="gloo"
+    )
+    run.train()
+    torch.save({"indices": callback.selection.indices, "seen": run.watch.seen}, folder / f"stream-{rank}")
     second = peftx.DonodCallback(keep=0.5, when="warmup", warmup_steps=3)  # of another selection: all refuse
     try:
         trainer(folder / "warmup", second, data=examples(39), ddp_backend="gloo").train()
@@ -733,6 +739,14 @@ def test_two_processes_choose_as_one(two_processes: Path, tmp_path: Path, when: 
     assert json.loads((two_processes / when / "selection.json").read_text())["indices"] == first["indices"]
     if when == "start":
         assert set(first["seen"]) | set(second["seen"]) == set(first["indices"])
+
+
+def test_two_processes_train_on_a_stream(two_processes: Path, tmp_path: Path) -> None:
+    first, second = (torch.load(two_processes / f"stream-{rank}") for rank in range(2))
+    one = peftx.DonodCallback(keep=0.25)
+    trainer(tmp_path, one).get_train_dataloader()
+    assert first["indices"] == second["indices"] == one.selection.indices
+    assert set(first["seen"]) | set(second["seen"]) == set(one.selection.indices)
 
 
 def test_both_processes_tell_what_is_wrong(two_processes: Path) -> None:
