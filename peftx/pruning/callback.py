@@ -30,7 +30,7 @@ from .rows import WORKERS, Bare, Kept, Stream, Table, length_of, rows_at, subset
 from .scorer import Scorer, facts
 from .scores import Share, drawn, merge, score_share
 from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_balanced, check_keep, check_settings, preference, select
-from .selection import FILE_NAME, Selection, fingerprint
+from .selection import FILE_NAME, Selection, digest_of, fingerprint
 from .warmup import warmed_up, warmup_length
 
 logger = logging.get_logger(__name__)
@@ -288,13 +288,13 @@ class DonodCallback(TrainerCallback):
         progress = accelerator.is_main_process and not trainer.args.disable_tqdm
         task, head = key["settings"]["task"], self.head
         score = Scorer(model, task, metrics, self.eta, self.reduction, head)
-        # Scores are kept while they are made, unless they are few.
-        parted = pyarrow_there() and (stream or len(dataset) > PART_ROWS)
-        digest = model_digest(model) if parted and accelerator.is_main_process else ""
-        seen: list[Any] = [key["data"]["fingerprint"], digest]
+        # Scores are kept while they are made, unless they are few, or of samples that chance makes anew each time.
+        parted = pyarrow_there() and (stream or (len(dataset) > PART_ROWS and self.steady(dataset)))
+        seen: list[Any] = [key["data"], parted, model_digest(model) if parted and accelerator.is_main_process else ""]
         broadcast_object_list(seen)  # all processes get the main one's start
-
-        open_parts = partial(self.open_parts, key, score.columns, seen[1], steps, batch_size)
+        same_data, (data_key, parted, digest) = key["data"] == seen[0], seen
+        key = {**key, "data": data_key}
+        open_parts = partial(self.open_parts, key, score.columns, digest, steps, batch_size)
         if parted and self.overwrite:
             if accelerator.is_local_main_process:
                 try:
@@ -304,7 +304,7 @@ class DonodCallback(TrainerCallback):
             accelerator.wait_for_everyone()
 
         def share() -> Share:
-            if key["data"]["fingerprint"] != seen[0]:
+            if stream and not same_data:
                 raise ValueError("the processes have different data, but have to share the same samples")
             self._parts = parts = open_parts() if parted else None
             warm: AbstractContextManager = nullcontext()
@@ -333,12 +333,18 @@ class DonodCallback(TrainerCallback):
             scores["random"] = drawn(count, self.seed, scores["tokens"])
         return {name: scores[name] for name in (*metrics, *facts(task))}, count
 
+    def steady(self, dataset: Any) -> bool:
+        """Whether a sample is the same each time."""
+        with undisturbed(self._trainer.model):
+            return len({digest_of([dataset[0]]) for _ in range(3)}) == 1
+
     def open_parts(
         self, key: dict[str, Any], names: tuple[str, ...], digest: str, steps: int, batch_size: int
     ) -> Parts:
         """Where scores are kept while they are made."""
         trainer, count = self._trainer, key["data"]["samples"]
         settings = {name: key["settings"][name] for name in ("eta", "reduction", "when", "task", "head")}
+        settings["scores"] = sorted(names)
         if steps:
             rate, size = trainer.args.learning_rate, trainer._train_batch_size
             settings |= {"warmup": [steps, self.seed, rate, size]}

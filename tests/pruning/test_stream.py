@@ -383,6 +383,22 @@ def test_the_callback_goes_on_within_the_scoring(tmp_path: Path, make: Any, monk
     assert not folder.exists() and (tmp_path / "run" / "selection.json").exists()
 
 
+def test_samples_of_chance_are_scored_without_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would not be known again."""
+    monkeypatch.setattr("peftx.pruning.callback.PART_ROWS", 8)
+
+    class Drawn(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return COUNT
+
+        def __getitem__(self, place: int) -> dict:
+            row = examples()[place]
+            return {**row, "input_ids": row["input_ids"].where(torch.rand(8) < 0.8, 5)}
+
+    trainer(tmp_path, peftx.DonodCallback(report=False), data=Drawn()).get_train_dataloader()
+    assert not list(tmp_path.iterdir())
+
+
 def test_overwrite_starts_anew_where_the_parts_are_of_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
