@@ -8,15 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, Subset, get_worker_info
 
-from .selection import digest_of
+from .selection import digest_of, is_stream
 
 PROBED = 64  # rows of a stream that are read twice, to see that they come in the same order
-
-
-def is_stream(dataset: Any) -> bool:
-    """Whether the data has no indices, and is read from its start: a `datasets.IterableDataset`, torch's, ..."""
-    table = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    return not table or isinstance(dataset, IterableDataset)
 
 
 def length_of(dataset: Any) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from .columns import columns_beside, pyarrow_there, read_columns, write_columns
 
@@ -102,10 +103,16 @@ class Selection:
             )
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether the data has no indices, and is read from its start: a `datasets.IterableDataset`, torch's, ..."""
+    table = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return not table or isinstance(dataset, IterableDataset)
+
+
 def fingerprint(dataset: Any) -> dict[str, Any]:
     """Length of the data, and a hash of up to 1024 samples at even distances, the first and the last among them; of a
     stream, whose length nobody knows (None), of the first 1024."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if is_stream(dataset):
         return {"samples": None, "fingerprint": digest_of(islice(dataset, PROBED))}
     count = len(dataset)
     step = max(1.0, (count - 1) / (PROBED - 1))

@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from ..utils import forked_rng
 from .collation import check_order
-from .rows import Stream, Table, is_stream
+from .rows import Stream, Table
 from .scorer import check_samples
+from .selection import is_stream
 
 SHARE, LEAST = 0.1, 200
 

@@ -42,7 +42,14 @@ class Torch(torch.utils.data.IterableDataset):
             yield dict(sample)
 
 
-@pytest.mark.parametrize("make", [stream, Torch])
+class Long(Torch):
+    """Torch lets a stream say how long it is, and gives it a `__getitem__` that raises."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@pytest.mark.parametrize("make", [stream, Torch, Long])
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_stream_has_the_scores_of_its_rows(tmp_path: Path, make: Any, parts: bool) -> None:
     model, folder = small("llama").double(), tmp_path / "scores" if parts else None
