@@ -3,9 +3,9 @@
 The rows are a `datasets.IterableDataset` of generated token ids (8 to 24 of them, the first third masked), the model is
 a tiny Llama, the scores are DON and NOD. Each scoring is a process of its own: a tenth of the rows, all rows, all rows
 killed (SIGKILL) when half of the parts are written, and the same again, which goes on behind the whole parts. Its
-scores must be those of the run without a kill, bit for bit. CPU minutes count where the machine has
-other work. Memory is the peak resident size less what the process took
-with model and data loaded. With `--save` the table goes to results/pruning-stream.md and .json.
+scores must be those of the run without a kill, bit for bit. CPU minutes count where the machine has other work. Memory
+is the peak resident size less what the process took with model and data loaded. With `--save` the table goes to
+results/pruning-stream.md and .json.
 """
 
 from __future__ import annotations
