@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftx.pruning import don_nod, head_statistics
-from peftx.pruning.scores import gradient_way, residual
+from peftx.pruning.probe import gradient_way, residual
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = [(32000, 2048, 128), (32000, 2048, 512), (32000, 512, 128), (512, 64, 200)]  # V, D, T

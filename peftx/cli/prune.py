@@ -57,6 +57,10 @@ def prune(
     seed: Annotated[int, typer.Option(min=0, help="Of random.")] = 0,
     show: Annotated[int, typer.Option(min=0, help="Print so many of the most and the least wanted samples.")] = 3,
     scores: Annotated[Path | None, typer.Option(help="Write indices and scores to this JSON file.")] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the scores while they are made; the same command goes on after a stop."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw kept and dropped samples into this PNG file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
@@ -93,6 +97,7 @@ def prune(
             eta=eta,
             task=kind,
             seed=seed,
+            folder=parts,
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -115,6 +120,8 @@ def prune(
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
+        if error.name == "pyarrow":
+            fail(str(error))
         if error.name != "matplotlib":
             raise
         fail("matplotlib is missing, which --plot needs: pip install matplotlib")

@@ -3,14 +3,16 @@
 Two roads. The pure functions, for any training loop:
 
     scores = score_dataset(model, dataset, collator)              # {"don": (n,), "nod": (n,), "tokens": (n,)}
-    kept = dataset.select(select(scores, keep=0.3))
+    kept = subset(dataset, select(scores, keep=0.3))              # of a datasets.Dataset: dataset.select(indices)
 
 and one argument for a transformers `Trainer`: `callbacks=[peftx.DonodCallback(keep=0.3)]`.
 """
 
 from .callback import DonodCallback, prune
+from .probe import METRICS, don_nod, gradient_square, head_statistics
 from .report import axes_of, scatter, shown_with, table
-from .scores import METRICS, don_nod, gradient_square, head_statistics, score_dataset
+from .rows import subset
+from .scores import score_dataset
 from .select import DON_GOAL, GOALS, METHODS, PAPER_DON_GOAL, WEIGHTS, preference, select, topsis
 from .selection import FILE_NAME, Selection, fingerprint
 
@@ -35,6 +37,7 @@ __all__ = [
     "score_dataset",
     "select",
     "shown_with",
+    "subset",
     "table",
     "topsis",
 ]

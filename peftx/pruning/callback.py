@@ -9,25 +9,34 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..utils import columns_of, trainer_above, undisturbed
+from .checks import check_choice, check_flag, check_model, check_probe, check_whole
+from .columns import pyarrow_there
 from .head import base_of, task_of
-from .report import shown_with, write_report
-from .scores import ETA, check_model, check_probe, facts, length_of, score_dataset
-from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_keep, check_settings, preference, select
-from .selection import FILE_NAME, Selection, fingerprint
+from .parts import FOLDER, Parts, model_digest, remove_parts
+from .probe import ETA
+from .report import shown, shown_with, write_report
+from .rows import WORKERS, Bare, Kept, Stream, Table, length_of, rows_at, subset
+from .scorer import Scorer, facts
+from .scores import Share, drawn, merge, score_share
+from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_balanced, check_keep, check_settings, preference, select
+from .selection import FILE_NAME, Selection, digest_of, fingerprint
 from .warmup import warmed_up, warmup_length
 
 logger = logging.get_logger(__name__)
+
+PART_ROWS = 4096  # more samples than that are scored in parts, of as many or less
+PARTS = 8  # of each process, at least
 
 UNATTACHED = (
     "DonodCallback prunes where the Trainer makes its data loader, and this Trainer made it without: the callback was "
@@ -48,7 +57,11 @@ class DonodCallback(TrainerCallback):
 
     Written to `output_dir`: `selection.json`, which a resumed or repeated run uses and a run with other data, model or
     settings refuses; and, with `report`, `selection.md`, the most and the least wanted samples to read, and
-    `selection.png` (with matplotlib). Look at these before you trust a score.
+    `selection.png` (with matplotlib). Look at these before you trust a score. While more than 4,096 samples are scored,
+    their scores are kept in `selection-scores/` (with pyarrow), and a run that was interrupted goes on from there.
+
+    The data may be a stream (`datasets.IterableDataset`) that ends and starts anew in the same order. It is read once
+    to score it, and in each pass of the training, which gets the kept rows in their order.
 
     No score promises better training. Measured with wrong labels and answers in the data
     (benchmarks/pruning_noise.py), the paper's own setting, `don_goal="max"`, keeps the wrong ones, since it asks for
@@ -62,8 +75,8 @@ class DonodCallback(TrainerCallback):
         when: `"start"`: the model scores as it is. `"warmup"`: it is trained for a moment on random samples first, and
             set back after scoring. Default: `"warmup"` for classifiers, whose head is new as a rule, else (and for
             `"random"`) `"start"`. Not in the paper.
-        warmup_steps: batches of that moment, at the Trainer's batch size and learning rate. Default: a tenth of an
-            epoch, at least 200, at most an epoch.
+        warmup_steps: batches of that moment, at the Trainer's batch size and learning rate; of a stream, its first.
+            Default: a tenth of an epoch, at least 200, at most an epoch; none for a stream.
         eta, reduction, task, head: see `score_dataset`.
         batch_size: samples in a forward pass. Default: the Trainer's batch of one device; 1 with TRL's `padding_free`.
         seed: of `"random"` and of the warm-up.
@@ -73,8 +86,9 @@ class DonodCallback(TrainerCallback):
 
     Raises:
         ValueError: here for bad settings; from the Trainer for a second DonodCallback; when training starts for data
-            that cannot be pruned (no length, empty, packed), a model split over processes, a head that cannot be
-            scored, a selection of something else, a resumed run without its selection, or a trainer that could not be
+            that cannot be pruned (empty, packed, pairs, a stream that cannot be read twice or has workers), a collator
+            that changes the order of its samples, a model split over processes, a head that cannot be scored, a
+            selection or scores of something else, a resumed run without its selection, or a trainer that could not be
             found: then `attach` helps.
     """
 
@@ -100,21 +114,27 @@ class DonodCallback(TrainerCallback):
     ) -> None:
         check_keep(keep)
         check_settings(method, don_goal, goal, weights)
-        if when not in ("start", "warmup", None):
-            raise ValueError(f"when must be 'start', 'warmup' or None, got {when!r}")
-        if warmup_steps is not None and warmup_steps < 1:
-            raise ValueError(f"warmup_steps must be at least 1, got {warmup_steps!r}")
-        check_probe(batch_size, eta, reduction, task)
-        self.keep, self.method, self.don_goal, self.goal, self.weights = keep, method, don_goal, goal, tuple(weights)
-        self.balanced = balanced
-        self.when, self.warmup_steps, self.batch_size, self.seed = when, warmup_steps, batch_size, seed
-        self.eta, self.reduction, self.task, self.head = eta, reduction, task, head
+        check_balanced(balanced)
+        if when is not None:
+            check_choice("when", when, ("start", "warmup"), "None")
+        if warmup_steps is not None:
+            check_whole("warmup_steps", warmup_steps)
+        check_probe(batch_size, eta, reduction, task, head, seed)
+        for name, flag in (("report", report), ("overwrite", overwrite)):
+            check_flag(name, flag)
+        self.keep, self.method, self.don_goal, self.goal = float(keep), method, don_goal, goal
+        self.weights = tuple(float(weight) for weight in weights)
+        self.balanced, self.when, self.seed = balanced, when, int(seed)
+        self.warmup_steps = None if warmup_steps is None else int(warmup_steps)
+        self.batch_size = None if batch_size is None else int(batch_size)
+        self.eta, self.reduction, self.task, self.head = float(eta), reduction, task, head
         self.report, self.overwrite = report, overwrite
         self.selection: Selection | None = None  # of the data that is trained on
         self._trainer: Any = None
         self._make_loader: Any = None  # its own get_train_dataloader
         self._data: Any = None
         self._scored = False  # whether the selection was made by this run, not read
+        self._parts: Parts | None = None  # its scores, until the selection is saved
 
     @property
     def ranking(self) -> dict[str, Any]:
@@ -124,6 +144,8 @@ class DonodCallback(TrainerCallback):
 
     def attach(self, trainer: Any) -> "DonodCallback":
         """Makes `trainer` train on the kept samples; for trainers that exist already. Returns the callback."""
+        if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "get_train_dataloader"):
+            raise ValueError(f"trainer must be a transformers Trainer, got a {type(trainer).__name__}")
         if self._trainer not in (None, trainer):
             raise ValueError("a DonodCallback serves one Trainer: make another one for the second")
         callbacks = trainer.callback_handler.callbacks
@@ -145,7 +167,7 @@ class DonodCallback(TrainerCallback):
         trainer.train_dataset = self.prune(whole)
         try:
             loader = self._make_loader()
-            if len(getattr(loader, "dataset", trainer.train_dataset)) != len(trainer.train_dataset):
+            if not loads(loader, trainer.train_dataset):
                 raise ValueError(
                     f"{type(trainer).__name__}.get_train_dataloader does not load trainer.train_dataset: select with "
                     "peftx.pruning.score_dataset and select, and give the Trainer the kept samples"
@@ -182,8 +204,11 @@ class DonodCallback(TrainerCallback):
                 tokenizer = trainer.processing_class
                 wanted = preference(selection.scores, **self.ranking)
                 with undisturbed(trainer.model):  # samples may be drawn at random
-                    write_report(selection, wanted, self._data, path.parent, method=self.method, tokenizer=tokenizer)
-        self._scored = False  # from here on it is what a resumed run has to use
+                    data = rows_at(self._data, shown(wanted))
+                    write_report(selection, wanted, data, path.parent, method=self.method, tokenizer=tokenizer)
+        if self._parts is not None and trainer.accelerator.is_local_main_process:
+            remove_parts(self._parts.folder)
+        self._scored, self._parts = False, None  # from here on it is what a resumed run has to use
         trainer.accelerator.wait_for_everyone()
 
     def prune(self, dataset: Any) -> Any:
@@ -191,49 +216,45 @@ class DonodCallback(TrainerCallback):
         if self.selection is None or self._data is not dataset:
             self.selection, self._scored = self.choose(dataset)
             self._data = dataset
-        if hasattr(dataset, "select") and hasattr(dataset, "column_names"):  # datasets.Dataset
-            return dataset.select(self.selection.indices, keep_in_memory=True)
-        return Subset(dataset, self.selection.indices)
+        return subset(dataset, self.selection.indices)
 
     def choose(self, dataset: Any) -> tuple[Selection, bool]:
         """The selection, read by the main process if there is one, else made by all; and whether it was made."""
         trainer = self._trainer
-        length_of(dataset)
-        if getattr(trainer.args, "packing", False):
+        accelerator, model, args = trainer.accelerator, trainer.model, trainer.args
+        with undisturbed(model):
+            count = length_of(dataset)
+        if count is None and args.dataloader_num_workers:
+            raise ValueError(f"{WORKERS} (dataloader_num_workers={args.dataloader_num_workers})")
+        if getattr(args, "packing", False):
             raise ValueError(
                 "packing=True puts several samples into a row, which cannot be scored one by one: prune the data "
                 "before, with `peftx prune` or peftx.pruning.score_dataset, or train with packing=False"
             )
-        model = trainer.model
         task = self.task or task_of(model)
+        metrics = tuple(dict.fromkeys([*METHODS[self.method], *shown_with(self.method)]))
         check_model(model, task, METHODS[self.method], sharded=trainer.is_fsdp_enabled)
         fresh = task in ("SEQ_CLS", "TOKEN_CLS") and self.method != "random"
         when = self.when or ("warmup" if fresh else "start")
-        steps = (
-            (self.warmup_steps or warmup_length(len(dataset), trainer.args.train_batch_size)) if when == "warmup" else 0
-        )
+        steps = 0
+        if when == "warmup":
+            if count is None and self.warmup_steps is None:
+                raise ValueError("how long a warm-up on a stream takes is not known: DonodCallback(warmup_steps=...)")
+            steps = self.warmup_steps or warmup_length(count or 0, args.train_batch_size)
         base = base_of(model)
         with undisturbed(model):
             data = fingerprint(dataset)
-        key = {
-            "data": data,
-            "model": f"{type(base).__name__} {getattr(base.config, '_name_or_path', '')}".strip(),
-            "settings": {
-                **{
-                    name: getattr(self, name)
-                    for name in ("keep", *self.ranking, "balanced", "eta", "reduction", "seed")
-                },
-                "when": when,
-                "warmup_steps": self.warmup_steps,
-                "task": task,
-                "head": self.head,
-            },
-        }
+        names = ("keep", *self.ranking, "balanced", "eta", "reduction", "seed")
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"when": when, "warmup_steps": self.warmup_steps, "task": task, "head": self.head}
+        name = f"{type(base).__name__} {getattr(base.config, '_name_or_path', '')}".strip()
+        key = {"data": data, "model": name, "settings": settings}
         if (found := self.read(key)) is not None:
             return found, False
-        scores = self.score(dataset, task, steps)
+        scores, count = self.score(dataset, key, metrics, steps)
+        key["data"] = {**data, "samples": count}
         with warnings.catch_warnings():
-            if not trainer.accelerator.is_main_process:
+            if not accelerator.is_main_process:
                 warnings.simplefilter("ignore")  # one process says it
             indices = select(scores, self.keep, **self.ranking, balanced=self.balanced)
         return Selection(indices, scores, key), True
@@ -254,61 +275,97 @@ class DonodCallback(TrainerCallback):
             raise found[0]
         return found[0]
 
-    def score(self, dataset: Any, task: str, steps: int) -> dict[str, Tensor]:
-        """All scores, on every process; each of them scores every `num_processes`-th sample."""
+    def score(
+        self, dataset: Any, key: dict[str, Any], metrics: tuple[str, ...], steps: int
+    ) -> tuple[dict[str, Tensor], int]:
+        """All scores, on every process, and the number of samples; each process scores its share of them."""
         trainer = self._trainer
         accelerator, model = trainer.accelerator, trainer.model
-        data, collator = columns_of(trainer, dataset)
-        metrics = list(dict.fromkeys([*METHODS[self.method], *shown_with(self.method)]))
-        columns = (*metrics, *facts(task))
+        stream = key["data"]["samples"] is None
+        data, collator = columns_of(trainer, Bare(dataset) if stream else dataset)
         flat = getattr(trainer.args, "padding_free", False)  # TRL's: a batch becomes one row
         batch_size = self.batch_size or (1 if flat else trainer._train_batch_size)
         progress = accelerator.is_main_process and not trainer.args.disable_tqdm
-        common: dict[str, Any] = {"seed": self.seed, "progress": progress}
-        share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        table = torch.zeros(len(columns), len(dataset), dtype=torch.float64)
-        failure: Exception | None = None
-        try:
-            with undisturbed(model):
-                warm: AbstractContextManager = nullcontext()
-                if steps:
-                    warm = warmed_up(
-                        model,
-                        data,
+        task, head = key["settings"]["task"], self.head
+        score = Scorer(model, task, metrics, self.eta, self.reduction, head)
+        # Scores are kept while they are made, unless they are few, or of samples that chance makes anew each time.
+        parted = pyarrow_there() and (stream or (len(dataset) > PART_ROWS and self.steady(dataset)))
+        seen: list[Any] = [key["data"], parted, model_digest(model) if parted and accelerator.is_main_process else ""]
+        broadcast_object_list(seen)  # all processes get the main one's start
+        same_data, (data_key, parted, digest) = key["data"] == seen[0], seen
+        key = {**key, "data": data_key}
+        open_parts = partial(self.open_parts, key, score.columns, digest, steps, batch_size)
+        if parted and self.overwrite:
+            if accelerator.is_local_main_process:
+                try:
+                    open_parts()
+                except ValueError:
+                    remove_parts(Path(trainer.args.output_dir, FOLDER))
+            accelerator.wait_for_everyone()
+
+        def share() -> Share:
+            if stream and not same_data:
+                raise ValueError("the processes have different data, but have to share the same samples")
+            self._parts = parts = open_parts() if parted else None
+            warm: AbstractContextManager = nullcontext()
+            if steps:
+                rate, size = trainer.args.learning_rate, trainer._train_batch_size
+                common: dict[str, Any] = {"seed": self.seed, "progress": progress}
+                warm = warmed_up(model, data, collator, steps=steps, learning_rate=rate, batch_size=size, **common)
+            with undisturbed(model), warm:
+                synchronise(model, accelerator)
+                with accelerator.autocast():
+                    return score_share(
+                        score,
+                        Stream(data) if stream else Table(data, range(len(dataset))),
                         collator,
-                        steps=steps,
-                        learning_rate=trainer.args.learning_rate,
-                        batch_size=trainer._train_batch_size,
-                        **common,
+                        batch_size=batch_size,
+                        parts=parts,
+                        process=(accelerator.process_index, accelerator.num_processes),
+                        progress=progress,
                     )
-                with warm:
-                    synchronise(model, accelerator)
-                    with accelerator.autocast():
-                        part = score_dataset(
-                            model,
-                            data,
-                            collator,
-                            metrics=metrics,
-                            batch_size=batch_size,
-                            eta=self.eta,
-                            reduction=self.reduction,
-                            task=task,
-                            head=self.head,
-                            indices=share,
-                            **common,
-                        )
-            table[:, list(share)] = torch.stack([part[name] for name in columns])
-        except Exception as error:
-            if accelerator.num_processes == 1:
-                raise
-            failure = error
-        # Every sample has one process with its score and zeros elsewhere: the sum is exact, also of NaN.
-        failed = accelerator.reduce(torch.tensor([float(failure is not None)], device=accelerator.device), "sum")
-        if failed.item():
-            raise failure or RuntimeError("scoring failed on another process; its error says why")
-        if accelerator.num_processes > 1:
-            table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
-        return dict(zip(columns, table, strict=True))
+
+        def reduce(tensor: Tensor) -> Tensor:
+            return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+        scores, count = merge(share, score.columns, accelerator.num_processes, reduce)
+        if "random" in metrics:
+            scores["random"] = drawn(count, self.seed, scores["tokens"])
+        return {name: scores[name] for name in (*metrics, *facts(task))}, count
+
+    def steady(self, dataset: Any) -> bool:
+        """Whether a sample is the same each time."""
+        with undisturbed(self._trainer.model):
+            return len({digest_of([dataset[0]]) for _ in range(3)}) == 1
+
+    def open_parts(
+        self, key: dict[str, Any], names: tuple[str, ...], digest: str, steps: int, batch_size: int
+    ) -> Parts:
+        """Where scores are kept while they are made."""
+        trainer, count = self._trainer, key["data"]["samples"]
+        settings = {name: key["settings"][name] for name in ("eta", "reduction", "when", "task", "head")}
+        settings["scores"] = sorted(names)
+        if steps:
+            rate, size = trainer.args.learning_rate, trainer._train_batch_size
+            settings |= {"warmup": [steps, self.seed, rate, size]}
+        wanted = {"data": key["data"], "model": key["model"], "digest": digest, "settings": settings}
+        folder, most = Path(trainer.args.output_dir, FOLDER), PART_ROWS
+        if count is not None:  # some for each process
+            most = min(most, -(-count // (PARTS * trainer.accelerator.num_processes)))
+        rows = -(-most // batch_size) * batch_size
+        try:
+            return Parts(folder, wanted, names, rows)
+        except ValueError as error:
+            hint = "a scoring that was interrupted left it; or DonodCallback(overwrite=True)"
+            raise ValueError(f"{error} ({hint})") from error
+
+
+def loads(loader: Any, dataset: Any) -> bool:
+    """Whether a loader is of these samples, as far as it tells."""
+    found = getattr(loader, "dataset", dataset)
+    if isinstance(dataset, Kept):  # perhaps shared out by accelerate
+        return found is dataset or getattr(found, "dataset", None) is dataset
+    return len(found) == len(dataset)
 
 
 def prune(trainer: Trainer, keep: float = 0.3, method: str = "donod", **settings: Any) -> DonodCallback:

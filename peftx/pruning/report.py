@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .scores import OF_HEAD
+from .probe import OF_HEAD
 from .select import METHODS
 from .selection import Selection
 
@@ -73,14 +73,12 @@ def table(
         tokenizer: makes text of `input_ids`. Without one, the strings of a sample are shown, or its JSON.
         characters: a text longer than that is cut in its middle.
     """
-    best = torch.sort(wanted, descending=True, stable=True).indices
-    order = best[wanted[best].isfinite()].tolist()
+    order = ranking(wanted)
     names = [name for name in scores if name not in ("label", "tokens")] + ["tokens"] * ("tokens" in scores)
     head = ["rank", "index", "wanted", *names, "text"]
     lines = [head, ["---:"] * (len(head) - 1) + ["---"]]
     ranked = list(enumerate(order, 1))
-    shown = ranked if len(ranked) <= 2 * rows else [*ranked[:rows], None, *ranked[len(ranked) - rows :]]
-    for entry in shown:
+    for entry in ranked if len(ranked) <= 2 * rows else [*ranked[:rows], None, *ranked[len(ranked) - rows :]]:
         if entry is None:
             lines.append(["..."] * len(head))
             continue
@@ -89,6 +87,18 @@ def table(
         text = excerpt(dataset[index], tokenizer, characters)
         lines.append([str(rank), str(index), f"{float(wanted[index]):.4g}", *numbers, text])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ranking(wanted: Tensor) -> list[int]:
+    """The samples that can be kept, the most wanted first."""
+    best = torch.sort(wanted, descending=True, stable=True).indices
+    return best[wanted[best].isfinite()].tolist()
+
+
+def shown(wanted: Tensor, rows: int = ROWS) -> set[int]:
+    """The samples that `table` shows."""
+    order = ranking(wanted)
+    return {*order[:rows], *order[max(0, len(order) - rows) :]}
 
 
 def excerpt(sample: Any, tokenizer: Any = None, characters: int = CHARACTERS) -> str:

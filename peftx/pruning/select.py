@@ -1,12 +1,16 @@
 """From scores to a choice: TOPSIS and the kept indices."""
 
 import math
+import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from reprlib import repr as short
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ..utils import IGNORE
 
 Goal = Literal["min", "max"]
 
@@ -37,6 +41,7 @@ GOALS: dict[str, Goal] = {
 DON_GOAL: Goal = "min"
 PAPER_DON_GOAL: Goal = "max"
 WEIGHTS = (0.5, 0.5)
+NAMED = 20  # classes in a warning
 
 
 def topsis(values: Tensor, benefit: Sequence[bool], weights: Sequence[float] | None = None) -> Tensor:
@@ -88,12 +93,15 @@ def preference(
 ) -> Tensor:
     """How much each sample is wanted: (n,) in float64, more is better, NaN is never kept. Arguments as in `select`."""
     check_settings(method, don_goal, goal, weights)
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores must be what score_dataset returns, a dict of tensors, got {short(scores)}")
     if missing := [name for name in METHODS[method] if name not in scores]:
         raise ValueError(
             f"method {method!r} ranks by {', '.join(METHODS[method])}, but {', '.join(missing)} was not scored: "
             f"score_dataset(..., metrics={METHODS[method]!r})"
         )
-    columns = [torch.as_tensor(scores[name], dtype=torch.float64) for name in METHODS[method]]
+    columns = [column(scores, name) for name in METHODS[method]]
+    columns = [column(scores, name, len(columns[0])) for name in METHODS[method]]
     if method == "donod":
         return topsis(torch.stack(columns, 1), (don_goal == "max", False), weights)
     wanted = columns[0].where(columns[0].isfinite(), math.nan)
@@ -127,18 +135,20 @@ def select(
         goal: for every other single score: whether its smallest or its largest values are wanted. Default: `GOALS`,
             the smallest, apart from IFD. EL2N's and GraNd's authors (arXiv:2107.07075) keep the hardest: `"max"`.
         weights: of (DON, NOD) in TOPSIS. The paper's could not be found; default: equal.
-        balanced: whether each class keeps the same share, by `scores["label"]`. Default: where that is there, that is
-            for sequence classification. Else a score may keep a single class: a model that leans to one finds all of
-            its samples easy. Not in the paper.
+        balanced: whether each class keeps the same share, and at least one sample where there is room, by
+            `scores["label"]`. Default: where that is there, that is for sequence classification. Else a score may keep
+            a single class: a model that leans to one finds all of its samples easy. Not in the paper. Classes that
+            lose all of their samples are named in a warning.
 
     Raises:
-        ValueError: `keep` outside (0, 1], an unknown method, goal or weights, a score (or, for `balanced=True`, the
-            label) that is missing, no samples, or none that can be kept.
+        ValueError: an argument of the wrong type or out of range, a score (or, for `balanced=True`, the label) that is
+            missing or not (n,), no samples, or none that can be kept.
     """
     check_keep(keep)
+    check_balanced(balanced)
+    wanted = preference(scores, method, don_goal=don_goal, goal=goal, weights=weights)
     if balanced and "label" not in scores:
         raise ValueError("balanced=True needs scores['label'], which score_dataset gives for sequence classification")
-    wanted = preference(scores, method, don_goal=don_goal, goal=goal, weights=weights)
     usable = wanted.isfinite()
     count = len(wanted)
     if not count:
@@ -157,20 +167,57 @@ def select(
             stacklevel=2,
         )
     order = torch.sort(wanted.where(usable, -math.inf), descending=True, stable=True).indices[: int(usable.sum())]
-    if balanced or (balanced is None and "label" in scores):
-        order = spread(order, torch.as_tensor(scores["label"]))
-    return sorted(order[:size].tolist())
+    label = column(scores, "label", count) if "label" in scores else None
+    if label is not None and balanced is not False:
+        if label[order].isnan().any():
+            raise ValueError("scores['label'] has NaN for samples that can be kept: balanced=False needs no classes")
+        order = spread(order, label)
+    kept = order[:size].sort().values
+    if label is not None and (lost := lost_classes(label, kept)):
+        why = "they have no sample with a score" if balanced is not False else "balanced=False lets that happen"
+        if balanced is not False and size < len(label[order].unique()):
+            why = "there are more classes than samples to keep; a larger keep has room for them"
+        warnings.warn(f"none of the {size} samples that are kept is of class {named(lost)}: {why}.", stacklevel=2)
+    return kept.tolist()
 
 
 def spread(order: Tensor, label: Tensor) -> Tensor:
-    """`order` (m,) so changed that each class is spread evenly over it, in its own order: any beginning of it holds
-    about the same share of every class. `label` (n,) is that of all samples."""
-    place = torch.empty(len(order), dtype=torch.float64)
-    for value in label[order].unique():
-        members = label[order] == value
-        count = int(members.sum())
-        place[members] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    """`order` (m,) so changed that the best of each class come first, those of large classes before those of small
+    ones, and behind them each class is spread evenly, in its own order: any beginning holds about the same share of
+    every class, and at least one sample of each if it is long enough. `label` (n,) is that of all samples."""
+    _, kind, counts = label[order].unique(return_inverse=True, return_counts=True)
+    grouped = torch.sort(kind, stable=True).indices  # class after class
+    rank = torch.empty(len(order), dtype=torch.float64)
+    rank[grouped] = (torch.arange(len(order)) - (counts.cumsum(0) - counts)[kind[grouped]]).double()
+    place = (rank + 0.5) / counts[kind] - (rank == 0).double()
     return order[torch.sort(place, stable=True).indices]
+
+
+def lost_classes(label: Tensor, kept: Tensor) -> list[float]:
+    """The labels that samples have, but none of those at `kept`."""
+    present = label[label.isfinite() & (label != IGNORE)].unique()
+    return present[~torch.isin(present, label[kept])].tolist()
+
+
+def named(classes: Sequence[float]) -> str:
+    names = [f"{number:g}" for number in classes[:NAMED]]
+    return ", ".join(names) + (f" and {len(classes) - NAMED} more" if len(classes) > NAMED else "")
+
+
+def column(scores: Mapping[str, Tensor], name: str, count: int | None = None) -> Tensor:
+    """One of the scores, (n,) in float64.
+
+    Raises:
+        ValueError: it is something else, or not of `count` samples.
+    """
+    try:
+        found = torch.as_tensor(scores[name], dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"scores[{name!r}] must be numbers, one a sample, got {short(scores[name])}") from None
+    if found.ndim != 1 or count not in (None, len(found)):
+        wanted = "(n,)" if count is None else f"({count},)"
+        raise ValueError(f"scores[{name!r}] must be {wanted}, one number a sample, got {tuple(found.shape)}")
+    return found
 
 
 def kept_size(keep: float, count: int) -> int:
@@ -179,25 +226,32 @@ def kept_size(keep: float, count: int) -> int:
 
 
 def check_keep(keep: float) -> None:
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
-        raise ValueError(f"keep must be a share of the samples in (0, 1], got {keep!r}")
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real) or not 0 < float(keep) <= 1:
+        raise ValueError(f"keep must be a share of the samples in (0, 1], got {short(keep)}")
+
+
+def check_balanced(balanced: bool | None) -> None:
+    if balanced is not None and not isinstance(balanced, bool):
+        raise ValueError(f"balanced must be True, False or None, got {short(balanced)}")
 
 
 def check_weights(weights: Sequence[float], count: int) -> None:
     try:
-        numbers = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != count or not all(0 <= number < math.inf for number in numbers) or not sum(numbers):
-        raise ValueError(f"weights must be {count} numbers, none negative and not all zero, got {weights!r}")
+        found = [] if isinstance(weights, Mapping | Set) else list(getattr(weights, "tolist", lambda: weights)())
+    except TypeError:
+        found = []
+    real = [isinstance(weight, numbers.Real) and not isinstance(weight, bool) for weight in found]
+    if len(found) != count or not all(real) or not all(0 <= weight < math.inf for weight in found) or not sum(found):
+        raise ValueError(f"weights must be {count} numbers, none negative and not all zero, got {short(weights)}")
 
 
 def check_settings(method: str, don_goal: str, goal: str | None, weights: Sequence[float]) -> None:
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"unknown method {short(method)}: one of {', '.join(METHODS)}")
     for name, value in (("don_goal", don_goal), ("goal", goal)):
-        if value not in ("min", "max") and not (name == "goal" and value is None):
-            raise ValueError(f"{name} must be 'min' or 'max', got {value!r}")
+        known = isinstance(value, str) and value in ("min", "max")
+        if not known and not (name == "goal" and value is None):
+            raise ValueError(f"{name} must be 'min' or 'max', got {short(value)}")
     if goal is not None and method in ("donod", "don", "random"):
         other = "has no goal" if method == "random" else "takes don_goal"
         raise ValueError(f"goal is for the other single scores; {method} {other}")

@@ -3,16 +3,22 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from .columns import columns_beside, pyarrow_there, read_columns, write_columns
 
 FILE_NAME = "selection.json"
 FORMAT = 1
+FORMAT_WITH_COLUMNS = 2  # scores in a Parquet file
+IN_JSON = 100_000  # samples whose scores still go into the JSON
 PROBED = 1024  # samples that go into a fingerprint
 
 
@@ -29,15 +35,28 @@ class Selection:
     key: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Writes JSON, whole or not at all; NaN and infinity become null."""
-        rows = {
-            name: [x if math.isfinite(x) else None for x in column.tolist()] for name, column in self.scores.items()
-        }
-        page = json.dumps({"format": FORMAT, **asdict(self), "scores": rows}, allow_nan=False)
+        """Writes JSON, whole or not at all; NaN and infinity become null. Scores of more than 100,000 samples go into
+        a Parquet file beside it, `selection-scores.parquet`, if pyarrow is installed.
+
+        Raises:
+            ValueError: there is a file of that name, which is not of a selection.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
+        page: dict[str, Any] = {"format": FORMAT, "indices": self.indices, "scores": None, "key": self.key}
+        if len(next(iter(self.scores.values()), ())) > IN_JSON and pyarrow_there():
+            page["format"] = FORMAT_WITH_COLUMNS
+            page["columns"] = write_columns(columns_beside(path), self.scores, self.digest(self.key))
+        else:
+            page["scores"] = {
+                name: [x if math.isfinite(x) else None for x in column.tolist()] for name, column in self.scores.items()
+            }
         draft = path.with_name(f".{path.name}.part")
-        draft.write_text(page, encoding="utf-8")
+        draft.write_text(json.dumps(page, allow_nan=False), encoding="utf-8")
         draft.replace(path)
+
+    @staticmethod
+    def digest(key: Mapping[str, Any]) -> str:
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def load(cls, path: Path) -> "Selection":
@@ -46,7 +65,7 @@ class Selection:
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found["format"] != FORMAT:
+            if found["format"] not in (FORMAT, FORMAT_WITH_COLUMNS):
                 raise ValueError(f"format {found['format']!r} instead of {FORMAT}")
             indices, rows, key = found["indices"], found["scores"], found["key"]
             count = key["data"]["samples"]
@@ -54,10 +73,13 @@ class Selection:
                 raise ValueError("indices must be integers")
             if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= count:
                 raise ValueError(f"indices must be ascending, and from 0 to {count - 1}")
-            scores = {
-                str(name): torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64)
-                for name, column in rows.items()
-            }
+            if found["format"] == FORMAT_WITH_COLUMNS:
+                scores = read_columns(columns_beside(path), found["columns"], cls.digest(key), count)
+            else:
+                scores = {
+                    str(name): torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64)
+                    for name, column in rows.items()
+                }
             if wrong := [name for name, column in scores.items() if column.shape != (count,)]:
                 raise ValueError(f"{', '.join(wrong)}: not one score for each of the {count} samples")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError, OSError) as error:
@@ -70,6 +92,8 @@ class Selection:
         ValueError: the selection belongs to other data, another model or other settings than `key` says.
         """
         key = json.loads(json.dumps(key))  # tuples become lists, as in the file
+        if key["data"]["samples"] is None:  # a stream, before it is read: what was read of it then
+            key["data"]["samples"] = self.key["data"]["samples"]
         names = dict.fromkeys([*self.key, *key])
         if different := [name for name in names if self.key.get(name) != key.get(name)]:
             details = ", ".join(f"{name} {self.key.get(name)!r}, now {key.get(name)!r}" for name in different)
@@ -79,15 +103,29 @@ class Selection:
             )
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether the data has no indices, and is read from its start: a `datasets.IterableDataset`, torch's, ..."""
+    table = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return not table or isinstance(dataset, IterableDataset)
+
+
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Length of the data, and a hash of up to 1024 samples at even distances, the first and the last among them."""
+    """Length of the data, and a hash of up to 1024 samples at even distances, the first and the last among them; of a
+    stream, whose length nobody knows (None), of the first 1024."""
+    if is_stream(dataset):
+        return {"samples": None, "fingerprint": digest_of(islice(dataset, PROBED))}
     count = len(dataset)
     step = max(1.0, (count - 1) / (PROBED - 1))
     places = sorted({min(count - 1, round(i * step)) for i in range(min(count, PROBED))})
+    return {"samples": count, "fingerprint": digest_of(dataset[place] for place in places)}
+
+
+def digest_of(samples: Iterable[Any]) -> str:
+    """A hash of samples in their order."""
     digest = hashlib.sha256()
-    for place in places:
-        digest.update(json.dumps(dataset[place], sort_keys=True, default=plain).encode())
-    return {"samples": count, "fingerprint": digest.hexdigest()}
+    for sample in samples:
+        digest.update(json.dumps(sample, sort_keys=True, default=plain).encode())
+    return digest.hexdigest()
 
 
 def plain(thing: Any) -> Any:

@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
 from ..utils import forked_rng
+from .collation import check_order
+from .rows import Stream, Table
+from .scorer import check_samples
+from .selection import is_stream
 
 SHARE, LEAST = 0.1, 200
 
@@ -50,6 +54,11 @@ def warmed_up(
     gradients = [parameter.grad for parameter in parameters]
     modes = {module: module.training for module in model.modules()}
     with forked_rng(model):
+        if batch_size > 1:
+            rows = Stream(dataset) if is_stream(dataset) else Table(dataset, range(len(dataset)))
+            samples = rows.read(0, batch_size) if isinstance(rows, Stream) else rows.spread(batch_size)
+            check_samples(samples)
+            check_order(collator, samples)
         try:
             torch.manual_seed(seed)
             model.train()
@@ -82,7 +91,8 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(dataset, batch_size, shuffle=True, collate_fn=collator, generator=generator)
+    shuffle = None if isinstance(dataset, IterableDataset) else True
+    loader = DataLoader(dataset, batch_size, shuffle=shuffle, collate_fn=collator, generator=generator)
     with torch.enable_grad(), logging.tqdm(total=steps, desc="warm-up", unit="step", disable=not progress) as bar:
         for _, batch in zip(range(steps), cycle_over(loader), strict=False):
             loss = model(

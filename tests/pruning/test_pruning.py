@@ -29,7 +29,7 @@ from peftx.cli import app
 from peftx.data.text import encode
 from peftx.pruning import don_nod, gradient_square, head_statistics, preference, score_dataset, select, topsis
 from peftx.pruning.head import calls_of, check_head, find_head
-from peftx.pruning.scores import gradient_way, residual
+from peftx.pruning.probe import gradient_way, residual
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ETA = 1e-3
@@ -241,7 +241,7 @@ def test_both_ways_give_the_norm_of_the_explicit_gradient(t: int, v: int, d: int
 
 
 def test_the_gradient_is_built_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftx.pruning.scores.BLOCK", 64)
+    monkeypatch.setattr("peftx.pruning.probe.BLOCK", 64)
     d, h = torch.randn(2, 50, 100, dtype=torch.float64), torch.randn(2, 50, 8, dtype=torch.float64)
     torch.testing.assert_close(gradient_square(d, h, "blocked"), (d.mT @ h).square().sum((1, 2)))
 
@@ -787,8 +787,8 @@ class Packed:
     ("arguments", "message"),
     [
         ({"dataset": []}, "the data set is empty"),
-        ({"dataset": Stream()}, "a Stream cannot be pruned: choosing samples needs a length and indices"),
-        ({"dataset": iter(rows())}, "cannot be pruned: choosing samples needs a length"),
+        ({"dataset": iter(rows())}, "a list_iterator cannot be pruned: it can be read once"),
+        ({"dataset": Stream(), "indices": [1]}, "indices are for data with a length"),
         ({"metrics": ["don", "dno"]}, "unknown metric 'dno': one of don, nod"),
         ({"eta": 0.0}, "eta must be a positive number"),
         ({"reduction": "max"}, "reduction must be 'mean' or 'sum'"),
@@ -1111,7 +1111,8 @@ def test_a_score_that_prefers_a_class_keeps_the_same_share_of_each() -> None:
     kept = select(scores, 0.4, "loss")
     assert kept == [*range(12), *range(30, 34), *range(40, 42)]  # 0.4 of each class, its best
     assert select(scores, 0.4, "loss", balanced=True) == kept
-    assert select(scores, 0.4, "loss", balanced=False) == list(range(18))
+    with pytest.warns(UserWarning, match="of class 1, 2: balanced=False"):
+        assert select(scores, 0.4, "loss", balanced=False) == list(range(18))
     assert select({"loss": scores["loss"]}, 0.4, "loss") == list(range(18))
     with pytest.raises(ValueError, match="balanced=True needs scores\\['label'\\]"):
         select({"loss": scores["loss"]}, 0.4, "loss", balanced=True)
@@ -1143,6 +1144,88 @@ def test_balanced_shares(count: int, classes: int, keep: float, bad: int, seed: 
         assert abs(taken - share * int(members.sum())) <= 1 + classes / 2  # rounded
         best = loss[members].sort().values[:taken]
         assert torch.equal(loss[[i for i in kept if members[i]]].sort().values, best)
+
+
+@pytest.mark.parametrize("method", pruning.METHODS)
+@pytest.mark.parametrize("sizes", [(60, 38, 2), (97, 1, 1, 1), (50, 25, 12, 6, 3, 2, 1, 1), (990, 5, 5)])
+def test_no_class_is_lost_where_there_is_room(method: str, sizes: tuple[int, ...]) -> None:
+    label = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[torch.randperm(sum(sizes))]
+    names = ("don", "nod", "loss", "el2n", "grand", "grand_full", "ifd", "random")
+    scores = {name: torch.rand(len(label), dtype=torch.float64) for name in names}
+    for keep in (0.2, len(sizes) / len(label)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kept = select({**scores, "label": label}, keep, method)
+        assert len(kept) == math.ceil(keep * len(label) * (1 - 1e-12)) and set(label[kept].tolist()) == {
+            *range(len(sizes))
+        }
+        wanted = preference(scores, method)
+        for value, size in enumerate(sizes):
+            mine = [i for i in kept if label[i] == value]
+            assert abs(len(mine) - keep * size) <= len(sizes)
+            best = torch.sort(wanted[label == value], descending=True).values[: len(mine)]
+            assert torch.equal(wanted[mine].sort(descending=True).values, best)
+
+
+def test_the_classes_of_the_fault() -> None:
+    label = torch.tensor([0] * 60 + [1] * 38 + [2] * 2)
+    kept = select({"loss": torch.rand(100), "label": label}, 0.2, "loss")
+    assert label[kept].bincount().tolist() == [12, 7, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "keep", "settings", "message"),
+    [
+        ((60, 38, 2), 0.01, {}, "none of the 1 samples that are kept is of class 1, 2: there are more classes than"),
+        ((1,) * 40, 0.25, {}, r"of class 10, 11, .*, 29 and 10 more: there are more classes"),
+        ((30, 10, 5), 0.2, {"balanced": False}, "of class 1, 2: balanced=False lets that happen"),
+        ((10, 0, 4), 0.5, {"nan": 2}, "of class 2: they have no sample with a score"),
+    ],
+)
+def test_lost_classes_are_named(sizes: tuple, keep: float, settings: dict, message: str) -> None:
+    label = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    loss = torch.arange(float(len(label))).where(label != settings.pop("nan", -1), math.nan)
+    with pytest.warns(UserWarning, match=message):
+        select({"loss": loss, "label": label}, keep, "loss", **settings)
+
+
+def test_samples_without_a_label_are_no_class() -> None:
+    scores = {"loss": torch.tensor([1.0, 2.0, math.nan, 3.0]), "label": torch.tensor([0, 1, -100, 1])}
+    with pytest.warns(UserWarning) as caught:
+        assert select(scores, 0.5, "loss") == [0, 1]
+    assert ["dropped whatever" in str(warning.message) for warning in caught] == [True]
+
+
+def test_balance_is_fast_with_many_classes() -> None:
+    """n log n: with a pass over the data for each class these would be 4e10 operations."""
+    label = torch.arange(200_000)
+    kept = select({"loss": torch.rand(400_000), "label": torch.cat([label, label])}, 0.5, "loss")
+    assert len(kept) == 200_000 and len(torch.cat([label, label])[kept].unique()) == 200_000
+
+
+def test_prune_keeps_or_names_each_class(folder: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"w{1 + i % 60} w2", "label": 0 if i < 20 else 1 if i < 38 else 2}) for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    files = ("--data", tmp_path / "data.jsonl", "--out", tmp_path / "kept.jsonl", "--show", 0)
+    for method in ("donod", "loss", "random"):
+        outcome = call("--model", folder / "classifier", *files, "--keep", 0.1, "--method", method)
+        assert outcome.exit_code == 0 and not outcome.stderr.count("class"), outcome.output
+        kept = [json.loads(line)["label"] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+        assert len(kept) == 4 and set(kept) == {0, 1, 2}
+    outcome = call("--model", folder / "classifier", *files, "--keep", 0.05)
+    assert "peftx: none of the 2 samples that are kept is of class 2: there are more classes" in outcome.stderr
+
+
+def test_prune_goes_on_behind_its_parts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    options = ("--model", folder / "model", "--data", folder / "data.jsonl", "--out", tmp_path / "kept.jsonl")
+    parts = ("--parts", tmp_path / "parts")
+    assert call(*options, *parts).exit_code == 0
+    first = (tmp_path / "kept.jsonl").read_bytes()
+    monkeypatch.setattr("peftx.pruning.scorer.Scorer.__call__", lambda *_: pytest.fail("scored again"))
+    assert call(*options, *parts).exit_code == 0 and (tmp_path / "kept.jsonl").read_bytes() == first
+    outcome = call(*options, *parts, "--eta", 0.1)
+    assert outcome.exit_code == 2 and "has scores of other settings" in outcome.stderr
 
 
 def test_labels_are_a_fact_of_sequence_classification_only() -> None:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftx
 from peftx.pruning import METHODS, Selection, fingerprint, prune, score_dataset, select
+from peftx.pruning.scores import score_share
 from peftx.pruning.warmup import warmed_up, warmup_length
 
 COUNT = 40
@@ -160,7 +161,7 @@ def test_warm_up_needs_something_that_trains_and_a_loss() -> None:
     collator = transformers.default_data_collator
     unlabelled = [{"input_ids": row["input_ids"]} for row in examples()]
     with (
-        pytest.raises(ValueError, match="no loss to warm up with"),
+        pytest.raises(ValueError, match="made no tensor 'labels', only input_ids"),
         warmed_up(model, unlabelled, collator, steps=2, learning_rate=0.1),
     ):
         pass
@@ -223,7 +224,7 @@ def test_a_stored_selection_is_used_again(tmp_path: Path, monkeypatch: pytest.Mo
     first = peftx.DonodCallback(keep=0.25)
     run = trainer(tmp_path, first)
     run.train()
-    monkeypatch.setattr("peftx.pruning.callback.score_dataset", no_scoring)
+    monkeypatch.setattr("peftx.pruning.callback.score_share", no_scoring)
     run.train()  # the same trainer
     second = peftx.DonodCallback(keep=0.25)
     trainer(tmp_path, second).train()  # another one
@@ -483,9 +484,7 @@ def test_smaller_batches_after_running_out_of_memory(tmp_path: Path, monkeypatch
             return super().training_step(model, inputs, *arguments, **settings)
 
     scored = []
-    monkeypatch.setattr(
-        "peftx.pruning.callback.score_dataset", lambda *a, **k: scored.append(1) or score_dataset(*a, **k)
-    )
+    monkeypatch.setattr("peftx.pruning.callback.score_share", lambda *a, **k: scored.append(1) or score_share(*a, **k))
     callback = peftx.DonodCallback(keep=0.25)
     run = trainer(tmp_path, callback, cls=Large, auto_find_batch_size=True)
     run.train()
@@ -501,10 +500,26 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(examples())
 
 
+class Shuffled(Stream):
+    def __iter__(self):
+        rows = examples()
+        return (rows[i] for i in torch.randperm(COUNT).tolist())
+
+
+class Once(Stream):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise StopIteration
+
+
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
-        (Stream(), {"max_steps": 3}, "a Stream cannot be pruned"),
+        (Shuffled(), {"max_steps": 3}, "a Shuffled that gives its rows in another order each time cannot be pruned"),
+        (Once(), {"max_steps": 3}, "a Once cannot be pruned: it can be read once"),
+        (Stream(), {"max_steps": 3, "dataloader_num_workers": 1}, "known by their places.*dataloader_num_workers=1"),
         ([{**row, "labels": torch.full((8,), -100)} for row in examples()], {}, "none of the 40 samples can be kept"),
         ([], {}, "the data set is empty"),
     ],
@@ -587,6 +602,61 @@ def test_sft_trainer(tmp_path: Path, form: str) -> None:
     torch.testing.assert_close(callback.selection.scores["nod"], wanted["nod"], rtol=1e-2, atol=1e-6)
 
 
+def trl_trainer(name: str, folder: Path, rows: list[dict], **settings: Any) -> Trainer:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    kept = {key: value for key, value in arguments(folder).to_dict().items() if key in ARGUMENTS}
+    config = getattr(trl, f"{name}Config")(str(folder), **kept, **settings)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    extra = {"reward_funcs": lambda completions, **_: [0.0] * len(completions)} if name == "GRPO" else {}
+    data = datasets.Dataset.from_list(rows)
+    make = {"args": config, "train_dataset": data, "processing_class": words(), "peft_config": lora, **extra}
+    return getattr(trl, f"{name}Trainer")(tiny_model("llama"), **make, callbacks=[peftx.DonodCallback()])
+
+
+PACKED = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "seq_lengths": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "settings", "message"),
+    [
+        (
+            "DPO",
+            {"prompt": "w1", "chosen": " w2", "rejected": " w3"},
+            {},
+            "preference pairs .*chosen answers",
+        ),
+        ("KTO", {"prompt": "w1", "completion": " w2", "label": True}, {}, "no tensor 'labels'.*prompts and answers"),
+        ("GRPO", {"prompt": "w1"}, {"num_generations": 2}, "no tensor 'labels', but a list.*prompts and answers"),
+        ("SFT", {"text": "w1 w2 w3"}, {"packing": True, "max_length": 8}, "packing=True puts several samples.*prune"),
+        (
+            "SFT",
+            {"text": "w1 w2 w3"},
+            {"packing": True, "packing_strategy": "wrapped", "max_length": 8},
+            "packing=True puts several samples into a row",
+        ),
+        (
+            "SFT",
+            PACKED,
+            {},
+            "holds several samples",
+        ),
+        (
+            "SFT",
+            PACKED,
+            {"padding_free": True, "max_length": None},
+            r"holds several samples \(seq_lengths\): score and select before packing",
+        ),
+    ],
+)
+def test_what_trl_packs_or_pairs_is_refused(tmp_path: Path, name: str, row: dict, settings: dict, message: str) -> None:
+    run = trl_trainer(name, tmp_path, [row] * 12, **settings)
+    start = parameters(run)
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in parameters(run).items())
+    assert not (tmp_path / "selection.json").exists()
+
+
 ARGUMENTS = {
     *("per_device_train_batch_size", "num_train_epochs", "learning_rate", "save_strategy", "logging_strategy"),
     *("report_to", "disable_tqdm", "use_cpu"),
@@ -627,13 +697,19 @@ def process(rank: int, folder: Path) -> None:
             "seen": run.watch.seen,
         }
         torch.save(outcome, folder / f"{when}-{rank}")
+    callback = peftx.DonodCallback(keep=0.25)
+    run = trainer(
+        folder / "stream", callback, data=Stream(), max_steps=3, per_device_train_batch_size=2, ddp_backend="gloo"
+    )
+    run.train()
+    torch.save({"indices": callback.selection.indices, "seen": run.watch.seen}, folder / f"stream-{rank}")
     second = peftx.DonodCallback(keep=0.5, when="warmup", warmup_steps=3)  # of another selection: all refuse
     try:
         trainer(folder / "warmup", second, data=examples(39), ddp_backend="gloo").train()
         message = ""
     except ValueError as error:
         message = str(error)
-    bad = [{**row, "labels": row["labels"] + 60 * (i == 1)} for i, row in enumerate(examples(6))]
+    bad = [{**row, "labels": row["labels"] + 60 * (i == 4)} for i, row in enumerate(examples(6))]
     try:  # a sample that only one process sees
         trainer(folder / "bad", peftx.DonodCallback(), data=bad, ddp_backend="gloo").train()
         failure = ""
@@ -663,6 +739,14 @@ def test_two_processes_choose_as_one(two_processes: Path, tmp_path: Path, when: 
     assert json.loads((two_processes / when / "selection.json").read_text())["indices"] == first["indices"]
     if when == "start":
         assert set(first["seen"]) | set(second["seen"]) == set(first["indices"])
+
+
+def test_two_processes_train_on_a_stream(two_processes: Path, tmp_path: Path) -> None:
+    first, second = (torch.load(two_processes / f"stream-{rank}") for rank in range(2))
+    one = peftx.DonodCallback(keep=0.25)
+    trainer(tmp_path, one).get_train_dataloader()
+    assert first["indices"] == second["indices"] == one.selection.indices
+    assert set(first["seen"]) | set(second["seen"]) == set(one.selection.indices)
 
 
 def test_both_processes_tell_what_is_wrong(two_processes: Path) -> None:
