@@ -26,12 +26,13 @@ from .state import (
 )
 
 if TYPE_CHECKING:
+    from .accounting import BudgetExceeded, epsilon_spent
     from .apps import make_client_app, make_server_app
     from .checks import AuditEntry, Limits, admit
     from .grid import InProcessGrid, run_in_process
     from .local import LocalResult, LocalSettings, train_local
     from .partition import dirichlet_partition
-    from .privacy import BudgetExceeded, DPSpec, epsilon_spent
+    from .privacy import DPSpec
     from .strategy import FedSVDStrategy
 
 __all__ = [
