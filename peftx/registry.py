@@ -42,7 +42,8 @@ class MethodInfo:
         exact_gradient: whether the adapter's gradients are those of the output, not rescaled by a rule of the method.
         callback: the `TrainerCallback` that drives the method's training rule, where it has one.
         rank_fields: the config's fields that set the rank that is at work.
-        learning_rate: a rate at which the method learns with AdamW on the task of `peftx demo`.
+        learning_rate: a rate at which the method learns with AdamW on the task of `peftx demo`, and on SST-2 in
+            `peftx train`, where a new classifier learns at the same rate.
         tiny: config arguments that fit layers 10 to 32 wide.
         variants: name to config arguments of every mode that tests and benchmarks should cover.
     """

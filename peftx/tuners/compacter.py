@@ -271,7 +271,7 @@ def _is_norm(module: nn.Module) -> bool:
     lora_export="none",
     exact_start=False,
     tiny={"phm_dim": 2, "reduction_factor": 1},
-    learning_rate=3e-3,
+    learning_rate=1e-2,
 )
 class Compacter(Adapter):
     no_delta = "its nonlinear bottleneck reads the module's output, so no change of the weight equals it"

@@ -39,7 +39,8 @@ class FloraConfig(AdapterConfig):
         r_spatial: ranks of the kernel axes, where `r` does not list them. An int (default: 2) is an upper bound, since
             kernels of one model differ: an axis of size k has rank min(k, r_spatial). A list has an entry for each
             axis.
-        scale: the constant s. Default: 4.0 for convolutions and 1.0 for other layers, the paper's.
+        scale: the constant s. Default: 4.0 for convolutions, from the example configuration of the authors' code, which
+            has no default, and 1.0 for other layers, ours. The paper's value is not known.
         alpha: instead of `scale`, s = alpha / rank of the output mode, as in LoRA.
         init_scheme: the factors' start, for a mode of size n and rank r: `"paper"` N(0, 1 / (2 r)), whatever n
             (default); `"lora_like"` U(-1, 1) / sqrt(n) for A and U(-1, 1) / sqrt(r) for the others; `"gaussian"`

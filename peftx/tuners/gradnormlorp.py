@@ -56,6 +56,9 @@ class GradNormLoRPConfig(VariantConfig):
     stock DoRA under GaLore's AdamW. The summaries write a two-sided projection, the code has a one-sided one, as here.
     A row of zeros has no direction: it stays as it is until B moves it.
 
+    `r`, `lora_alpha` and `lora_dropout` default to PEFT's 8, 8 and 0; the authors run r = 8 with lora_alpha=16 and
+    lora_dropout=0.1.
+
     Args:
         use_dora: always true; PEFT reads from it how the magnitudes are saved.
         norm_grad: `"detached"` takes the norm for a constant in the backward, as DoRA, PEFT and the authors' code do;
@@ -63,7 +66,8 @@ class GradNormLoRPConfig(VariantConfig):
             product with W (a quantised one is dequantised again) in the backward.
         proj_rank: rank of the projected gradients of A and B, at least 1. Default: r // 2 of each module (ours: the
             authors run it at r or above, which projects nothing).
-        update_proj_gap: steps between two updates of the projection; default 200, as in the authors' code.
+        update_proj_gap: steps between two updates of the projection; default 200, that of the authors' optimizer class
+            (their command line has 50, their GLUE script passes 500).
         proj_scale: factor of the projected parameters' updates; default 1.0, as in the authors' code, which takes 4 at
             a learning rate of 3e-5 for GLUE.
         optim_bits: of the optimizer's moments, 8 or 32; default 8. All moments, also those of small tensors.

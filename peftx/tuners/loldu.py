@@ -156,7 +156,7 @@ def start(d: torch.Tensor, method: InitMethod) -> torch.Tensor:
     paper="arXiv:2410.13618",
     lora_export="exact",
     tiny={"r": 2},
-    learning_rate=5e-4,
+    learning_rate=2e-3,
 )
 class LoLDU(Adapter):
     z: nn.Parameter  # (r,)

@@ -162,7 +162,7 @@ def test_an_adapter_is_trained_saved_and_measured(files: Path, tmp_path: Path) -
     outcome = call("train", *arguments, "--method", "loldu", "--set", "r=4", "--eval-share", 0.2)
     assert outcome.exit_code == 0, (outcome.output, outcome.exception)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert outcome.stdout.startswith("loldu: 70 values, 2 steps at learning rate 0.0005, training loss")
+    assert outcome.stdout.startswith("loldu: 70 values, 2 steps at learning rate 0.002, training loss")
     assert outcome.stdout.endswith(f"{out}\n") and outcome.stdout.count("\n") == 1
     assert metrics["trained_values"] == {"adapter": 70, "whole_modules": 0} and metrics["steps"] == 2
     assert metrics["samples"] == {"train": 32, "trained_on": 32, "eval": 8}

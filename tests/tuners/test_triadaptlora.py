@@ -946,3 +946,40 @@ def test_an_untouched_core_scores_zero_in_bf16_too():
     model = get_peft_model(tiny_model("llama"), config).bfloat16()
     (layer, *_) = (m for m in model.modules() if isinstance(m, TriAdaptLoRALayer))
     assert layer.adapters["default"].score(1) == 0
+
+
+def orthogonality(model: nn.Module, weight: float) -> torch.Tensor:
+    """The penalty from its formula, with the active ranks."""
+    parts = []
+    for layer in layers_of(model).values():
+        adapter = layer.adapters["default"]
+        r = adapter.rank
+        A, B = adapter.A[:r], adapter.B[:, :r]
+        eye = torch.eye(r, dtype=A.dtype)
+        parts += [((A @ A.T - eye) ** 2).sum().sqrt(), ((B.T @ B - eye) ** 2).sum().sqrt()]
+    return weight * torch.stack(parts).sum() / len(parts)
+
+
+def test_the_penalty_is_the_mean_over_the_factors_at_their_active_ranks():
+    model = shake(get_peft_model(MLP().double(), config(orth_reg_weight=0.5)).double())
+    expected = orthogonality(model, 0.5)
+    torch.testing.assert_close(model.base_model.orthogonality_loss(), expected)
+    assert not get_peft_model(MLP(), config()).base_model.orthogonality_loss().requires_grad
+
+
+def test_the_callback_adds_the_gradient_of_the_penalty_to_what_is_there():
+    model = shake(get_peft_model(MLP().double(), config(orth_reg_weight=0.5)).double())
+    model(X.double()).square().mean().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.grad.clone() for p in trained]
+    peftx.TriAdaptCallback().on_pre_optimizer_step(None, None, None, model=model)
+    expected = torch.autograd.grad(orthogonality(model, 0.5), trained, allow_unused=True)
+    for parameter, old, gradient in zip(trained, before, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, old if gradient is None else old + gradient)
+    assert any(g is not None and g.any() for g in expected)
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_the_weight_of_the_penalty_is_finite_and_not_negative(weight):
+    with pytest.raises(ValueError, match="orth_reg_weight"):
+        config(orth_reg_weight=weight)

@@ -110,6 +110,12 @@ class TriAdaptLoRA(Adapter):
         A, CB = (factor.detach() for factor in self.factors())
         return A, self.scale * self.constant * CB.T
 
+    def defects(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """||A A^T - I||_F and ||B^T B - I||_F at the active rank, each (), at least in fp32."""
+        A, B = at_least_fp32(self.A[: self.rank]), at_least_fp32(self.B[:, : self.rank].T)
+        identity = torch.eye(self.rank, dtype=A.dtype, device=A.device)
+        return torch.linalg.matrix_norm(A @ A.T - identity), torch.linalg.matrix_norm(B @ B.T - identity)
+
     # Growth
 
     def check_growable(self, name: str) -> None:

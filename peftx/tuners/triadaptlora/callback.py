@@ -8,7 +8,15 @@ from typing import Any
 from transformers.trainer_callback import TrainerCallback
 
 from .config import TriAdaptLoRAConfig
-from .growth import check_unsharded, entry, found_driver, trained_adapters, tuner_of, update_and_grow
+from .growth import (
+    add_orthogonality_gradient,
+    check_unsharded,
+    entry,
+    found_driver,
+    trained_adapters,
+    tuner_of,
+    update_and_grow,
+)
 
 
 class TriAdaptCallback(TrainerCallback):
@@ -52,6 +60,9 @@ class TriAdaptCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for config in self._planned:  # the next training may have another length
             config.total_step = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        add_orthogonality_gradient(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if update_and_grow(model, state.global_step):

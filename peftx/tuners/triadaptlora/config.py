@@ -37,10 +37,13 @@ class TriAdaptLoRAConfig(AdapterConfig):
     the learning rate. Sharded parameters (FSDP, ZeRO-3) cannot grow.
 
     The paper's text could not be read: parameterisation, score and schedule are those of its first author's code. Ours
-    are: shells of single ranks whatever `growth_size`; the constant s, so that a growth changes no output (the code
-    has a constant 2 or, earlier, lora_alpha / r: `scale_by_current_rank`); new ranks that start as the first did; a
-    budget that is never exceeded; ties broken by the order of the modules; the defaults of `init_warmup` and
-    `growth_interval`, which are the 100 steps of IncreLoRA's code for small tasks, at 3000 steps.
+    are: the start of the core, L = I and U = 0 (the code: L = U = I, a core of 2 I); F_l divided by the rank (the code:
+    by the number of blocks that were added, which is the rank where they are single); no penalty on factors that are
+    not orthonormal (the code: 0.5, see `orth_reg_weight`); shells of single ranks whatever `growth_size`; the constant
+    s, so that a growth changes no output (the code has a constant 2 or, earlier, lora_alpha / r:
+    `scale_by_current_rank`); new ranks that start as the first did; a budget that is never exceeded; ties broken by the
+    order of the modules; the defaults of `init_warmup` and `growth_interval`, which are the 100 steps of IncreLoRA's
+    code for small tasks, at 3000 steps.
 
     Args:
         init_r: rank at the start; default 1.
@@ -63,6 +66,9 @@ class TriAdaptLoRAConfig(AdapterConfig):
             not before. Before (default), a module that has just grown scores low, since r divides its norm.
         rank_pattern: `{name or regex: rank}` for modules that have a rank of their own, which does not grow.
         seed: of the Gaussian entries of new ranks.
+        orth_reg_weight: factor of the penalty that the callback adds, the mean over all A and B of ||A A^T - I||_F and
+            ||B^T B - I||_F at their active ranks. Default 0, no penalty; the author's code has 0.5. Its gradient is
+            added after clipping; sharded parameters are refused.
         init_weights: `True` as `init` says; `False` with a random delta (tests).
 
     The other arguments and the errors raised are those of `peftx.AdapterConfig`.
@@ -101,6 +107,9 @@ class TriAdaptLoRAConfig(AdapterConfig):
     rebaseline_after_growth: bool = field(
         default=False, metadata={"help": "Compare the next score with the norm after a growth, not before it."}
     )
+    orth_reg_weight: Number = field(
+        default=0.0, metadata={"help": "Factor of the penalty on factors that are not orthonormal."}
+    )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Ranks of modules (name or regex) that do not grow."}
     )
@@ -121,6 +130,8 @@ class TriAdaptLoRAConfig(AdapterConfig):
             raise ValueError(f"init_r={self.init_r} is larger than target_r={self.target_r}: ranks only grow.")
         if self.max_rank is not None and self.max_rank < self.target_r:
             raise ValueError(f"max_rank={self.max_rank} is smaller than target_r={self.target_r}, the average rank.")
+        if self.orth_reg_weight < 0:
+            raise ValueError(f"`orth_reg_weight` must not be negative, got {self.orth_reg_weight}.")
         if not 0 < self.growth_end <= 1:
             raise ValueError(f"`growth_end` must be in (0, 1], got {self.growth_end}.")
         if not 0 <= self.lora_dropout < 1:

@@ -58,6 +58,10 @@ class GrowingModel(AdapterModel):
         """`update_and_grow` for this model."""
         return update_and_grow(self, step)
 
+    def orthogonality_loss(self) -> torch.Tensor:
+        """`orthogonality_loss` for this model."""
+        return orthogonality_loss(self)
+
     def _named(self, adapter_name: str | None) -> tuple[str, dict[str, TriAdaptLoRA]]:
         name = adapter_name or self.active_adapters[0]
         adapters = {key: layer.adapters[name] for key, layer in self._layers() if name in layer.adapters}
@@ -138,6 +142,34 @@ def update_and_grow(model: nn.Module, step: int) -> list[str]:
             names = set(_grow(adapters, config, step))
             grown.update(dict.fromkeys(name for name in adapters if name in names))
     return list(grown)
+
+
+def orthogonality_loss(model: nn.Module) -> torch.Tensor:
+    """The penalty on the adapters in training, (), at least in fp32: a term for the loss of an optimizer step.
+
+    For each adapter, orth_reg_weight times the mean over its A and B of ||A A^T - I||_F and ||B^T B - I||_F at the
+    active rank. `TriAdaptCallback` adds its gradient once for each optimizer step, after clipping.
+    """
+    tuner = tuner_of(model)
+    total = torch.zeros(())
+    for name, config in tuner.peft_config.items():
+        if isinstance(config, TriAdaptLoRAConfig) and config.orth_reg_weight:
+            parts = [part for adapter in trained_adapters(tuner, name).values() for part in adapter.defects()]
+            if parts:
+                mean = torch.stack([part.to(parts[0].device) for part in parts]).mean()
+                total = total.to(mean.device) + config.orth_reg_weight * mean
+    return total
+
+
+def add_orthogonality_gradient(model: nn.Module) -> None:
+    """Adds the gradient of `orthogonality_loss` to what is there; no backward hook (DDP's) sees it."""
+    loss = orthogonality_loss(model)
+    if not loss.requires_grad:
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+        if grad is not None and parameter.grad is not None:
+            parameter.grad.add_(grad)
 
 
 def tuner_of(model: nn.Module) -> Any:
