@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # what is imported when it is first used; `__getattr__` is hi
     from .hub import export_lora
     from .pruning import DonodCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ALLoRAConfig",
