@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from .source import problems, refuse
 
+WRAPPED = "_fsdp_wrapped_module."  # before the names in a model that FSDP wraps
 PREFIX = "base_model.model."  # of the names of a `PeftModel`'s layers, in files always
 CONTAINERS = (nn.ParameterDict, nn.ModuleDict, BufferDict)
 
@@ -34,7 +35,7 @@ def without_name(key: str, container: str, adapter_name: str) -> str | None:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        yield name.removeprefix("_fsdp_wrapped_module."), module
+        yield name.removeprefix(WRAPPED), module
 
 
 def saved(module: nn.Module, prefix: str, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
@@ -218,7 +219,8 @@ def _with_rest(
 def _biases(tuner: Any, model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
     if config.bias == "none":
         return {}
-    biases = {name: tensor for name, tensor in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    named = ((name.removeprefix(WRAPPED), tensor) for name, tensor in model.named_parameters())
+    biases = {name: tensor for name, tensor in named if name.rpartition(".")[2] == "bias"}
     return tuner._get_learnable_bias_state_dict(model, biases, config)
 
 

@@ -114,16 +114,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             for name in adapter.frozen:
                 adapter.get_parameter(name).requires_grad_(False)
 
-    @property
-    def scaling(self) -> dict[str, float]:
-        """The scales of the adapters by name, under PEFT's name for them; to be set as a whole."""
-        return {name: adapter.scale for name, adapter in self.adapters.items()}
-
-    @scaling.setter
-    def scaling(self, scales: dict[str, float]) -> None:
-        for name, scale in scales.items():
-            self.adapters[name].scale = scale
-
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiplies the adapter's delta by `scale` (initially 1)."""
         if adapter_name in self.adapters:

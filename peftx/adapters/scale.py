@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from .layer import AdapterLayer
+from .adapter import Adapter
 
 
 @contextmanager
@@ -25,14 +25,18 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not math.isfinite(multiplier):
         raise TypeError(f"`multiplier` must be a finite number, got {multiplier!r}.")
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, (AdapterLayer, LoraLayer))]
-    if not layers:
-        raise ValueError("The model has no layer with adapters whose scale could change.")
-    before = [dict(layer.scaling) for layer in layers]
+    adapters = {module: module.scale for module in model.modules() if isinstance(module, Adapter)}
+    layers: dict[Any, dict] = {layer: dict(layer.scaling) for layer in model.modules() if isinstance(layer, LoraLayer)}
+    if not adapters and not layers:
+        raise ValueError("The model has no adapter whose scale could change.")
     try:
-        for layer, scaling in zip(layers, before, strict=True):
+        for adapter, scale in adapters.items():
+            adapter.scale = scale * multiplier
+        for layer, scaling in layers.items():
             layer.scaling = {name: scale * multiplier for name, scale in scaling.items()}
         yield
     finally:
-        for layer, scaling in zip(layers, before, strict=True):
+        for adapter, scale in adapters.items():
+            adapter.scale = scale
+        for layer, scaling in layers.items():
             layer.scaling = scaling
