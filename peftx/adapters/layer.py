@@ -39,6 +39,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_cls: ClassVar[type[Adapter]]
+    by_site: ClassVar[dict[type[Site], type[AdapterLayer]]] = {}
 
     base_layer: nn.Module
 
@@ -62,6 +63,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def site_for(cls, base_layer: nn.Module, **quantization_kwargs: Any) -> Site:
         """The site that the method's adapters have on a layer; errors as for the class."""
         return site_of(base_layer, cls.adapter_cls.sites, **quantization_kwargs)
+
+    @classmethod
+    def over(cls, base_layer: nn.Module, **quantization_kwargs: Any) -> type[AdapterLayer]:
+        """The class of a layer over this one: PEFT's `"all-linear"` knows linear ones by the name of their class."""
+        return cls.by_site.get(type(cls.site_for(base_layer, **quantization_kwargs)), cls)
 
     @property
     def adapters(self) -> Any:

@@ -93,6 +93,11 @@ def model_of(
         adapter_cls=adapter_cls,
         adapter_layer_names=(f"{name}_adapter",),
     )
+    # `FloraLinear`, `FloraConv`, ...
+    layer.by_site = {
+        kind: made(kind.__name__.removesuffix("Site"), layer, f"{layer.__doc__[:-1]}, over {kind.shown}.")
+        for kind in adapter_cls.sites
+    }
     return made(
         "Model",
         tuner,

@@ -42,7 +42,7 @@ class CheckedTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             if "." in adapter_name or not adapter_name:
                 raise ValueError(f"An adapter's name becomes that of a module: it has no '.', got {adapter_name!r}.")
@@ -56,7 +56,7 @@ class CheckedTuner(BaseTuner):
         except Exception:
             files.take_out(model, adapter_name, self.tuner_layer_cls)
             self.peft_config.pop(adapter_name, None)
-            _restore(model, trained)
+            _restore(self, trained)
             raise
         finally:
             self._file = None
@@ -221,7 +221,8 @@ class AdapterModel(CheckedTuner):
             if isinstance(target, self.tuner_layer_cls):
                 target.update_layer(adapter_name, config)
                 return
-            layer = self.tuner_layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))
+            layer_cls = self.tuner_layer_cls.over(innermost(target), **get_quantization_kwargs(self))
+            layer = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
