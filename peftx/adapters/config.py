@@ -207,9 +207,10 @@ def _check_numbers(name: str, value: Any) -> None:
         if not math.isfinite(part):
             raise ValueError(f"`{name}` must be finite, got {value}.")
         if name in ("r", "rank_pattern") and part <= 0:
-            raise ValueError(f"`{name}` must be a positive integer, got {value}.")
-        if name in ("alpha", "lora_alpha", "alpha_pattern") and part <= 0:
-            raise ValueError(f"`{name}` must be positive, got {value}: the delta would stay zero, or be turned around.")
+            kind = "a positive integer" if name == "r" else "positive"
+            raise ValueError(f"`{name}` must be {kind}, got {value}.")
+        if name in ("alpha", "lora_alpha", "alpha_pattern") and part == 0:
+            raise ValueError(f"`{name}` must not be zero, got {value}: the delta would stay zero.")
         if name.endswith("dropout") and not 0 <= part < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
         if name in ("layers_to_transform", "trainable_token_indices") and part < 0:

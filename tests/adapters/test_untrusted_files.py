@@ -122,6 +122,7 @@ def test_a_refused_second_adapter_leaves_no_wrapper(case: Case, mlp: MLP, saved:
 
 
 HUGE = {
+    "krona": {"p": 10**6},
     "loldu": {"r": 10**9},
     "flora": {"r": 10**9},
     "compacter": {"phm_dim": 10**6},

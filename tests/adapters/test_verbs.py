@@ -77,7 +77,7 @@ def test_layers_are_replicated_but_not_merged(own: Case, tokens: torch.Tensor) -
         model.merge_and_unload()
 
 
-NUMBERS = [("alpha", math.nan), ("scale", math.inf), ("lora_alpha", math.nan), ("lora_alpha", -1), ("r", 0)]
+NUMBERS = [("alpha", math.nan), ("scale", math.inf), ("lora_alpha", math.nan), ("lora_alpha", 0), ("r", 0)]
 NUMBERS += [("lora_dropout", math.nan), ("lora_dropout", -0.5), ("lora_dropout", 1.0), ("flora_dropout", math.nan)]
 NUMBERS += [("rank_pattern", {"lin0": 0}), ("alpha_pattern", {"lin0": math.inf}), ("eta", math.nan)]
 NUMBERS += [

@@ -416,16 +416,23 @@ def test_a_mixed_model_is_refused_and_the_base_is_untouched(mlp):
 # 9, bad input
 
 
-@pytest.mark.parametrize(
-    ("options", "d", "b"),
-    [({"phm_dim": 3}, 16, 8), ({"phm_dim": 8, "reduction_factor": 4}, 16, 4), ({"reduction_factor": 32}, 16, 0)],
-)
-def test_sizes_that_do_not_divide_are_named(mlp, options, d, b):
-    config = peftx.CompacterConfig(**{**TINY, **options})
-    message = rf"COMPACTER cannot adapt the module 'lin0': phm_dim={config.phm_dim} .*d={d} .*= {b}, "
+@pytest.mark.parametrize("phm_dim", [3, 32])
+def test_a_size_that_does_not_divide_is_named(mlp, phm_dim):
+    config = peftx.CompacterConfig(**{**TINY, "phm_dim": phm_dim})
+    message = (
+        rf"COMPACTER cannot adapt the module 'lin0': phm_dim={phm_dim} does not divide d=16, .*; 1, 2, 4, 8, 16 do"
+    )
     with pytest.raises(ValueError, match=message):
         peft.get_peft_model(mlp, config)
     assert type(mlp.lin0) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "b"), [({"phm_dim": 8, "reduction_factor": 4}, 8), ({"reduction_factor": 32}, 2), ({}, 8)]
+)
+def test_a_bottleneck_is_a_multiple_of_phm_dim(mlp, options, b):
+    model = peft.get_peft_model(mlp, peftx.CompacterConfig(**{**TINY, **options}))
+    assert model.base_model.model.lin0.adapters["default"].down_bias.shape == (b,)
 
 
 class Block(nn.Module):

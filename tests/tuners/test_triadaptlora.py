@@ -432,7 +432,7 @@ def test_a_module_has_room_up_to_its_smaller_width(mlp: MLP) -> None:
         ({"growth_size": 0}, "`growth_size` must be positive"),
         ({"total_step": 0}, "`total_step` must be positive"),
         ({"target_total_rank": 0}, "`target_total_rank` must be positive"),
-        ({"lora_alpha": 0}, "`lora_alpha` must be positive"),
+        ({"lora_alpha": 0}, "`lora_alpha` must not be zero"),
         ({"init_warmup": -1}, "`init_warmup` must not be negative"),
         (
             {"init_warmup": 100, "total_step": 100},
