@@ -64,6 +64,11 @@ class Case:
 CASES = [Case(name, info, dict(kwargs)) for info in peftx.methods() for name, kwargs in info.variants.items()]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # PEFT's suite is thousands of tests: not even collected unless somebody asks for it.
+    return True if collection_path.name == "conformance" and config.option.markexpr.startswith("not") else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", CASES, ids=[case.name for case in CASES])

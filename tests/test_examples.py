@@ -95,7 +95,12 @@ SHOWS: dict[str, Callable[[str], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", SHOWS)
+QUICK = ("my_method", "federated/in_process")  # the others train real models
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHOWS]
+)
 def test_example(name, tmp_path):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])

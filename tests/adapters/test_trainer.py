@@ -57,6 +57,7 @@ def test_the_best_model_is_loaded_at_the_end(case: Case, tmp_path: Path) -> None
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames gradient checkpointing
 @pytest.mark.parametrize(
     "arguments",

@@ -840,6 +840,7 @@ def process(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_add_up(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, args=(tmp_path,), nprocs=2)
     for kind, when in SHARES:

@@ -23,7 +23,10 @@ def check(method: str, half: str) -> tuple[dict, list[str]]:
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp, "report.xml")
         log = subprocess.run(
-            [sys.executable, "-m", "pytest", HERE / HALVES[half], f"--junitxml={report}", "--tb=short"],
+            [
+                *(sys.executable, "-m", "pytest", HERE / HALVES[half], "-n", "0", "-m", "conformance"),
+                *(f"--junitxml={report}", "--tb=short"),
+            ],
             cwd=HERE.parent.parent,
             env={**os.environ, "CONFORMANCE": method},
             capture_output=True,

@@ -24,6 +24,7 @@ import jinja2
 import peft
 import pytest
 import torch
+from filelock import FileLock
 from peft.tuners.tuners_utils import BaseTuner
 
 import peftx
@@ -36,8 +37,10 @@ CACHE = Path(__file__).with_name(".cache")
 def fetch() -> Path:
     """The folder with the package `peft_suite`: downloaded once for each version of PEFT."""
     home = CACHE / f"peft-{peft.__version__}"
-    if not home.exists():
-        CACHE.mkdir(exist_ok=True)
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "lock"):  # several processes run tests
+        if home.exists():
+            return home
         with tempfile.TemporaryDirectory(dir=CACHE) as tmp:
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--dest", tmp]
             wanted = ["--no-deps", "--no-binary", "peft", f"peft=={peft.__version__}"]

@@ -145,6 +145,7 @@ def outcome(tiny_encoder, tmp_path_factory) -> run.Report:
     return outcome
 
 
+@pytest.mark.slow
 def test_every_method_runs_learns_and_survives_saving_and_merging(outcome):
     variants = [name for info in peftx.methods() for name in info.variants]
     assert [result.name for result in outcome.results] == ["lora", *variants]

@@ -726,6 +726,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["start", "warmup"])
 def test_two_processes_choose_as_one(two_processes: Path, tmp_path: Path, when: str) -> None:
     first, second = (torch.load(two_processes / f"{when}-{rank}") for rank in range(2))

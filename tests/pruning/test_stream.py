@@ -493,6 +493,7 @@ def process(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_samples(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, args=(tmp_path,), nprocs=2)
     (first, errors), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -603,6 +603,7 @@ def test_whose_loss_follows_the_number_of_items(model: str, wanted: bool) -> Non
 # Two processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama", "bert"])
 def test_two_processes_train_as_one(files: Path, tmp_path: Path, model: str) -> None:
     data = files / ("pairs.jsonl" if model == "llama" else "classes.jsonl")
@@ -709,6 +710,7 @@ def test_compare_at_equal_budget_tells_what_does_not_run(files: Path, tmp_path: 
     assert "peftx: prefix_tuning did not run: " in outcome.stderr
 
 
+@pytest.mark.slow
 def test_all_leaves_out_what_does_not_fit(files: Path, tmp_path: Path, here: list) -> None:
     given = ("--model", files / "llama", "--data", files / "pairs.jsonl", *SHORT, "--max-steps", 1, "--seeds", 1)
     given = (*given, "--rank", 2)
@@ -768,6 +770,7 @@ def test_a_seed_that_is_missing_is_told() -> None:
     assert "bone has 1 of 2 seeds" in notes and "over 2 seeds" in notes[0]
 
 
+@pytest.mark.slow
 def test_compare_in_processes_of_their_own(files: Path, tmp_path: Path) -> None:
     page = f"""
 model: {files / "llama"}

@@ -192,6 +192,7 @@ def test_what_cannot_be_refactorised_is_refused(A, B, message):
         federated.refactorize(A, B)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bits_and_needs_no_engine(tmp_path):
     inputs = dict(zip("AB", factors(96, 64, 8), strict=True))
     save_file(inputs, tmp_path / "inputs.safetensors")

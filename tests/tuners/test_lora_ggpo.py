@@ -879,6 +879,7 @@ def _ddp_process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_statistics_and_weights_but_not_noise(tmp_path):
     torch.multiprocessing.spawn(_ddp_process, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))

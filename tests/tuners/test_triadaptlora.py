@@ -889,6 +889,7 @@ def process(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_decide_alike(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, args=(tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
