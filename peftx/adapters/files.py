@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig
 
-from .source import problems, refuse
+from .source import PREFIX, Source, problems, refuse
 
-PREFIX = "base_model.model."  # of the names of a `PeftModel`'s layers, in files always
 CONTAINERS = (nn.ParameterDict, nn.ModuleDict, BufferDict)
 
 
@@ -68,10 +65,9 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from None
 
 
-def current(tuner: Any, header: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file by the keys of today, with the prefix that transformers may leave out."""
-    named = {key if key.startswith("base_model.") else PREFIX + key: tensor for key, tensor in header.items()}
-    return {tuner.current_key(key): tensor for key, tensor in named.items()}
+def current(tuner: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file by the keys of today."""
+    return {tuner.current_key(key): tensor for key, tensor in tensors.items()}
 
 
 class Opened:
@@ -79,15 +75,16 @@ class Opened:
 
     Args:
         tuner: of the adapter.
-        header: the file's tensors on the meta device.
+        source: the file.
 
     Attributes:
+        header: the file's tensors on the meta device.
         tensors: the same by the keys of today.
     """
 
-    def __init__(self, tuner: Any, header: dict[str, torch.Tensor]) -> None:
-        self.header = header
-        self.tensors = current(tuner, header)
+    def __init__(self, tuner: Any, source: Source) -> None:
+        self.source, self.header = source, source.header()
+        self.tensors = current(tuner, self.header)
         self._layers: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in self.tensors.items():
             layer, found, name = key.partition(f".{tuner.prefix}adapter.")
@@ -110,20 +107,21 @@ class Opened:
         return all(name in found and found[name].shape == tensor.shape for name, tensor in wanted.items())
 
 
-def check_header(tuner: Any, model: nn.Module, adapter_name: str, file: Opened, weights: Path | None) -> None:
-    """Compares a file with the adapter that was made for it: shapes and dtypes, or, of `weights`, the values too.
+def check_header(tuner: Any, model: nn.Module, adapter_name: str, file: Opened) -> None:
+    """Compares a file with the adapter that was made for it: shapes and dtypes, and where transformers loads it, which
+    asks nobody again, the values too.
 
     Raises:
-        ValueError: as for `check_tensors`, or, where transformers loads `weights` itself, keys of an earlier release.
+        ValueError: as for `check_tensors`, or, where transformers loads the file, keys of an earlier release.
     """
     method, config = tuner.peft_config[adapter_name].peft_type.value, tuner.peft_config[adapter_name]
     old = [key for key in file.header if tuner.current_key(key) != key]
-    if weights is not None and old:
+    if file.source.native and old:
         raise ValueError(
             f"The {method} adapter was written by an earlier release, with keys such as {old[0]!r}, which "
             "transformers' own `load_adapter` cannot rename. Load it by PeftModel.from_pretrained and save it again."
         )
-    tensors = {**file.tensors} if weights is None else current(tuner, load_file(weights))
+    tensors = current(tuner, file.source.tensors()) if file.source.native else {**file.tensors}
     expected: dict[str, torch.Tensor] = {}
     for name, module in named_modules(model):
         if isinstance(module, tuner.tuner_layer_cls):

@@ -185,6 +185,10 @@ class VariantModel(CheckedTuner, LoraModel):
         kwargs["loaded_in_4bit"] = isinstance(backend, Bnb4bitBackend)
         return with_rules(LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
 
+    def _copy_adapter(self, layer: Any, source: str, target: str) -> None:
+        if source in layer.scaling:
+            layer.scaling[target] = layer.scaling[source]
+
     def _make_rule(self, config: Any, layer: Any, adapter_name: str, key: str) -> Variant:
         return self.variant(config, key)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ from torch import nn
 
 from ..cards.adapter import keep_card
 from . import files
-from .source import read_header
+from .source import loading
 
 REFERENCE = "ref"  # the adapter that TRL's trainers add as a copy of the trained one
 
@@ -35,32 +36,28 @@ class CheckedTuner(BaseTuner):
     reference of a trained adapter in this way (DPO, KTO, GRPO, RLOO); it copies the parameters itself, but no buffers.
     """
 
-    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        # transformers' `load_adapter` injects by itself, and calls nothing of ours once it has read the file
-        self._native = not isinstance(peft_config, dict)
-        super().__init__(model, peft_config, *args, **kwargs)
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        source = loading(sys._getframe(1), adapter_name)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         try:
             if "." in adapter_name or not adapter_name:
                 raise ValueError(f"An adapter's name becomes that of a module: it has no '.', got {adapter_name!r}.")
-            if not config.source:
+            if source is None:
                 _refuse_experts(model, config)
-            weights = config.source.weights() if config.source else None
-            self._file = files.Opened(self, read_header(weights)) if weights else None
+            else:
+                self._file = files.Opened(self, source)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._file is not None:
-                files.check_header(self, model, adapter_name, self._file, weights if self._native else None)
-        except Exception:
+                files.check_header(self, model, adapter_name, self._file)
+        except BaseException:
             files.take_out(model, adapter_name, self.tuner_layer_cls)
             self.peft_config.pop(adapter_name, None)
-            _restore(model, trained)
+            _restore(self, trained)
             raise
         finally:
             self._file = None
-        if config.source and not self._native:
+        if source is not None and not source.native:
             config.trained = trained  # until the file has been read
         if adapter_name == REFERENCE:
             self._copy_reference(config)
@@ -75,8 +72,11 @@ class CheckedTuner(BaseTuner):
         source = next((name for name, other in self.peft_config.items() if other is config and name != REFERENCE), None)
         if source is not None:
             for _, layer in self._layers():
-                if hasattr(layer, "copy_adapter"):
-                    layer.copy_adapter(source, REFERENCE)
+                self._copy_adapter(layer, source, REFERENCE)
+
+    def _copy_adapter(self, layer: Any, source: str, target: str) -> None:
+        """Gives `target` all of `source` that is no parameter."""
+        raise NotImplementedError
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -111,7 +111,6 @@ class CheckedTuner(BaseTuner):
                 _forget_config(model, adapter_name)
                 _restore(model, trained)
             raise
-        config.__dict__.pop("source", None)
         return remapped
 
     @classmethod
@@ -225,6 +224,9 @@ class AdapterModel(CheckedTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def _copy_adapter(self, layer: Any, source: str, target: str) -> None:
+        layer.copy_adapter(source, target)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.layer_replication:
