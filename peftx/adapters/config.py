@@ -168,6 +168,8 @@ def _check_numbers(name: str, value: Any) -> None:
             _check_numbers(name, part)
         if isinstance(part, bool) or not isinstance(part, int | float):
             continue
+        if isinstance(part, int) and abs(part) >= 2**63:
+            raise ValueError(f"`{name}` must be less than 2**63, got an integer of {part.bit_length()} bits.")
         if not math.isfinite(part):
             raise ValueError(f"`{name}` must be finite, got {value}.")
         if name in ("r", "rank_pattern") and part <= 0:
@@ -176,7 +178,7 @@ def _check_numbers(name: str, value: Any) -> None:
             raise ValueError(f"`{name}` must be positive, got {value}: the delta would stay zero, or be turned around.")
         if name.endswith("dropout") and not 0 <= part < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
-        if name in ("layers_to_transform", "trainable_token_indices") and part < 0:
+        if name in ("layers_to_transform", "trainable_token_indices", "layer_replication") and part < 0:
             raise ValueError(f"`{name}` must not be negative, got {value}.")
 
 

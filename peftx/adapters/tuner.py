@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba, replicate_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    onload_layer,
+    replicate_layers,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -175,6 +181,14 @@ class CheckedTuner(BaseTuner):
     def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
         """Raises ValueError where merging these adapters (default: the active ones) would give NaNs or infinities."""
         raise NotImplementedError
+
+    def disable_adapter_layers(self) -> None:
+        # PEFT's layers unmerge when they are called next, where a weight that accelerate offloads cannot be written.
+        for _, layer in self._layers():
+            if layer.merged and any(hasattr(module, "_hf_hook") for module in layer.modules()):
+                with onload_layer(layer):
+                    layer.unmerge()
+        super().disable_adapter_layers()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:  # all layers are checked before the first is written
