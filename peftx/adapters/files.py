@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig
@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from .source import PREFIX, Source, problems, refuse
 
 CONTAINERS = (nn.ParameterDict, nn.ModuleDict, BufferDict)
+WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def belongs_to(key: str, prefix: str) -> bool:
@@ -258,20 +259,35 @@ def forget(layer: Any, adapter_name: str) -> None:
             del getattr(layer, name)[adapter_name]
 
 
-def take_out(model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
-    """Removes one adapter from all layers and heads, and the wrappers that hold no other adapter."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, layer_cls):
-            forget(layer, adapter_name)
-            if layer._all_available_adapter_names():
+class Before:
+    """What a model is before an adapter is made, to be so again where that fails.
+
+    Attributes:
+        wrappers: layers and heads that are wrapped.
+        trained: parameters that require gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.wrappers = {module for module in model.modules() if isinstance(module, WRAPPERS)}
+        self.trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+    def restore(self, model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
+        """Removes the adapter from all layers and heads, and the wrappers that were made for it."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, layer_cls):
+                forget(layer, adapter_name)
+                if layer in self.wrappers or layer._all_available_adapter_names():
+                    continue
+                inner = layer.base_layer
+            elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
+                layer.delete_adapter(adapter_name, [name for name in layer.active_adapters if name != adapter_name])
+                if layer in self.wrappers or layer._adapters:
+                    continue
+                inner = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            else:
                 continue
-            inner = layer.base_layer
-        elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
-            layer.delete_adapter(adapter_name, [name for name in layer.active_adapters if name != adapter_name])
-            if layer._adapters:
-                continue
-            inner = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-        else:
-            continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, inner)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, inner)
+        for parameter in model.parameters():
+            if parameter.is_leaf and parameter.requires_grad != (parameter in self.trained):
+                parameter.requires_grad_(parameter in self.trained)

@@ -45,7 +45,7 @@ class CheckedTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
         source = loading(sys._getframe(1), adapter_name)
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        before = files.Before(self)
         try:
             if "." in adapter_name or not adapter_name:
                 raise ValueError(f"An adapter's name becomes that of a module: it has no '.', got {adapter_name!r}.")
@@ -57,14 +57,13 @@ class CheckedTuner(BaseTuner):
             if self._file is not None:
                 files.check_header(self, model, adapter_name, self._file)
         except BaseException:
-            files.take_out(model, adapter_name, self.tuner_layer_cls)
+            before.restore(self, adapter_name, self.tuner_layer_cls)
             self.peft_config.pop(adapter_name, None)
-            _restore(self, trained)
             raise
         finally:
             self._file = None
         if source is not None and not source.native:
-            config.trained = trained  # until the file has been read
+            config.before = before  # until the file has been read
         if adapter_name == REFERENCE:
             self._copy_reference(config)
 
@@ -106,16 +105,15 @@ class CheckedTuner(BaseTuner):
         Raises:
             ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
         """
-        trained = config.__dict__.pop("trained", None)
+        before = config.__dict__.pop("before", None)
         try:
             state_dict = {cls.current_key(key): tensor for key, tensor in state_dict.items()}
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             files.check_tensors(cls, model, config, adapter_name, remapped)
         except Exception:
-            if trained is not None:
-                files.take_out(model, adapter_name, cls.tuner_layer_cls)
+            if before is not None:
+                before.restore(model, adapter_name, cls.tuner_layer_cls)
                 _forget_config(model, adapter_name)
-                _restore(model, trained)
             raise
         return remapped
 
@@ -345,14 +343,6 @@ def _refuse_experts(model: nn.Module, config: Any) -> None:
             "adapt the other targets alone. Leave those names out to do just that, or use PEFT's LoRA, which adapts "
             f"{', '.join(sorted(lora.target_parameters))}."
         )
-
-
-def _restore(model: nn.Module, trained: list[nn.Parameter]) -> None:
-    """Makes the parameters trainable that were so, and no other."""
-    known = set(map(id, trained))
-    for parameter in model.parameters():
-        if parameter.is_leaf and parameter.requires_grad != (id(parameter) in known):
-            parameter.requires_grad_(id(parameter) in known)
 
 
 def _forget_config(model: Any, adapter_name: str) -> None:

@@ -191,6 +191,16 @@ def test_keys_may_be_mapped(case: Case, mlp: MLP, saved: Path) -> None:
     assert torch.equal(loaded(x), wanted(x))
 
 
+def test_wrappers_without_an_adapter_stay(case: Case, mlp: MLP, saved: Path) -> None:
+    model = peft.PeftModel.from_pretrained(mlp, saved)
+    model.add_adapter("second", case.config(target_modules=["lin0"]))
+    model.delete_adapter("default")
+    edit(saved, nan_head)
+    with unchanged(model), pytest.raises(ValueError, match="does not fit"):
+        model.load_adapter(saved, "third")
+    assert model.active_adapters == ["second"]
+
+
 HUGE = {
     "loldu": {"r": 10**9},
     "flora": {"r": 10**9},
