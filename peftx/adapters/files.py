@@ -152,6 +152,7 @@ def check_tensors(
         ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
     """
     expected: dict[str, torch.Tensor] = {}
+    heads: dict[str, str] = {}  # their keys in the file
     for name, module in named_modules(model):
         if isinstance(module, tuner_cls.tuner_layer_cls):
             keys = {part: key for part, (key, _) in saved(module, name, adapter_name).items()}
@@ -161,16 +162,16 @@ def check_tensors(
             expected |= dict(saved(module, name, adapter_name).values())
         elif isinstance(module, AuxiliaryTrainingWrapper):
             state = module.state_dict(keep_vars=True)
-            expected |= {
-                f"{name}.{key}": state[key] for key in module.adapter_state_dict_load_map(adapter_name).values()
-            }
+            targets = module.adapter_state_dict_load_map(adapter_name)
+            heads |= {f"{name}.{target}": f"{name}.{key}" for key, target in targets.items()}
+            expected |= {f"{name}.{target}": state[target] for target in targets.values()}
     has_prefix = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
     found = {key if has_prefix else key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     biases, embeddings = _biases(tuner_cls, model, config), _embeddings(model, config)
     expected, found, known = _with_rest(expected, found, biases, embeddings)
 
     def shown(key: str) -> str:
-        return tuner_cls._remove_adapter_name_from_key(key, adapter_name)
+        return heads.get(key) or tuner_cls._remove_adapter_name_from_key(key, adapter_name)
 
     named = {shown(key): tensor for key, tensor in expected.items()}
     refuse(

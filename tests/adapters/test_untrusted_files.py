@@ -191,6 +191,12 @@ def test_keys_may_be_mapped(case: Case, mlp: MLP, saved: Path) -> None:
     assert torch.equal(loaded(x), wanted(x))
 
 
+def test_an_error_names_the_keys_of_the_file(case: Case, mlp: MLP, saved: Path) -> None:
+    edit(saved, nan_head)
+    with unchanged(mlp), pytest.raises(ValueError, match=r"base_model\.model\.head\.bias: found values that are not"):
+        peft.PeftModel.from_pretrained(mlp, saved)
+
+
 def test_wrappers_without_an_adapter_stay(case: Case, mlp: MLP, saved: Path) -> None:
     model = peft.PeftModel.from_pretrained(mlp, saved)
     model.add_adapter("second", case.config(target_modules=["lin0"]))
