@@ -6,11 +6,9 @@ import dataclasses
 import inspect
 import math
 import re
-import sys
 import typing
 from functools import cache
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import type_validator
@@ -19,25 +17,16 @@ from peft.utils.other import get_pattern_key
 
 from ..cards.adapter import complete_card
 from ..registry import info_of
-from .source import Source
 
 Names = list[str] | set[str] | tuple[str, ...] | str
 Number = int | float
-HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 class FileConfig(PeftConfig):
     """What the configs of both families add to PEFT's: types and numbers are checked, and the model card of a saved
     adapter says how to load it, and what it is.
-
-    A config that is read by `from_pretrained` remembers where it comes from: an adapter that is made for a file is
-    compared with it before memory is taken, and leaves the model again where it does not fit.
-
-    Raises:
-        ValueError: the weights beside a config that is read are truncated, no safetensors file, or no file at all.
     """
 
-    source: Any = None  # the file of a config that was read and whose weights are yet to be loaded
     # types of fields that PEFT defines and does not check
     inherited: ClassVar[dict[str, Any]] = {}
 
@@ -47,16 +36,6 @@ class FileConfig(PeftConfig):
         _check_values(self)
         super().__post_init__()
         self.peft_type = peft_type
-        # transformers reads configs by PEFT's base class, which tells nobody from where.
-        self.source = reader(sys._getframe(1))
-        if self.source is not None:
-            self.source.check()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # `get_peft_model` and `add_adapter` name the model they put a new adapter on; whoever loads a file does not.
-        if name == "base_model_name_or_path":
-            self.__dict__.pop("source", None)
-        super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As in PEFT; a model card beside it is filled in, see `complete_card`."""
@@ -64,21 +43,6 @@ class FileConfig(PeftConfig):
         card = Path(save_directory, "README.md")
         if card.is_file():
             complete_card(card, self)
-
-
-def reader(frame: FrameType | None) -> Source | None:
-    """Where `PeftConfig.from_pretrained`, if it is at work further up the stack, reads a config."""
-    code = PeftConfig.from_pretrained.__func__.__code__  # type: ignore[attr-defined]
-    for _ in range(8):  # dataclass, from_peft_type (twice with unknown fields), from_pretrained
-        if frame is None:
-            return None
-        if frame.f_code is code:
-            found = frame.f_locals
-            options = {key: found["hf_hub_download_kwargs"].get(key) for key in HUB_OPTIONS}
-            options = {key: value for key, value in options.items() if value is not None}
-            return Source(str(found["pretrained_model_name_or_path"]), {"subfolder": found["subfolder"], **options})
-        frame = frame.f_back
-    return None
 
 
 @dataclasses.dataclass
@@ -204,6 +168,8 @@ def _check_numbers(name: str, value: Any) -> None:
             _check_numbers(name, part)
         if isinstance(part, bool) or not isinstance(part, int | float):
             continue
+        if isinstance(part, int) and abs(part) >= 2**63:
+            raise ValueError(f"`{name}` must be less than 2**63, got an integer of {part.bit_length()} bits.")
         if not math.isfinite(part):
             raise ValueError(f"`{name}` must be finite, got {value}.")
         if name in ("r", "rank_pattern") and part <= 0:
@@ -213,7 +179,7 @@ def _check_numbers(name: str, value: Any) -> None:
             raise ValueError(f"`{name}` must not be zero, got {value}: the delta would stay zero.")
         if name.endswith("dropout") and not 0 <= part < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
-        if name in ("layers_to_transform", "trainable_token_indices") and part < 0:
+        if name in ("layers_to_transform", "trainable_token_indices", "layer_replication") and part < 0:
             raise ValueError(f"`{name}` must not be negative, got {value}.")
 
 

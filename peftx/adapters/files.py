@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig
 
-from .source import problems, refuse
+from .source import PREFIX, Source, problems, refuse
 
 WRAPPED = "_fsdp_wrapped_module."  # before the names in a model that FSDP wraps
-PREFIX = "base_model.model."  # of the names of a `PeftModel`'s layers, in files always
 CONTAINERS = (nn.ParameterDict, nn.ModuleDict, BufferDict)
+WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def belongs_to(key: str, prefix: str) -> bool:
@@ -69,10 +67,9 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from None
 
 
-def current(tuner: Any, header: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file by the keys of today, with the prefix that transformers may leave out."""
-    named = {key if key.startswith("base_model.") else PREFIX + key: tensor for key, tensor in header.items()}
-    return {tuner.current_key(key): tensor for key, tensor in named.items()}
+def current(tuner: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file by the keys of today."""
+    return {tuner.current_key(key): tensor for key, tensor in tensors.items()}
 
 
 class Opened:
@@ -80,15 +77,16 @@ class Opened:
 
     Args:
         tuner: of the adapter.
-        header: the file's tensors on the meta device.
+        source: the file.
 
     Attributes:
+        header: the file's tensors on the meta device.
         tensors: the same by the keys of today.
     """
 
-    def __init__(self, tuner: Any, header: dict[str, torch.Tensor]) -> None:
-        self.header = header
-        self.tensors = current(tuner, header)
+    def __init__(self, tuner: Any, source: Source) -> None:
+        self.source, self.header = source, source.header()
+        self.tensors = current(tuner, self.header)
         self._layers: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in self.tensors.items():
             layer, found, name = key.partition(f".{tuner.prefix}adapter.")
@@ -111,20 +109,21 @@ class Opened:
         return all(name in found and found[name].shape == tensor.shape for name, tensor in wanted.items())
 
 
-def check_header(tuner: Any, model: nn.Module, adapter_name: str, file: Opened, weights: Path | None) -> None:
-    """Compares a file with the adapter that was made for it: shapes and dtypes, or, of `weights`, the values too.
+def check_header(tuner: Any, model: nn.Module, adapter_name: str, file: Opened) -> None:
+    """Compares a file with the adapter that was made for it: shapes and dtypes, and where transformers loads it, which
+    asks nobody again, the values too.
 
     Raises:
-        ValueError: as for `check_tensors`, or, where transformers loads `weights` itself, keys of an earlier release.
+        ValueError: as for `check_tensors`, or, where transformers loads the file, keys of an earlier release.
     """
     method, config = tuner.peft_config[adapter_name].peft_type.value, tuner.peft_config[adapter_name]
     old = [key for key in file.header if tuner.current_key(key) != key]
-    if weights is not None and old:
+    if file.source.native and old:
         raise ValueError(
             f"The {method} adapter was written by an earlier release, with keys such as {old[0]!r}, which "
             "transformers' own `load_adapter` cannot rename. Load it by PeftModel.from_pretrained and save it again."
         )
-    tensors = {**file.tensors} if weights is None else current(tuner, load_file(weights))
+    tensors = current(tuner, file.source.tensors()) if file.source.native else {**file.tensors}
     expected: dict[str, torch.Tensor] = {}
     for name, module in named_modules(model):
         if isinstance(module, tuner.tuner_layer_cls):
@@ -154,6 +153,7 @@ def check_tensors(
         ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
     """
     expected: dict[str, torch.Tensor] = {}
+    heads: dict[str, str] = {}  # their keys in the file
     for name, module in named_modules(model):
         if isinstance(module, tuner_cls.tuner_layer_cls):
             keys = {part: key for part, (key, _) in saved(module, name, adapter_name).items()}
@@ -163,21 +163,25 @@ def check_tensors(
             expected |= dict(saved(module, name, adapter_name).values())
         elif isinstance(module, AuxiliaryTrainingWrapper):
             state = module.state_dict(keep_vars=True)
-            expected |= {
-                f"{name}.{key}": state[key] for key in module.adapter_state_dict_load_map(adapter_name).values()
-            }
+            targets = module.adapter_state_dict_load_map(adapter_name)
+            heads |= {f"{name}.{target}": f"{name}.{key}" for key, target in targets.items()}
+            expected |= {f"{name}.{target}": state[target] for target in targets.values()}
     has_prefix = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
     found = {key if has_prefix else key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     biases, embeddings = _biases(tuner_cls, model, config), _embeddings(model, config)
     expected, found, known = _with_rest(expected, found, biases, embeddings)
 
     def shown(key: str) -> str:
-        return tuner_cls._remove_adapter_name_from_key(key, adapter_name)
+        return heads.get(key) or tuner_cls._remove_adapter_name_from_key(key, adapter_name)
 
     named = {shown(key): tensor for key, tensor in expected.items()}
     refuse(
         config.peft_type.value,
-        problems(named, {shown(key): tensor for key, tensor in found.items()}, {*map(shown, known)}),
+        problems(
+            named,
+            {shown(key): tensor for key, tensor in found.items()},
+            {tuner_cls._remove_adapter_name_from_key(key, adapter_name) for key in known},
+        ),
     )
 
 
@@ -262,20 +266,35 @@ def forget(layer: Any, adapter_name: str) -> None:
             del getattr(layer, name)[adapter_name]
 
 
-def take_out(model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
-    """Removes one adapter from all layers and heads, and the wrappers that hold no other adapter."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, layer_cls):
-            forget(layer, adapter_name)
-            if layer._all_available_adapter_names():
+class Before:
+    """What a model is before an adapter is made, to be so again where that fails.
+
+    Attributes:
+        wrappers: layers and heads that are wrapped.
+        trained: parameters that require gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.wrappers = {module for module in model.modules() if isinstance(module, WRAPPERS)}
+        self.trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+    def restore(self, model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
+        """Removes the adapter from all layers and heads, and the wrappers that were made for it."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, layer_cls):
+                forget(layer, adapter_name)
+                if layer in self.wrappers or layer._all_available_adapter_names():
+                    continue
+                inner = layer.base_layer
+            elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
+                layer.delete_adapter(adapter_name, [name for name in layer.active_adapters if name != adapter_name])
+                if layer in self.wrappers or layer._adapters:
+                    continue
+                inner = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            else:
                 continue
-            inner = layer.base_layer
-        elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
-            layer.delete_adapter(adapter_name, [name for name in layer.active_adapters if name != adapter_name])
-            if layer._adapters:
-                continue
-            inner = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-        else:
-            continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, inner)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, inner)
+        for parameter in model.parameters():
+            if parameter.is_leaf and parameter.requires_grad != (parameter in self.trained):
+                parameter.requires_grad_(parameter in self.trained)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import (
     Bnb4bitBackend,
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import files
 from .config import FileConfig, Names, Number
-from .lora_layers import VariantLinear
+from .lora_layers import VariantEmbedding, VariantLinear
 from .products import accumulate, onloaded, unobserved
 from .sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from .sites.site import unsupported
@@ -59,6 +59,10 @@ class VariantConfig(FileConfig, LoraConfig):
         "layers_pattern": list[str] | str | None,
         "rank_pattern": dict[str, int],
         "alpha_pattern": dict[str, Number],
+        "trainable_token_indices": list[int] | dict[str, list[int]] | None,
+        "layer_replication": list[tuple[int, int] | list[int]] | None,
+        "ensure_weight_tying": bool,
+        "qalora_group_size": int,
     }
 
     # options of LoRA that the method cannot be combined with
@@ -185,6 +189,10 @@ class VariantModel(CheckedTuner, LoraModel):
         kwargs["loaded_in_4bit"] = isinstance(backend, Bnb4bitBackend)
         return with_rules(LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
 
+    def _copy_adapter(self, layer: Any, source: str, target: str) -> None:
+        if source in layer.scaling:
+            layer.scaling[target] = layer.scaling[source]
+
     def _make_rule(self, config: Any, layer: Any, adapter_name: str, key: str) -> Variant:
         return self.variant(config, key)
 
@@ -219,9 +227,11 @@ class VariantModel(CheckedTuner, LoraModel):
 
 
 def with_rules(layer: Any) -> Any:
-    """`layer`, as one of our own layers if it is one of PEFT's over a linear layer."""
+    """`layer`, as one of our own layers if it is one of PEFT's over a linear layer or an embedding."""
     if type(layer) is Linear:
         layer.__class__ = VariantLinear
+    elif type(layer) is Embedding:
+        layer.__class__ = VariantEmbedding
     elif isinstance(layer, LoraLayer) and type(layer).__module__.endswith("lora.bnb"):
         from .lora_bnb import LAYERS  # needs bitsandbytes
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Embedding, Linear
+
+from .products import onloaded
 
 
 class VariantLayer:
@@ -23,3 +25,11 @@ class VariantLayer:
 
 class VariantLinear(VariantLayer, Linear):
     """PEFT's LoRA layer over nn.Linear or transformers' Conv1D."""
+
+
+class VariantEmbedding(Embedding):
+    """PEFT's LoRA layer over nn.Embedding; nobody calls the containers of its factors, so it fetches offloaded ones."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with onloaded(self.lora_embedding_A, self.lora_embedding_B):
+            return super().forward(*args, **kwargs)

@@ -1,19 +1,29 @@
-"""The file of an adapter that a config was read from: what is in it, before anything is made for it."""
+"""What an adapter is being made for: the file, or the tensors, that a loader is about to put into it."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Mapping
+import inspect
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.integrations.peft import PeftAdapterMixin
 
+PREFIX = "base_model.model."  # of the names of a `PeftModel`'s layers, in files always
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -21,57 +31,129 @@ DTYPES |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.
 
 @dataclass
 class Source:
-    """Where a config was read from; the adapter's weights lie beside it.
+    """Where a loader takes an adapter's tensors from.
 
     Attributes:
         folder: here, or a repository on the Hub.
         options: `subfolder` and what else `hf_hub_download` needs.
+        names: of the files, in the order in which the loader looks for them.
+        given: the tensors themselves, where there is no file.
+        native: whether transformers loads it, which calls nothing of ours once an adapter is made.
+        rename: what the loader makes of a key, without the prefix of PEFT's models.
     """
 
     folder: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
+    names: tuple[str, ...] = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    given: Mapping[str, torch.Tensor] | None = None
+    native: bool = False
+    rename: Callable[[str], str] = str
+    _path: Path | None = field(default=None, init=False)
 
     @property
-    def local(self) -> Path | None:
-        """The folder, where it is one of this machine."""
-        folder = Path(self.folder)
-        return folder / (self.options.get("subfolder") or "") if folder.exists() else None
-
-    def check(self) -> None:
-        """Raises ValueError where the weights of a local folder are no whole file, whatever else they are."""
-        if self.local is None:
-            return
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-            path = self.local / name
-            if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-                raise ValueError(f"{path} is not a regular file. Save or download the adapter again.")
-        weights = self.local / SAFETENSORS_WEIGHTS_NAME
-        if weights.is_file():
-            read_header(weights)
-
-    def weights(self) -> Path | None:
-        """The safetensors file; None where the adapter has another kind, or cannot be reached.
+    def path(self) -> Path:
+        """The file, downloaded if need be.
 
         Raises:
-            ValueError: a local folder without weights.
+            ValueError: there is none, or it is no regular file.
         """
-        if self.local is not None:
-            path = self.local / SAFETENSORS_WEIGHTS_NAME
-            if path.is_file():
-                return path
-            if (self.local / WEIGHTS_NAME).is_file():
-                return None
-            raise ValueError(
-                f"{self.local} has a config but no weights ({SAFETENSORS_WEIGHTS_NAME}), nothing was loaded. Save or "
-                "download the adapter again; to train a new one with this config, pass it to `get_peft_model`."
-            )
-        try:
-            return Path(hf_hub_download(self.folder, SAFETENSORS_WEIGHTS_NAME, **self.options))
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
-            return None  # PEFT or transformers, which load it next, say why
+        if self._path is None:
+            self._path = self._find()
+        return self._path
+
+    def _find(self) -> Path:
+        local = Path(self.folder, self.options.get("subfolder") or "")
+        names = self.names
+        missing: Exception | None = None
+        if Path(self.folder).exists():
+            names = names[:1] if self.native else names  # transformers looks for the other one on the Hub only
+            for path in (local / name for name in names):
+                if path.is_file():
+                    return path
+                if path.exists():  # opening a pipe would wait for ever
+                    raise ValueError(f"{path} is not a regular file. Save or download the adapter again.")
+        else:
+            for name in names:
+                try:
+                    return Path(hf_hub_download(self.folder, name, **self.options))
+                except EntryNotFoundError as error:
+                    missing = error
+        raise ValueError(
+            f"{local} has a config but no weights ({names[0]}), nothing was loaded. Save or download the adapter "
+            "again; to train a new one with this config, pass it to `get_peft_model`."
+        ) from missing
+
+    def header(self) -> dict[str, torch.Tensor]:
+        """The tensors on the meta device: shapes and dtypes; errors as for `path`, or those of a broken file."""
+        if self.given is not None:
+            return self._named({key: tensor.to("meta") for key, tensor in checked(self.given).items()})
+        read = read_header if self.path.suffix == ".safetensors" else read_pickle
+        return self._named(read(self.path))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors with their values; errors as for `header`."""
+        if self.given is not None:
+            return self._named(self.given)
+        return self._named(
+            load_file(self.path) if self.path.suffix == ".safetensors" else read_pickle(self.path, "cpu")
+        )
+
+    def _named(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # transformers may leave the prefix out; what the layers share is the tuner's own, without it
+        own = {key for key in tensors if key.startswith("base_model.") and not key.startswith(PREFIX)}
+        return {
+            key if key in own else PREFIX + self.rename(key.removeprefix(PREFIX)): tensor
+            for key, tensor in tensors.items()
+        }
 
 
-def read_header(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def loading(frame: FrameType | None, adapter_name: str) -> Source | None:
+    """What a loader at work up the stack is about to put into the adapter; None where it is made to be trained."""
+    while frame is not None:
+        reader = LOADERS.get(frame.f_code)
+        if reader is not None and frame.f_locals["adapter_name"] == adapter_name:
+            return reader(frame.f_locals)
+        frame = frame.f_back
+    return None
+
+
+def _of_peft(found: Mapping[str, Any]) -> Source:
+    mapping = found["key_mapping"] or {}
+
+    def rename(key: str) -> str:
+        changed = (re.subn(pattern, replacement, key) for pattern, replacement in mapping.items())
+        return next((new for new, count in changed if count), key)
+
+    options = found.get("hf_hub_download_kwargs", found["kwargs"])
+    return Source(str(found["model_id"]), _hub_options(options), rename=rename)
+
+
+def _of_transformers(found: Mapping[str, Any]) -> Source:
+    load, renamings = found["load_config"], [c for c in found["weight_conversions"] if isinstance(c, WeightRenaming)]
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    return Source(
+        str(found["peft_model_id"]),
+        _hub_options(load.download_kwargs),
+        names=names[::-1] if load.use_safetensors is False else names,
+        given=found["adapter_state_dict"],
+        native=True,
+        rename=lambda key: rename_source_key(key, renamings, [])[0],
+    )
+
+
+def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+
+
+# The loaders, by their code: no argument of theirs says to a tuner that what it makes will be overwritten.
+LOADERS: dict[Any, Callable[[Mapping[str, Any]], Source]] = {
+    inspect.unwrap(PeftModel.from_pretrained).__code__: _of_peft,
+    inspect.unwrap(PeftModel.load_adapter).__code__: _of_peft,
+    inspect.unwrap(PeftAdapterMixin.load_adapter).__code__: _of_transformers,
+}
+
+
+def read_header(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file by name, on the meta device: shapes and dtypes.
 
     Raises:
@@ -88,6 +170,31 @@ def read_header(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}). Save or download the adapter again."
         ) from error
+
+
+def read_pickle(path: Path, device: str = "meta") -> dict[str, torch.Tensor]:
+    """The tensors of a file of `torch.save` by name; nothing in it is run.
+
+    Raises:
+        ValueError: it is truncated, or holds something else.
+    """
+    try:
+        return checked(torch.load(path, map_location=device, weights_only=True))
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no complete file of tensors by name ({str(error).partition(chr(10))[0]}). Save or download the "
+            "adapter again."
+        ) from error
+
+
+def checked(tensors: Any) -> dict[str, torch.Tensor]:
+    """`tensors`, or ValueError where it is something else than tensors by name."""
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"found {type(tensors).__name__}, expected tensors by name")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{key}: found {type(tensor).__name__}, expected a tensor")
+    return dict(tensors)
 
 
 def problems(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba, replicate_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    onload_layer,
+    replicate_layers,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -19,7 +26,7 @@ from torch import nn
 
 from ..cards.adapter import keep_card
 from . import files
-from .source import read_header
+from .source import loading
 
 REFERENCE = "ref"  # the adapter that TRL's trainers add as a copy of the trained one
 
@@ -35,33 +42,28 @@ class CheckedTuner(BaseTuner):
     reference of a trained adapter in this way (DPO, KTO, GRPO, RLOO); it copies the parameters itself, but no buffers.
     """
 
-    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        # transformers' `load_adapter` injects by itself, and calls nothing of ours once it has read the file
-        self._native = not isinstance(peft_config, dict)
-        super().__init__(model, peft_config, *args, **kwargs)
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        source = loading(sys._getframe(1), adapter_name)
+        before = files.Before(self)
         try:
             if "." in adapter_name or not adapter_name:
                 raise ValueError(f"An adapter's name becomes that of a module: it has no '.', got {adapter_name!r}.")
-            if not config.source:
+            if source is None:
                 _refuse_experts(model, config)
-            weights = config.source.weights() if config.source else None
-            self._file = files.Opened(self, read_header(weights)) if weights else None
+            else:
+                self._file = files.Opened(self, source)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._file is not None:
-                files.check_header(self, model, adapter_name, self._file, weights if self._native else None)
-        except Exception:
-            files.take_out(model, adapter_name, self.tuner_layer_cls)
+                files.check_header(self, model, adapter_name, self._file)
+        except BaseException:
+            before.restore(self, adapter_name, self.tuner_layer_cls)
             self.peft_config.pop(adapter_name, None)
-            _restore(self, trained)
             raise
         finally:
             self._file = None
-        if config.source and not self._native:
-            config.trained = trained  # until the file has been read
+        if source is not None and not source.native:
+            config.before = before  # until the file has been read
         if adapter_name == REFERENCE:
             self._copy_reference(config)
 
@@ -75,11 +77,20 @@ class CheckedTuner(BaseTuner):
         source = next((name for name, other in self.peft_config.items() if other is config and name != REFERENCE), None)
         if source is not None:
             for _, layer in self._layers():
-                if hasattr(layer, "copy_adapter"):
-                    layer.copy_adapter(source, REFERENCE)
+                self._copy_adapter(layer, source, REFERENCE)
+
+    def _copy_adapter(self, layer: Any, source: str, target: str) -> None:
+        """Gives `target` all of `source` that is no parameter."""
+        raise NotImplementedError
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        if called_by(sys._getframe(1), "save_lora_adapter"):  # of diffusers, which reads only LoRA's configs again
+            raise NotImplementedError(
+                "diffusers' `save_lora_adapter` would write a file that its own loader refuses. Adapt the network by "
+                "`peft.get_peft_model(unet, config)`, save it by `save_pretrained`, and load it by "
+                "`peft.PeftModel.from_pretrained(unet, folder)`, or merge it by `merge_and_unload`."
+            )
         keep_card(model)
         tensors = super()._get_adapter_state_dict(model, *args, **kwargs)
         others = tuple(f".{cls.prefix}adapter.{name}." for name in kwargs.get("unwanted_adapter_names", ()))
@@ -100,18 +111,16 @@ class CheckedTuner(BaseTuner):
         Raises:
             ValueError: missing, unexpected, wrongly shaped, wrongly typed or non-finite tensors.
         """
-        trained = config.__dict__.pop("trained", None)
+        before = config.__dict__.pop("before", None)
         try:
             state_dict = {cls.current_key(key): tensor for key, tensor in state_dict.items()}
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
             files.check_tensors(cls, model, config, adapter_name, remapped)
         except Exception:
-            if trained is not None:
-                files.take_out(model, adapter_name, cls.tuner_layer_cls)
+            if before is not None:
+                before.restore(model, adapter_name, cls.tuner_layer_cls)
                 _forget_config(model, adapter_name)
-                _restore(model, trained)
             raise
-        config.__dict__.pop("source", None)
         return remapped
 
     @classmethod
@@ -177,6 +186,14 @@ class CheckedTuner(BaseTuner):
         """Raises ValueError where merging these adapters (default: the active ones) would give NaNs or infinities."""
         raise NotImplementedError
 
+    def disable_adapter_layers(self) -> None:
+        # PEFT's layers unmerge when they are called next, where a weight that accelerate offloads cannot be written.
+        for _, layer in self._layers():
+            if layer.merged and any(hasattr(module, "_hf_hook") for module in layer.modules()):
+                with onload_layer(layer):
+                    layer.unmerge()
+        super().disable_adapter_layers()
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:  # all layers are checked before the first is written
             self._check_merge_allowed()
@@ -226,6 +243,9 @@ class AdapterModel(CheckedTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def _copy_adapter(self, layer: Any, source: str, target: str) -> None:
+        layer.copy_adapter(source, target)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.layer_replication:
@@ -301,6 +321,15 @@ class AdapterModel(CheckedTuner):
             layer.merged_weight([n for n in layer.present(names) if n not in layer.merged_adapters], check=True)
 
 
+def called_by(frame: FrameType | None, name: str) -> bool:
+    """Whether one of the few next functions up the stack has this name."""
+    for _ in range(5):
+        if frame is None or frame.f_code.co_name == name:
+            break
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == name
+
+
 @contextmanager
 def errors_naming(config: Any, key: str) -> Iterator[None]:
     """While active, an error about one layer also says for which method, and which layer."""
@@ -330,14 +359,6 @@ def _refuse_experts(model: nn.Module, config: Any) -> None:
             "adapt the other targets alone. Leave those names out to do just that, or use PEFT's LoRA, which adapts "
             f"{', '.join(sorted(lora.target_parameters))}."
         )
-
-
-def _restore(model: nn.Module, trained: list[nn.Parameter]) -> None:
-    """Makes the parameters trainable that were so, and no other."""
-    known = set(map(id, trained))
-    for parameter in model.parameters():
-        if parameter.is_leaf and parameter.requires_grad != (id(parameter) in known):
-            parameter.requires_grad_(id(parameter) in known)
 
 
 def _forget_config(model: Any, adapter_name: str) -> None:

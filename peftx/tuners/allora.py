@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,8 +50,8 @@ class ALLoRAConfig(VariantConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.eta > 0 and math.isfinite(self.eta)):
-            raise ValueError(f"`eta` must be positive and finite, got {self.eta}.")
+        if self.eta <= 0:
+            raise ValueError(f"`eta` must be positive, got {self.eta}.")
         patterns = dict(self.rank_pattern or {})
         if self.lora_alpha not in (None, self.r) or self.alpha_pattern not in ({}, patterns) or self.use_rslora:
             raise ValueError(
@@ -93,11 +92,10 @@ class ALLoRA(Variant):
             not torch.is_grad_enabled() or module.lora_A[active_adapter].weight.is_meta  # offloaded: nothing trains
         ):
             return super().forward(module, active_adapter, x, result)
-        scale = module.scaling[active_adapter]
-        s = self.gradient_scale(module, active_adapter)
         if isinstance(module, Embedding):
-            trained = self._embed(module, active_adapter, x)
+            s, trained = self.gradient_scale(module, active_adapter), self._embed(module, active_adapter, x)
             return result + _Retrained.apply(trained.detach(), trained, s)
+        scale, s = module.scaling[active_adapter], self.gradient_scale(module, active_adapter)
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         A, B, x = lora_A.weight, lora_B.weight, module.lora_dropout[active_adapter](x)
         if is_plain(lora_A, lora_B):

@@ -25,6 +25,11 @@ def test_json_round_trip(case, tmp_path):
         ("layers_to_transform", "0"),
         ("modules_to_save", "head"),
         ("bias", None),
+        ("trainable_token_indices", [True]),
+        ("trainable_token_indices", {"embed_tokens": ["1"]}),
+        ("layer_replication", [(0, 0.5)]),
+        ("layer_replication", [(False, 2)]),
+        ("ensure_weight_tying", "yes"),
         ("init", "no"),
         ("init", 2.5),
         ("init", None),
@@ -53,6 +58,27 @@ def test_a_rank_is_positive(r):
     for config in (peftx.BoneConfig, peftx.LoLDUConfig):
         with pytest.raises(ValueError, match=f"`r` must be a positive integer, got {r}"):
             config(r=r)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("layers_to_transform", [-1]),
+        ("layer_replication", [(-1, 2)]),
+        ("trainable_token_indices", {"embed_tokens": [10**400]}),
+        ("layers_to_transform", 10**400),
+    ],
+)
+def test_impossible_numbers_are_named(case, field, value):
+    with pytest.raises(ValueError, match=f"`{field}` must (not be negative|be less than 2.{{2}}63)"):
+        case.info.config(target_modules=["lin0"], **{field: value})
+
+
+def test_every_number_of_a_config_is_bounded(case):
+    sizes = [name for name, value in case.info.tiny.items() if type(value) is int]
+    for name in sizes:
+        with pytest.raises(ValueError, match=f"`{name}` must be less than 2.{{2}}63, got an integer of 1329 bits"):
+            case.config(**{name: 10**400})
 
 
 def test_wrong_values_are_named(case):

@@ -1,12 +1,14 @@
 """accelerate's offloading to the CPU and the disk: what a model computes stays what it is in memory."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from conftest import Case, adapted, forward, logits, tiny_model
+from transformers.pytorch_utils import Conv1D
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 
@@ -42,6 +44,48 @@ def test_an_offloaded_model_computes_what_it_did(case: Case, how: str, tokens: t
     mixed = logits(model, tokens, adapter_names=names)
     torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=1e-6)
     torch.testing.assert_close(mixed[0], wanted[0], rtol=0, atol=1e-6)
+
+
+class Net(torch.nn.Module):
+    """A layer of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.conv = torch.nn.Embedding(20, 8), torch.nn.Conv1d(8, 8, 3, padding=1)
+        self.wide, self.lin = Conv1D(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(self.wide(self.conv(self.emb(x).mT).mT.contiguous()))
+
+
+LAYERS = {"Linear": "lin", "Conv1D": "wide", "Embedding": "emb", "Conv1d": "conv"}
+
+
+@pytest.mark.parametrize("how", ["cpu", "buffers", "disk"])
+def test_every_kind_of_layer_is_offloaded(case: Case, how: str, tmp_path: Path) -> None:
+    targets = [LAYERS[name] for name in case.info.layer_types if name in LAYERS]
+    x = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        model = adapted(Net().eval(), case, target_modules=targets)
+        wanted = model(x)
+        with model.disable_adapter():
+            base = model(x)
+        model = offloaded(model, how, tmp_path)
+        close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+        close(model(x), wanted)
+        close(model(x, adapter_names=["default", "__base__"]), torch.stack([wanted[0], base[1]]))
+        if not case.info.mergeable:
+            return
+        for _ in range(2):
+            model.merge_adapter(safe_merge=True)
+            close(model(x), wanted)
+            with model.disable_adapter():  # unmerges
+                close(model(x), base)
+            close(model(x), wanted)
+        model.merge_adapter()
+        model.unmerge_adapter()
+        close(model(x), wanted)
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])

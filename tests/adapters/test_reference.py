@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from conftest import Case, logits, randomize, tiny_model
+from conftest import Case, logits, randomize, tiny_model, tuner_layers
 
 CASES = {"loldu": [{"init_method": "normal"}, {"train_sigma": False}], "triadaptlora": [{"total_step": 4}]}
 
@@ -48,6 +48,16 @@ def test_the_reference_computes_what_the_policy_does(case: Case, tokens: torch.T
                     parameter += 0.1
         model.set_adapter("ref")
         assert torch.equal(logits(model, tokens), wanted)
+
+
+def test_the_reference_of_an_adapter_whose_scale_was_changed(case: Case, tokens: torch.Tensor) -> None:
+    model = trained(case)
+    for layer in tuner_layers(model).values():
+        layer.scale_layer(0.5)
+    wanted = logits(model, tokens)
+    model = with_reference(model)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, tokens), wanted)
 
 
 def test_every_parameter_of_an_adapter_has_its_name_in_the_middle(case: Case) -> None:

@@ -121,12 +121,98 @@ def test_a_refused_second_adapter_leaves_no_wrapper(case: Case, mlp: MLP, saved:
     assert list(model.peft_config) == ["default"] and model.active_adapters == ["default"]
 
 
+def pickle_of(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize(
+    "fault", [missing_head, wider_head, nan_bias, foreign_weight], ids=lambda fault: fault.__name__
+)
+@pytest.mark.parametrize("how", ["pickle", "pickle, second", "config"])
+def test_pickles_and_configs_of_the_caller_are_checked_too(
+    case: Case, mlp: MLP, saved: Path, fault: Any, how: str
+) -> None:
+    edit(saved, fault)
+    config = None
+    if how == "config":
+        config = case.config(target_modules=TARGETS, modules_to_save=["head"], bias="all")
+    else:
+        pickle_of(saved)
+    if how == "pickle, second":
+        model = peft.get_peft_model(mlp, case.config(target_modules=["lin0"]))
+        with unchanged(model), pytest.raises(ValueError, match="does not fit the model, nothing was loaded"):
+            model.load_adapter(saved, "second")
+        assert list(model.peft_config) == ["default"]
+        return
+    with unchanged(mlp), pytest.raises(ValueError, match="does not fit the model, nothing was loaded"):
+        peft.PeftModel.from_pretrained(mlp, saved, config=config)
+
+
+def test_a_pickle_takes_no_memory_either_and_runs_nothing(case: Case, mlp: MLP, saved: Path) -> None:
+    pickle_of(saved)
+    x = torch.randn(3, 12)
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(mlp), saved)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(mlp), saved, config=peft.PeftConfig.from_pretrained(saved))
+    assert torch.equal(model(x), again(x))
+    content = (saved / "adapter_model.bin").read_bytes()
+    (saved / "adapter_model.bin").write_bytes(content[:-100])
+    with unchanged(mlp), pytest.raises(ValueError, match="no complete file of tensors by name"):
+        peft.PeftModel.from_pretrained(mlp, saved)
+    for odd in ([torch.ones(2)], {"a": 1}, {"a": Bomb(saved / "run")}):
+        torch.save(odd, saved / "adapter_model.bin")
+        with unchanged(mlp), pytest.raises(ValueError, match="no complete file of tensors by name"):
+            peft.PeftModel.from_pretrained(mlp, saved)
+    assert not (saved / "run").exists()
+    (saved / "adapter_model.bin").write_bytes(content)
+    declare(saved, **HUGE.get(case.info.name, {"r": 10**9, **({"lora_alpha": 10**9} if case.is_lora else {})}))
+    before = peak()
+    with unchanged(mlp), pytest.raises(ValueError, match="does not fit the model|cannot adapt the module"):
+        peft.PeftModel.from_pretrained(mlp, saved)
+    assert peak() - before < 200_000  # KB
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_keys_may_be_mapped(case: Case, mlp: MLP, saved: Path) -> None:
+    wanted = peft.PeftModel.from_pretrained(copy.deepcopy(mlp), saved)
+    tensors = load_file(saved / WEIGHTS)
+    save_file({key.replace(".lin1.", ".former1."): tensor for key, tensor in tensors.items()}, saved / WEIGHTS)
+    with unchanged(mlp), pytest.raises(ValueError, match="does not fit the model"):
+        peft.PeftModel.from_pretrained(mlp, saved)
+    loaded = peft.PeftModel.from_pretrained(mlp, saved, key_mapping={r"^former(\d)": r"lin\1"})
+    x = torch.randn(3, 12)
+    assert torch.equal(loaded(x), wanted(x))
+
+
+def test_an_error_names_the_keys_of_the_file(case: Case, mlp: MLP, saved: Path) -> None:
+    edit(saved, nan_head)
+    with unchanged(mlp), pytest.raises(ValueError, match=r"base_model\.model\.head\.bias: found values that are not"):
+        peft.PeftModel.from_pretrained(mlp, saved)
+
+
+def test_wrappers_without_an_adapter_stay(case: Case, mlp: MLP, saved: Path) -> None:
+    model = peft.PeftModel.from_pretrained(mlp, saved)
+    model.add_adapter("second", case.config(target_modules=["lin0"]))
+    model.delete_adapter("default")
+    edit(saved, nan_head)
+    with unchanged(model), pytest.raises(ValueError, match="does not fit"):
+        model.load_adapter(saved, "third")
+    assert model.active_adapters == ["second"]
+
+
 HUGE = {
-    "krona": {"p": 10**6},
     "loldu": {"r": 10**9},
     "flora": {"r": 10**9},
     "compacter": {"phm_dim": 10**6},
     "triadaptlora": {"max_rank": 10**9},
+    "krona": {"p": 10**9},
 }
 
 
@@ -225,6 +311,32 @@ def test_transformers_own_loader_refuses_the_same(case: Case, natively: Path, fa
             peft.PeftModel.from_pretrained(model, natively)
         else:
             model.load_adapter(str(natively))
+    assert not getattr(model, "_hf_peft_config_loaded", False)
+
+
+@pytest.mark.parametrize("fault", [drop, poison, grow, norm], ids=lambda fault: fault.__name__)
+def test_transformers_own_loader_refuses_them_from_elsewhere(case: Case, natively: Path, fault: Any) -> None:
+    """Tensors in memory, a config of the caller's, a pickle."""
+    config = case.config(target_modules=["q_proj", "down_proj"])
+    good = load_file(natively / WEIGHTS)
+    model = tiny_model("llama")
+    model.load_adapter(peft_config=copy.copy(config), adapter_state_dict=good)
+    wanted = peft.PeftModel.from_pretrained(tiny_model("llama"), natively)
+    assert torch.equal(model(torch.arange(7)[None]).logits, wanted(torch.arange(7)[None]).logits)
+    edit(natively, fault)
+    tensors, read = load_file(natively / WEIGHTS), peft.PeftConfig.from_pretrained(natively)
+    model = tiny_model("llama")
+    refused = pytest.raises(ValueError, match="does not fit the model, nothing was loaded")
+    for made in (config, read):
+        with unchanged(model), refused:
+            model.load_adapter(peft_config=copy.copy(made), adapter_state_dict=tensors)
+    with unchanged(model), refused:
+        model.load_adapter(str(natively), peft_config=config)
+    pickle_of(natively)
+    with unchanged(model), refused:
+        model.load_adapter(str(natively), use_safetensors=False)
+    with unchanged(model), pytest.raises(ValueError, match="no weights .adapter_model.safetensors"):
+        model.load_adapter(str(natively))  # transformers looks for no other name in a folder
     assert not getattr(model, "_hf_peft_config_loaded", False)
 
 

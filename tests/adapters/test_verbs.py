@@ -167,3 +167,17 @@ def test_names_of_fused_experts_are_not_passed_over(case: Case, kind: str) -> No
         peft.get_peft_model(model, case.config(target_modules=["q_proj", *EXPERTS[kind]]))
     assert list(model.modules()) == modules
     peft.get_peft_model(model, case.config(target_modules=["q_proj", "o_proj"]))
+
+
+def test_diffusers_own_saving_is_refused_with_the_way_out(case: Case, tmp_path) -> None:
+    if case.info.model.uses_shared_state:
+        return  # PEFT refuses it in `add_adapter`
+    model = peft.inject_adapter_in_model(case.config(target_modules=["lin0"]), MLP())
+    model.peft_config = {"default": case.config(target_modules=["lin0"])}
+
+    def save_lora_adapter() -> dict:  # as diffusers does it
+        return peft.get_peft_model_state_dict(model, adapter_name="default")
+
+    with pytest.raises(NotImplementedError, match="get_peft_model.*PeftModel.from_pretrained"):
+        save_lora_adapter()
+    assert peft.get_peft_model_state_dict(model, adapter_name="default")
