@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ..files import beside
 from .columns import columns_beside, pyarrow_there, read_columns, write_columns
 
 FILE_NAME = "selection.json"
@@ -50,9 +51,8 @@ class Selection:
             page["scores"] = {
                 name: [x if math.isfinite(x) else None for x in column.tolist()] for name, column in self.scores.items()
             }
-        draft = path.with_name(f".{path.name}.part")
-        draft.write_text(json.dumps(page, allow_nan=False), encoding="utf-8")
-        draft.replace(path)
+        with beside(path) as draft:
+            draft.write_text(json.dumps(page, allow_nan=False), encoding="utf-8")
 
     @staticmethod
     def digest(key: Mapping[str, Any]) -> str:

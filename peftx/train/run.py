@@ -157,6 +157,8 @@ def extra_callbacks(settings: TrainSettings) -> list[TrainerCallback]:
         from ..compression import FisherCallback
 
         found.append(FisherCallback(**checked(fisher, arguments_of(FisherCallback), "fisher")))
+    for callback in found:
+        callback.by = BY  # type: ignore[attr-defined]
     return found
 
 
