@@ -35,18 +35,26 @@ class Selection:
     scores: dict[str, Tensor]
     key: dict[str, Any]
 
-    def save(self, path: Path) -> None:
+    @property
+    def in_columns(self) -> bool:
+        """Whether its scores are too many for the JSON."""
+        return len(next(iter(self.scores.values()), ())) > IN_JSON and pyarrow_there()
+
+    def save(self, path: Path, columns: Path | None = None) -> None:
         """Writes JSON, whole or not at all; NaN and infinity become null. Scores of more than 100,000 samples go into
         a Parquet file beside it, `selection-scores.parquet`, if pyarrow is installed.
+
+        Args:
+            columns: the Parquet file, where `path` is a draft that is renamed later. Default: `columns_beside(path)`.
 
         Raises:
             ValueError: there is a file of that name, which is not of a selection.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         page: dict[str, Any] = {"format": FORMAT, "indices": self.indices, "scores": None, "key": self.key}
-        if len(next(iter(self.scores.values()), ())) > IN_JSON and pyarrow_there():
+        if self.in_columns:
             page["format"] = FORMAT_WITH_COLUMNS
-            page["columns"] = write_columns(columns_beside(path), self.scores, self.digest(self.key))
+            page["columns"] = write_columns(columns or columns_beside(path), self.scores, self.digest(self.key))
         else:
             page["scores"] = {
                 name: [x if math.isfinite(x) else None for x in column.tolist()] for name, column in self.scores.items()
