@@ -54,6 +54,7 @@ SMALL: dict[str, str] = {
     "python benchmarks/method_table.py": "",
     "python benchmarks/optimizer.py": "--parts memory --rounds 2",
     "python benchmarks/optimizer.py --parts loss": "--steps 2 --seeds 1 --contenders AdamW",
+    "python benchmarks/optimizer_refresh.py": "--parts energy --model folder --texts data/gsm8k --rank 4",
     "python benchmarks/pruning.py": "--rounds 1",
     "python benchmarks/pruning_noise.py": "--smoke --data data",
     "python benchmarks/real_data.py": "--texts 48 --epochs 0.2 --seeds 0 --methods lora",
