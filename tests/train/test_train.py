@@ -310,6 +310,17 @@ def test_pruning_and_fisher_sums(files: Path, tmp_path: Path) -> None:
     from peftx.compression import Statistics
 
     assert "model.layers.0.mlp.down_proj" in str(Statistics.load(tmp_path / "out" / "fisher.safetensors").layers)
+    files_of_callbacks = {"selection.json", "selection.md", "fisher.safetensors"}
+    entries = json.loads((tmp_path / "out" / ".peftx.json").read_text())["files"]
+    assert {name: entries[name]["by"] for name in files_of_callbacks} == dict.fromkeys(files_of_callbacks, "train")
+    again = ("--method", "bone", "--set", "r=4", "--prune-keep", 0.25, "--fisher")
+    trained("train", *arguments, *again, "--resume")  # nothing is left to do
+    trained("train", *arguments, *again, "--overwrite")
+    (tmp_path / "out" / "fisher.safetensors").write_text("mine")
+    for option in ("--resume", "--overwrite"):
+        refused = call("train", *arguments, *again, option)
+        assert refused.exit_code == 2 and "fisher.safetensors has changed since" in refused.stderr
+    assert (tmp_path / "out" / "fisher.safetensors").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
