@@ -151,6 +151,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "dev", "test"):
         lines = [f"a {('bad', 'good')[i % 2]} film number {i}\t{i % 2}" for i in range(400)]
         (place / "data" / "sst2" / f"{name}.tsv").write_text("\n".join(lines))
+    (place / "data" / "gsm8k").mkdir()
+    (place / "data" / "gsm8k" / "train.jsonl").write_text("\n".join(map(json.dumps, 3 * pairs)))
     for name, config in {"my-adapter": peft.LoraConfig(r=2), "my-bone": peftx.BoneConfig(r=2)}.items():
         config.task_type, config.target_modules = "CAUSAL_LM", {"q_proj"}
         base = transformers.AutoModelForCausalLM.from_pretrained(place / "folder")
