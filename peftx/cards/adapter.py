@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -20,7 +22,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors import safe_open
 
-from ..files import beside
+from ..files import beside, writing
 from ..registry import MethodInfo, info_of, methods
 
 UNFILLED = "# Model Card for Model ID"  # the title of the template that PEFT starts from, which says nothing yet
@@ -69,7 +71,7 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
         text = title.sub(lambda _: f"# {_title(config)}", text, count=1)
     earlier = re.compile(rf"{LOADING}\n\n```python\nimport peftx.*?```\n*", re.DOTALL)
     card.text = f"{loading_code(info, config, labels_in(config, shapes), repo_id)}\n\n{earlier.sub('', text).lstrip()}"
-    with beside(path) as draft:
+    with writing(path), beside(path) as draft:
         card.save(draft)
 
 
@@ -104,8 +106,14 @@ def _complete_and_upload(model: Any, working_dir: Any, repo_id: str, *args: Any,
 
 
 def _update_and_complete(model: Any, output_dir: Any) -> None:
-    type(model).create_or_update_model_card(model, output_dir)
     path = Path(output_dir, "README.md")
+    with tempfile.TemporaryDirectory() as folder:  # PEFT writes in place, and a user's card survives a full disk
+        new = Path(folder, path.name)
+        if path.is_file():
+            shutil.copyfile(path, new)
+        type(model).create_or_update_model_card(model, folder)
+        with writing(path), beside(path) as draft:
+            shutil.copyfile(new, draft)
     if UNFILLED not in path.read_text(encoding="utf-8"):  # else its config, saved later, describes it, size and all
         _complete(model, path)
 

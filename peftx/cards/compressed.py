@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import beside
+from ..files import beside, writing
 from .adapter import UNFILLED, is_id
 
 QUANT_METHOD = "lowrank_svd"  # of a compressed model's `quantization_config`
@@ -40,7 +40,7 @@ def _save(model: Any, base_model: str, save_directory: Any, *args: Any, **kwargs
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     path, main = Path(save_directory, "README.md"), args[0] if args else kwargs.get("is_main_process", True)
     if main and _is_compressed(model) and (path.parent / "config.json").is_file() and not path.exists():
-        with beside(path) as draft:
+        with writing(path), beside(path) as draft:
             draft.write_text(card_of(model, path.parent.resolve().name, base_model), encoding="utf-8")
 
 
@@ -72,7 +72,7 @@ def _complete(path: Path, text: str, code: str) -> None:
     elif "import peftx" not in old.text:
         old.text = f"{code}\n\n{old.text.lstrip()}"
     old.data.tags = tags
-    with beside(path) as draft:
+    with writing(path), beside(path) as draft:
         old.save(draft)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +72,8 @@ def prune(
     try:
         from .. import pruning
         from ..data import text
-        from ..files import claim_file, written
+        from ..files import check_free, claim_file, written
+        from ..pruning.columns import columns_beside
         from ..pruning.select import METHODS, check_keep, check_settings
 
         outputs = {"--out": out, "--scores": scores, "--plot": plot}
@@ -80,6 +82,8 @@ def prune(
                 others = {other: value for other, value in outputs.items() if other != option}
                 inputs = {"data": data, "model": model, "adapter": adapter, **others}
                 claim_file(path, "prune", inputs, overwrite=overwrite, what=option)
+        if scores is not None:
+            check_free(scores.parent, [columns_beside(scores).name], "prune")
         check_keep(keep)
         ranking: dict[str, Any] = {"method": method, "don_goal": don_goal, "goal": goal}
         check_settings(method, don_goal, goal, pruning.WEIGHTS)
@@ -112,8 +116,10 @@ def prune(
                 "model": model,
                 "settings": {"keep": keep, "eta": eta, "balanced": balanced, **ranking},
             }
-            with written(scores, "prune") as draft:
-                pruning.Selection(kept, found, key).save(draft)
+            chosen = pruning.Selection(kept, found, key)
+            also = written(columns_beside(scores), "prune") if chosen.in_columns else nullcontext()
+            with written(scores, "prune") as draft, also as columns:
+                chosen.save(draft, columns)
         if plot:
             with written(plot, "prune") as draft:
                 pruning.scatter(found, kept, draft, *pruning.axes_of(method))

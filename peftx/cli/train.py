@@ -196,9 +196,11 @@ def train(settings: TrainSettings) -> None:
 
 
 def summary(metrics: Mapping[str, Any], output: str) -> str:
+    from ..train.report import lower_ranks
+
     values = metrics["trained_values"]
     whole = f" and {values['whole_modules']:,} of new modules" if values["whole_modules"] else ""
-    results = [f"training loss {metrics['train_loss']:.4f}"]
+    results = [*lower_ranks(metrics), f"training loss {metrics['train_loss']:.4f}"]
     results += [f"held-out {name} {value:.4f}" for name, value in metrics["eval"].items()]
     return (
         f"{metrics['method']}: {values['adapter']:,} values{whole}, {metrics['steps']} steps at learning rate "

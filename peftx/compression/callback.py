@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..files import LIST, check_free, written
 from ..utils import columns_of, trainer_above
 from .checks import SEEDS, check_choice, check_count, check_file_name, check_modules, check_whole
 from .collection import SAMPLES, chosen, gather
@@ -26,6 +28,7 @@ TAKEN = (  # what a training writes itself
     *("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_model.bin"),
     *("pytorch_model.bin", "config.json", "generation_config.json", "adapter_config.json", "readme.md"),
     *("trainer_state.json", "training_args.bin", "tokenizer.json", "tokenizer_config.json"),
+    *(LIST, "selection.json", "selection.md", "selection.png", "settings.yaml", "metrics.json"),  # or peftx
 )
 DIRECTIONS = 32  # a standard deviation of at most a quarter in one batch, and of 2 to 3 % in a hundred of them
 
@@ -74,9 +77,12 @@ class FisherCallback(TrainerCallback):
 
     Raises:
         ValueError: here for settings out of range; when training starts for a model without such layers, or one that
-            is compiled, offloaded, or split or replicated by FSDP, DeepSpeed or `DataParallel`, or for a loss that is
-            not about labels or that the model does not compute itself.
+            is compiled, offloaded, or split or replicated by FSDP, DeepSpeed or `DataParallel`, for a loss that is
+            not about labels or that the model does not compute itself, or for a file called `output` that no run of
+            this callback wrote or that has changed since (`.peftx.json` lists what it wrote).
     """
+
+    by = "FisherCallback"  # whose file it is, in the folder's list
 
     def __init__(
         self,
@@ -139,6 +145,8 @@ class FisherCallback(TrainerCallback):
         self._trainer = trainer_above(inspect.currentframe(), self)
         check_whole(model, "collect on it")
         check_trainer(self._trainer, args)
+        if self.output is not None:
+            check_free(Path(args.output_dir), [self.output], self.by)
         collector = self._new(model)
         if self.when == "calibration":
             self._data()
@@ -202,9 +210,18 @@ class FisherCallback(TrainerCallback):
         logger.info(f"FisherCallback: {self.statistics}")
         if self.output is not None:
             if args.should_save:
-                self.statistics.save(Path(args.output_dir, self.output))
+                self._save(Path(args.output_dir, self.output))
             if self._trainer is not None:
                 self._trainer.accelerator.wait_for_everyone()
+
+    def _save(self, path: Path) -> None:
+        assert self.statistics is not None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written(path, self.by) as draft:
+                self.statistics.save(draft)
+        except (ValueError, OSError, SafetensorError) as error:  # the training is done, and its model to be saved
+            logger.error(f"FisherCallback could not write {path} ({error}): callback.statistics.save(...) does it anew")
 
     def _first_step(self, args: Any, state: Any) -> int:
         """Of those that count: the last ones of the last epoch that hold `max_samples`."""

@@ -3,7 +3,7 @@
 import json
 import platform
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -94,7 +94,7 @@ def markdown(report: Report) -> str:
 
 
 def as_json(report: Report) -> str:
-    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()} | {name: import_module(name).__version__ for name in PACKAGES}
     return json.dumps(asdict(report) | {"versions": versions}, default=str, indent=1) + "\n"
 
 

@@ -19,12 +19,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel, PeftType, load_peft_weights
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
 
-from ..cards.adapter import labels_in
+from ..cards.adapter import labels_in, shapes_in
 from ..files import read_config
 from ..utils import AUTO_CLASSES
 
@@ -168,6 +168,11 @@ def load_adapter(
         state = read_tensors(folder, shown=path)
         base_model = load_base(config, state, base_model, **({} if token is None else {"token": token}), **kwargs)
     try:
+        if config.peft_type == PeftType.LORA:  # whose integers PEFT would take, and say nothing
+            dtypes = {key: dtype for key, (_, dtype) in shapes_in(Path(folder, SAFETENSORS_WEIGHTS_NAME)).items()}
+            odd = [key for key in dtypes if ".lora_" in key and not dtypes[key].startswith(("F", "BF"))]
+            if odd:
+                raise ValueError(f"The adapter {path} cannot be put on its base model: {odd[0]} is of {dtypes[odd[0]]}")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")  # which would stay as they start
             return PeftModel.from_pretrained(base_model, str(folder), config=config)

@@ -19,18 +19,19 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from ..files import check_free, drafted, recover
 from ..utils import columns_of, trainer_above, undisturbed
 from .checks import check_choice, check_flag, check_model, check_probe, check_whole
-from .columns import pyarrow_there
+from .columns import columns_beside, pyarrow_there
 from .head import base_of, task_of
 from .parts import FOLDER, Parts, model_digest, remove_parts
 from .probe import ETA
-from .report import shown, shown_with, write_report
-from .rows import WORKERS, Bare, Kept, Stream, Table, length_of, rows_at, subset
+from .report import PAGE, PICTURE, shown, shown_with, write_report
+from .rows import WORKERS, Bare, Stream, Table, length_of, loads, rows_at, subset
 from .scorer import Scorer, facts
 from .scores import Share, drawn, merge, score_share
 from .select import DON_GOAL, METHODS, WEIGHTS, Goal, check_balanced, check_keep, check_settings, preference, select
-from .selection import FILE_NAME, Selection, digest_of, fingerprint
+from .selection import FILE_NAME, IN_JSON, Selection, digest_of, fingerprint
 from .warmup import warmed_up, warmup_length
 
 logger = logging.get_logger(__name__)
@@ -88,9 +89,12 @@ class DonodCallback(TrainerCallback):
         ValueError: here for bad settings; from the Trainer for a second DonodCallback; when training starts for data
             that cannot be pruned (empty, packed, pairs, a stream that cannot be read twice or has workers), a collator
             that changes the order of its samples, a model split over processes, a head that cannot be scored, a
-            selection or scores of something else, a resumed run without its selection, or a trainer that could not be
-            found: then `attach` helps.
+            selection or scores of something else, a file in the way that no run of this callback wrote or that has
+            changed since (`.peftx.json` lists what it wrote), a resumed run without its selection, or a trainer that
+            could not be found: then `attach` helps.
     """
+
+    by = "DonodCallback"  # whose files they are, in the folder's list
 
     def __init__(
         self,
@@ -142,6 +146,10 @@ class DonodCallback(TrainerCallback):
         names = ("method", "don_goal", "goal", "weights")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def reports(self) -> bool:
+        return self.report and not self._trainer.args.push_to_hub
+
     def attach(self, trainer: Any) -> "DonodCallback":
         """Makes `trainer` train on the kept samples; for trainers that exist already. Returns the callback."""
         if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "get_train_dataloader"):
@@ -185,7 +193,7 @@ class DonodCallback(TrainerCallback):
         trainer, selection = self._trainer, self.selection
         if trainer is None or selection is None:
             raise ValueError(UNATTACHED)
-        path = Path(args.output_dir, FILE_NAME)
+        folder = Path(args.output_dir)
         if self._scored and state.global_step > 0:
             self.selection = self._data = None
             wrong = "overwrite=True ignores its selection: leave that out"
@@ -199,13 +207,15 @@ class DonodCallback(TrainerCallback):
         means = {name: float(column.nanmean()) for name, column in selection.scores.items() if name != "label"}
         logger.info(f"Training on {len(selection.indices)} of {count} samples; mean scores: {means}")
         if self._scored and args.should_save:
-            selection.save(path)
-            if self.report and not args.push_to_hub:
+            with drafted(folder, self.by, replace=False) as draft:
+                selection.save(draft / FILE_NAME)
+            if self.reports:
                 tokenizer = trainer.processing_class
                 wanted = preference(selection.scores, **self.ranking)
                 with undisturbed(trainer.model):  # samples may be drawn at random
                     data = rows_at(self._data, shown(wanted))
-                    write_report(selection, wanted, data, path.parent, method=self.method, tokenizer=tokenizer)
+                    with drafted(folder, self.by, replace=False) as draft:
+                        write_report(selection, wanted, data, draft, method=self.method, tokenizer=tokenizer)
         if self._parts is not None and trainer.accelerator.is_local_main_process:
             remove_parts(self._parts.folder)
         self._scored, self._parts = False, None  # from here on it is what a resumed run has to use
@@ -260,20 +270,29 @@ class DonodCallback(TrainerCallback):
         return Selection(indices, scores, key), True
 
     def read(self, key: dict[str, Any]) -> Selection | None:
-        """The stored selection as the main process sees it, on every process."""
+        """The stored selection as the main process sees it, on every process; without one there is room for it."""
         path = Path(self._trainer.args.output_dir, FILE_NAME)
         found: list[Any] = [None]
-        if self._trainer.accelerator.is_main_process and path.exists() and not self.overwrite:
+        if self._trainer.accelerator.is_main_process:
             try:
-                selection = Selection.load(path)
-                selection.check(key, path)
-                found = [selection]
+                recover(path.parent)
+                if path.exists() and not self.overwrite:
+                    selection = Selection.load(path)
+                    selection.check(key, path)
+                    found = [selection]
+                else:
+                    check_free(path.parent, self.names(key["data"]["samples"]), self.by)
             except ValueError as error:
                 found = [error]
         broadcast_object_list(found)
         if isinstance(found[0], ValueError):
             raise found[0]
         return found[0]
+
+    def names(self, count: int | None) -> list[str]:
+        """Of the files for so many samples (None: nobody knows)."""
+        columns = [columns_beside(Path(FILE_NAME)).name] if count is None or count > IN_JSON else []
+        return [FILE_NAME, *columns, *([PAGE, PICTURE] if self.reports else [])]
 
     def score(
         self, dataset: Any, key: dict[str, Any], metrics: tuple[str, ...], steps: int
@@ -358,14 +377,6 @@ class DonodCallback(TrainerCallback):
         except ValueError as error:
             hint = "a scoring that was interrupted left it; or DonodCallback(overwrite=True)"
             raise ValueError(f"{error} ({hint})") from error
-
-
-def loads(loader: Any, dataset: Any) -> bool:
-    """Whether a loader is of these samples, as far as it tells."""
-    found = getattr(loader, "dataset", dataset)
-    if isinstance(dataset, Kept):  # perhaps shared out by accelerate
-        return found is dataset or getattr(found, "dataset", None) is dataset
-    return len(found) == len(dataset)
 
 
 def prune(trainer: Trainer, keep: float = 0.3, method: str = "donod", **settings: Any) -> DonodCallback:

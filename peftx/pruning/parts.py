@@ -6,13 +6,14 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .columns import pyarrow_there, read_columns, write_columns
+from .columns import mark_of, pyarrow_there, read_columns, write_columns
 from .selection import Selection, digest_of
 
 MANIFEST = "scores.json"
@@ -57,19 +58,16 @@ class Parts:
                 raise ValueError(f"{self.folder} holds other files, and no {MANIFEST}. Give a folder for scores alone")
             self.folder.mkdir(parents=True, exist_ok=True)
             draft = self.folder / f".{MANIFEST}.{uuid.uuid4().hex}.part"  # processes may write it at the same time
-            draft.write_text(json.dumps({"format": FORMAT, "rows": rows, "key": self.key}), encoding="utf-8")
-            draft.replace(manifest)
-        try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))
-            if found["format"] != FORMAT or type(found["rows"]) is not int or found["rows"] < 1:
-                raise ValueError(f"format {found['format']!r}, parts of {found['rows']!r}")
-            key = dict(found["key"])
-        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-            raise ValueError(f"{manifest} says not what its scores are of ({error}). {WAY_OUT}") from error
+            try:
+                draft.write_text(json.dumps({"format": FORMAT, "rows": rows, "key": self.key}), encoding="utf-8")
+                draft.replace(manifest)
+            finally:
+                draft.unlink(missing_ok=True)
+        rows, key = read_manifest(manifest)
         if different := [name for name in dict.fromkeys([*key, *self.key]) if key.get(name) != self.key.get(name)]:
             details = ", ".join(f"{name} {key.get(name)!r}, now {self.key.get(name)!r}" for name in different)
             raise ValueError(f"{self.folder} has scores of other {' and '.join(different)} ({details}). {WAY_OUT}")
-        return found["rows"]
+        return rows
 
     def path(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.parquet"
@@ -104,12 +102,34 @@ class Parts:
         return found
 
 
+def read_manifest(path: Path) -> tuple[int, dict[str, Any]]:
+    """Rows of a part, and the key, of the scores in a folder.
+
+    Raises:
+        ValueError: the file is something else, or cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT or type(found["rows"]) is not int or found["rows"] < 1:
+            raise ValueError(f"format {found['format']!r}, parts of {found['rows']!r}")
+        return found["rows"], dict(found["key"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} says not what its scores are of ({error}). {WAY_OUT}") from error
+
+
 def remove_parts(folder: Path) -> None:
-    """Deletes the scores in a folder of them, and the folder if nothing else is in it."""
-    if not (folder / MANIFEST).exists():
+    """Deletes the scores that belong to a folder's `scores.json`, and the folder if nothing else is in it."""
+    try:
+        owner = Selection.digest(read_manifest(folder / MANIFEST)[1])
+    except ValueError:  # not ours
         return
-    for entry in [*folder.glob("part-[0-9]*.parquet"), *folder.glob(".*.part"), folder / MANIFEST]:
-        entry.unlink(missing_ok=True)
+    for path in folder.glob("part-[0-9]*.parquet"):
+        with suppress(ValueError):
+            mark = mark_of(path)
+            if isinstance(mark, dict) and mark.get("scores") == owner:
+                path.unlink(missing_ok=True)
+    for path in [*folder.glob(".part-*.parquet.*.part"), *folder.glob(f".{MANIFEST}.*.part"), folder / MANIFEST]:
+        path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

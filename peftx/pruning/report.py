@@ -15,6 +15,7 @@ from .selection import Selection
 
 logger = logging.get_logger(__name__)
 
+PAGE, PICTURE = "selection.md", "selection.png"
 ROWS = 10
 CHARACTERS = 160
 
@@ -141,8 +142,8 @@ def write_report(
     count, kept = len(wanted), len(selection.indices)
     title = f"{kept} of {count} samples kept by {method}. The most and the least wanted:"
     page = f"{title}\n\n{table(scores, wanted, dataset, tokenizer=tokenizer)}\n"
-    (folder / "selection.md").write_text(page, encoding="utf-8")
+    (folder / PAGE).write_text(page, encoding="utf-8")
     try:
-        scatter(scores, selection.indices, folder / "selection.png", *axes_of(method))
+        scatter(scores, selection.indices, folder / PICTURE, *axes_of(method))
     except ModuleNotFoundError as error:
         logger.info(f"no selection.png: {error.name} is missing")

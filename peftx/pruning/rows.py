@@ -159,3 +159,11 @@ def rows_at(dataset: Any, indices: Iterable[int]) -> Any:
         return dataset
     places = sorted(indices)
     return dict(zip(places, Kept(dataset, places), strict=True))
+
+
+def loads(loader: Any, dataset: Any) -> bool:
+    """Whether a loader is of these samples, as far as it tells."""
+    found = getattr(loader, "dataset", dataset)
+    if isinstance(dataset, Kept):  # perhaps shared out by accelerate
+        return found is dataset or getattr(found, "dataset", None) is dataset
+    return len(found) == len(dataset)

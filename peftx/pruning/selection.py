@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ..files import beside
 from .columns import columns_beside, pyarrow_there, read_columns, write_columns
 
 FILE_NAME = "selection.json"
@@ -34,25 +35,32 @@ class Selection:
     scores: dict[str, Tensor]
     key: dict[str, Any]
 
-    def save(self, path: Path) -> None:
+    @property
+    def in_columns(self) -> bool:
+        """Whether its scores are too many for the JSON."""
+        return len(next(iter(self.scores.values()), ())) > IN_JSON and pyarrow_there()
+
+    def save(self, path: Path, columns: Path | None = None) -> None:
         """Writes JSON, whole or not at all; NaN and infinity become null. Scores of more than 100,000 samples go into
         a Parquet file beside it, `selection-scores.parquet`, if pyarrow is installed.
+
+        Args:
+            columns: the Parquet file, where `path` is a draft that is renamed later. Default: `columns_beside(path)`.
 
         Raises:
             ValueError: there is a file of that name, which is not of a selection.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         page: dict[str, Any] = {"format": FORMAT, "indices": self.indices, "scores": None, "key": self.key}
-        if len(next(iter(self.scores.values()), ())) > IN_JSON and pyarrow_there():
+        if self.in_columns:
             page["format"] = FORMAT_WITH_COLUMNS
-            page["columns"] = write_columns(columns_beside(path), self.scores, self.digest(self.key))
+            page["columns"] = write_columns(columns or columns_beside(path), self.scores, self.digest(self.key))
         else:
             page["scores"] = {
                 name: [x if math.isfinite(x) else None for x in column.tolist()] for name, column in self.scores.items()
             }
-        draft = path.with_name(f".{path.name}.part")
-        draft.write_text(json.dumps(page, allow_nan=False), encoding="utf-8")
-        draft.replace(path)
+        with beside(path) as draft:
+            draft.write_text(json.dumps(page, allow_nan=False), encoding="utf-8")
 
     @staticmethod
     def digest(key: Mapping[str, Any]) -> str:

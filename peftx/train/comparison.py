@@ -284,6 +284,9 @@ def check_run(run: Any) -> None:
         value = run[name]
         if isinstance(value, bool) or not isinstance(value, kind):
             raise TypeError(f"{name} of a run is {value!r}")
+    ranks = run.get("lower_ranks", {})
+    if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
+        raise TypeError(f"lower_ranks of a run is {ranks!r}")
     quality = run["eval"].get("accuracy", run["eval"].get("loss"))
     numbers = [quality, run["samples"]["eval"], *(run["trained_values"][key] for key in ("adapter", "whole_modules"))]
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):

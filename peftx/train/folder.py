@@ -122,7 +122,9 @@ def check_names(place: Place, settings: TrainSettings, tokenizer: Any, whole: bo
 
 def of_callbacks(settings: TrainSettings) -> list[str]:
     """The files of the callbacks that the settings ask for."""
-    names = ["selection.json", "selection.md", "selection.png"] if section(settings.prune) is not None else []
+    names = []
+    if section(settings.prune) is not None:
+        names += ["selection.json", "selection.md", "selection.png", "selection-scores.parquet"]
     if (fisher := section(settings.fisher)) is not None and fisher.get("output", "") is not None:
         names.append(Path(fisher.get("output", "fisher.safetensors")).name)
     return names

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from ..registry import is_native, methods
 from .settings import Section, checked, nearest
@@ -29,6 +33,9 @@ ALIASES: dict[str, tuple[str, Section]] = {
 }
 # Methods whose modules are not the linear layers: their own default counts.
 OTHER_TARGETS = ("adaption_prompt", "beft", "compacter", "ia3", "ln_tuning", "shadow", "trainable_tokens", "xlora")
+# Methods whose rank is bounded by the sides (input, output) of a weight.
+BOUNDED: dict[str, Callable[[int, int], int]] = dict.fromkeys(("fedsvd", "flora", "loldu", "psoft"), min)
+BOUNDED["miss"] = lambda into, out: into
 # Fields of a config that the run sets.
 OURS = (
     "peft_type",
@@ -161,6 +168,56 @@ def peft_config(method: Method, settings: Section, task: str, new_modules: Seque
         return method.config(task_type=task, **arguments)
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"method {method.name}: {str(error).removeprefix(f'{peft_type}: ')}") from error
+
+
+def fit_ranks(config: Any, method: Method, settings: Section, network: nn.Module) -> dict[str, int]:
+    """Lowers a default rank to what narrower targets can have: of these alone, or of all without a `rank_pattern`.
+
+    A rank that `settings` name stays, and LoRA's alpha keeps its ratio to the rank unless they name it.
+
+    Returns:
+        The targets whose rank is lower now, by the last parts of their names where these tell them, and their ranks.
+    """
+    bound = BOUNDED.get(key(other_name(method)))
+    if bound is None or method.rank_field is None or method.rank_field in settings:
+        return {}
+    rank, named = getattr(config, method.rank_field), dict(getattr(config, "rank_pattern", None) or {})
+    sizes = {name: bound(*sides) for name, sides in targets(config, network) if get_pattern_key([*named], name) == name}
+    ends: dict[str, set[int]] = {}
+    for name, size in sizes.items():
+        ends.setdefault(name.rpartition(".")[2], set()).add(size)
+    narrow = {}
+    for name, size in sizes.items():
+        end = name.rpartition(".")[2]
+        if size < rank:
+            narrow[end if len(ends[end]) == 1 else name] = size
+    if not narrow:
+        return {}
+    if not hasattr(config, "rank_pattern"):
+        setattr(config, method.rank_field, min(narrow.values()))
+        return narrow
+    config.rank_pattern = {**named, **narrow}
+    alpha = getattr(config, "lora_alpha", None)
+    if alpha is not None and not {"lora_alpha", "alpha_pattern"} & {*settings}:
+        config.alpha_pattern = {name: alpha * size / rank for name, size in narrow.items()}
+    return narrow
+
+
+def targets(config: PeftConfig, network: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Names and sides (input, output) of the linear layers, Conv1D among them, and embeddings that a config targets."""
+    config = _maybe_include_all_linear_layers(copy.copy(config), network)
+    whole = {*(getattr(config, "modules_to_save", None) or ())}
+    for name, module in network.named_modules():
+        if isinstance(module, Conv1D):
+            sides = tuple(module.weight.shape)
+        elif isinstance(module, nn.Embedding):
+            sides = (module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, nn.Linear):  # bitsandbytes' too, whose weights have other shapes
+            sides = (module.in_features, module.out_features)
+        else:
+            continue
+        if whole.isdisjoint(name.split(".")) and check_target_module_exists(config, name):
+            yield name, (int(sides[0]), int(sides[1]))
 
 
 def other_name(method: Method) -> str:

@@ -23,7 +23,7 @@ from ..data.records import Records, hold_out, label_names, read_both
 from ..data.text import encode, longest, padding_of
 from ..pruning.head import task_of_class
 from ..utils import AUTO_CLASSES, IGNORE
-from .methods import Method, dtype_of, owners, peft_config
+from .methods import Method, dtype_of, fit_ranks, owners, peft_config
 from .settings import Section, Settings, TrainSettings
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
@@ -215,8 +215,8 @@ def scales_loss(network: Any, batch: Mapping[str, Tensor]) -> bool:
 
 def adapt(
     network: Any, method: Method, settings: Section, task: str, new_modules: list[str], arguments: TrainingArguments
-) -> tuple[Any, Any]:
-    """The model as it is trained, and its config; None for `full`.
+) -> tuple[Any, Any, dict[str, int]]:
+    """The model as it is trained; its config, None for `full`; and ranks that were lowered, see `fit_ranks`.
 
     Raises:
         ValueError: the method does not fit the model.
@@ -225,8 +225,9 @@ def adapt(
     if method.config is None:
         if quantised:
             raise ValueError("a quantised model cannot be trained in full: choose another method")
-        return network, None
+        return network, None, {}
     config = peft_config(method, settings, task, new_modules)
+    narrow = fit_ranks(config, method, settings, network)
     if quantised:
         network = prepare_model_for_kbit_training(
             network,
@@ -234,6 +235,6 @@ def adapt(
             gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs,
         )
     try:
-        return get_peft_model(network, config), config
+        return get_peft_model(network, config), config, narrow
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
         raise DoesNotFitError(f"method {method.name} does not fit {network.config.model_type}: {error}") from error

@@ -75,6 +75,13 @@ def describe(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
+def lower_ranks(run: Mapping[str, Any]) -> list[str]:
+    """Where the default rank was more than a layer's width."""
+    ranks = run.get("lower_ranks", {})
+    groups = {size: [name for name in ranks if ranks[name] == size] for size in dict.fromkeys(ranks.values())}
+    return [f"rank {size} in {', '.join(names)} (no wider)" for size, names in groups.items()]
+
+
 def front(points: Sequence[tuple[float, float]], more_is_better: bool) -> list[int]:
     """The Pareto front of points (cost, quality): those that no other one beats in one without losing in the other.
 
@@ -123,6 +130,8 @@ def notes(table: Sequence[Row], runs: Runs) -> list[str]:
         f"step: {clock} of an optimizer step over {table[0].method}'s with the same seed, median",
     ]
     found += [f"{row.method} has {row.seeds} of {seeds} seeds" for row in table if row.seeds < seeds]
+    lower = {run["method"]: lower_ranks(run) for run in runs}
+    found += [f"{method} has {'; '.join(told)}" for method, told in lower.items() if told]
     if table[0].whole_values:
         found.append(f"every adapter has {table[0].whole_values:,} values of new modules beside it, in the file too")
     return found

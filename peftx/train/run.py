@@ -66,7 +66,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     collate = functools.partial(pad, padding=padding_of(network, tokenizer))
     if arguments.world_size > 1 or arguments.gradient_accumulation_steps > 1:
         network.accepts_loss_kwargs = task != "SEQ_CLS" and scales_loss(network, collate(samples[:1]))
-    model, config = adapt(network, method, chosen, task, new_modules, arguments)
+    model, config, narrow = adapt(network, method, chosen, task, new_modules, arguments)
     if settings.small_states is None and hasattr(config, "optimizer_options"):
         optimizer = config.optimizer_options()
     elif optimizer is not None and hasattr(config, "optimizer_options"):
@@ -103,6 +103,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         "task": task,
         "method": settings.method,
         "method_settings": plain(chosen),
+        "lower_ranks": narrow,
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
         "steps": min(trainer.state.global_step, last),
@@ -157,6 +158,8 @@ def extra_callbacks(settings: TrainSettings) -> list[TrainerCallback]:
         from ..compression import FisherCallback
 
         found.append(FisherCallback(**checked(fisher, arguments_of(FisherCallback), "fisher")))
+    for callback in found:
+        callback.by = BY  # type: ignore[attr-defined]
     return found
 
 

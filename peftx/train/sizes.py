@@ -12,7 +12,7 @@ import transformers
 from peft import get_peft_model
 
 from ..utils import AUTO_CLASSES
-from .methods import Method, check_settings, find, peft_config, trainable
+from .methods import Method, check_settings, find, fit_ranks, peft_config, trainable
 from .plan import Plan, skeleton
 from .settings import CompareSettings, Section
 
@@ -105,6 +105,7 @@ def counter(settings: CompareSettings, plan: Plan) -> Count:
             with torch.random.fork_rng(devices=[]), torch.device(device):
                 base = cls.from_config(network.config)
             adapter = peft_config(method, check_settings(method, chosen), plan.task, new_modules)
+            fit_ranks(adapter, method, chosen, base)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")

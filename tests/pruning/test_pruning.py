@@ -1206,7 +1206,7 @@ def test_balance_is_fast_with_many_classes() -> None:
 def test_prune_keeps_or_names_each_class(folder: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"w{1 + i % 60} w2", "label": 0 if i < 20 else 1 if i < 38 else 2}) for i in range(40)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    files = ("--data", tmp_path / "data.jsonl", "--out", tmp_path / "kept.jsonl", "--show", 0)
+    files = ("--data", tmp_path / "data.jsonl", "--out", tmp_path / "kept.jsonl", "--show", 0, "--overwrite")
     for method in ("donod", "loss", "random"):
         outcome = call("--model", folder / "classifier", *files, "--keep", 0.1, "--method", method)
         assert outcome.exit_code == 0 and not outcome.stderr.count("class"), outcome.output
@@ -1219,7 +1219,7 @@ def test_prune_keeps_or_names_each_class(folder: Path, tmp_path: Path) -> None:
 def test_prune_goes_on_behind_its_parts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
     options = ("--model", folder / "model", "--data", folder / "data.jsonl", "--out", tmp_path / "kept.jsonl")
-    parts = ("--parts", tmp_path / "parts")
+    parts = ("--parts", tmp_path / "parts", "--overwrite")
     assert call(*options, *parts).exit_code == 0
     first = (tmp_path / "kept.jsonl").read_bytes()
     monkeypatch.setattr("peftx.pruning.scorer.Scorer.__call__", lambda *_: pytest.fail("scored again"))
@@ -1234,3 +1234,20 @@ def test_labels_are_a_fact_of_sequence_classification_only() -> None:
         assert list(found) == [*metrics, "label", "tokens"]
         assert found["label"].tolist() == [float(sample["label"]) for sample in classes()]
     assert list(score_dataset(small("llama"), rows(), pad_rows, metrics=["loss"])) == ["loss", "tokens"]
+
+
+def test_prune_writes_many_scores_beside(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr("peftx.pruning.selection.IN_JSON", 3)
+    scores, mine = tmp_path / "s.json", tmp_path / "s-scores.parquet"
+    options = ("--model", folder / "model", "--data", folder / "data.jsonl", "--out", tmp_path / "kept.jsonl")
+    mine.write_text("mine")
+    outcome = call(*options, "--scores", scores)
+    assert outcome.exit_code == 2 and "s-scores.parquet is there already, and not by peftx prune" in outcome.stderr
+    assert mine.read_text() == "mine" and not (tmp_path / "kept.jsonl").exists()
+    mine.unlink()
+    assert call(*options, "--scores", scores).exit_code == 0
+    found = pruning.Selection.load(scores)
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.jsonl", scores.name, mine.name, ".peftx.json"}
+    assert call(*options, "--scores", scores, "--overwrite", "--method", "loss").exit_code == 0
+    assert set(found.scores) != set(pruning.Selection.load(scores).scores)

@@ -205,7 +205,7 @@ def test_files(tmp_path: Path) -> None:
 
     quiet = tmp_path / "quiet"
     trainer(quiet, peftx.DonodCallback(keep=0.25, report=False)).train()
-    assert [path.name for path in quiet.iterdir()] == ["selection.json"]
+    assert {path.name for path in quiet.iterdir()} == {"selection.json", ".peftx.json"}
 
 
 def test_texts_are_not_published(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_texts_are_not_published(tmp_path: Path) -> None:
     run.args.push_to_hub = True
     run.get_train_dataloader()
     run.callback_handler.callbacks[-1].on_train_begin(run.args, run.state, run.control)
-    assert [path.name for path in tmp_path.iterdir()] == ["selection.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"selection.json", ".peftx.json"}
 
 
 def no_scoring(*_: Any, **__: Any) -> None:

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...adapters.sharding import refuse_shards
+from ...files import beside, writing
 from .schedule import SHARDS, Schedule, schedules, update_ggpo_stats
 
 
@@ -74,7 +75,8 @@ class GGPOCallback(TrainerCallback, ExportableState):
         path = self._path(state.global_step)
         if state.is_world_process_zero and path.parent.is_dir():
             tensors = {key: t for schedule in schedules(model) for key, t in schedule.state().items()}
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+            with writing(path, "go on from the checkpoint before"), beside(path) as draft:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for schedule in schedules(model):
