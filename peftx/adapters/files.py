@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig
@@ -16,7 +16,6 @@ from transformers import PretrainedConfig
 from .source import PREFIX, Source, problems, refuse
 
 CONTAINERS = (nn.ParameterDict, nn.ModuleDict, BufferDict)
-WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def belongs_to(key: str, prefix: str) -> bool:
@@ -264,31 +263,32 @@ class Before:
     """What a model is before an adapter is made, to be so again where that fails.
 
     Attributes:
-        wrappers: layers and heads that are wrapped.
+        modules: all of them.
         trained: parameters that require gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.wrappers = {module for module in model.modules() if isinstance(module, WRAPPERS)}
-        self.trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        self.modules = set(model.modules())
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def restore(self, model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
         """Removes the adapter from all layers and heads, and the wrappers that were made for it."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, layer_cls):
                 forget(layer, adapter_name)
-                if layer in self.wrappers or layer._all_available_adapter_names():
+                if layer in self.modules or layer._all_available_adapter_names():
                     continue
                 inner = layer.base_layer
             elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
                 layer.delete_adapter(adapter_name, [name for name in layer.active_adapters if name != adapter_name])
-                if layer in self.wrappers or layer._adapters:
+                if layer in self.modules or layer._adapters:
                     continue
                 inner = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             else:
                 continue
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, inner)
+        trained = set(map(id, self.trained))
         for parameter in model.parameters():
-            if parameter.is_leaf and parameter.requires_grad != (parameter in self.trained):
-                parameter.requires_grad_(parameter in self.trained)
+            if parameter.is_leaf and parameter.requires_grad != (id(parameter) in trained):
+                parameter.requires_grad_(id(parameter) in trained)
