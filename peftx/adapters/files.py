@@ -80,9 +80,11 @@ class Opened:
     Attributes:
         header: the file's tensors on the meta device.
         tensors: the same by the keys of today.
+        misfit: whether an adapter in some layer has other shapes than the file.
     """
 
     def __init__(self, tuner: Any, source: Source) -> None:
+        self.misfit = False
         self.source, self.header = source, source.header()
         self.tensors = current(tuner, self.header)
         self._layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -169,14 +171,13 @@ def check_tensors(
     biases, embeddings = _biases(tuner_cls, model, config), _embeddings(model, config)
     expected, found, known = _with_rest(expected, found, biases, embeddings)
 
-    def shown(key: str) -> str:
-        return heads.get(key) or tuner_cls._remove_adapter_name_from_key(key, adapter_name)
+    def plain(key: str) -> str:
+        return tuner_cls._remove_adapter_name_from_key(key, adapter_name)
 
-    named = {shown(key): tensor for key, tensor in expected.items()}
-    refuse(
-        config.peft_type.value,
-        problems(named, {shown(key): tensor for key, tensor in found.items()}, {*map(shown, known)}),
-    )
+    def shown(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {heads.get(key) or plain(key): tensor for key, tensor in tensors.items()}
+
+    refuse(config.peft_type.value, problems(shown(expected), shown(found), {*map(plain, known)}))
 
 
 def _prepared(
