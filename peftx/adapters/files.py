@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig
@@ -17,7 +17,6 @@ from .source import PREFIX, Source, problems, refuse
 
 WRAPPED = "_fsdp_wrapped_module."  # before the names in a model that FSDP wraps
 CONTAINERS = (nn.ParameterDict, nn.ModuleDict, BufferDict)
-WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 def belongs_to(key: str, prefix: str) -> bool:
@@ -82,9 +81,11 @@ class Opened:
     Attributes:
         header: the file's tensors on the meta device.
         tensors: the same by the keys of today.
+        misfit: whether an adapter in some layer has other shapes than the file.
     """
 
     def __init__(self, tuner: Any, source: Source) -> None:
+        self.misfit = False
         self.source, self.header = source, source.header()
         self.tensors = current(tuner, self.header)
         self._layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -171,18 +172,13 @@ def check_tensors(
     biases, embeddings = _biases(tuner_cls, model, config), _embeddings(model, config)
     expected, found, known = _with_rest(expected, found, biases, embeddings)
 
-    def shown(key: str) -> str:
-        return heads.get(key) or tuner_cls._remove_adapter_name_from_key(key, adapter_name)
+    def plain(key: str) -> str:
+        return tuner_cls._remove_adapter_name_from_key(key, adapter_name)
 
-    named = {shown(key): tensor for key, tensor in expected.items()}
-    refuse(
-        config.peft_type.value,
-        problems(
-            named,
-            {shown(key): tensor for key, tensor in found.items()},
-            {tuner_cls._remove_adapter_name_from_key(key, adapter_name) for key in known},
-        ),
-    )
+    def shown(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {heads.get(key) or plain(key): tensor for key, tensor in tensors.items()}
+
+    refuse(config.peft_type.value, problems(shown(expected), shown(found), {*map(plain, known)}))
 
 
 def _prepared(
@@ -270,31 +266,32 @@ class Before:
     """What a model is before an adapter is made, to be so again where that fails.
 
     Attributes:
-        wrappers: layers and heads that are wrapped.
+        modules: all of them.
         trained: parameters that require gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.wrappers = {module for module in model.modules() if isinstance(module, WRAPPERS)}
-        self.trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        self.modules = set(model.modules())
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def restore(self, model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
         """Removes the adapter from all layers and heads, and the wrappers that were made for it."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, layer_cls):
                 forget(layer, adapter_name)
-                if layer in self.wrappers or layer._all_available_adapter_names():
+                if layer in self.modules or layer._all_available_adapter_names():
                     continue
                 inner = layer.base_layer
             elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
                 layer.delete_adapter(adapter_name, [name for name in layer.active_adapters if name != adapter_name])
-                if layer in self.wrappers or layer._adapters:
+                if layer in self.modules or layer._adapters:
                     continue
                 inner = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             else:
                 continue
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, inner)
+        trained = set(map(id, self.trained))
         for parameter in model.parameters():
-            if parameter.is_leaf and parameter.requires_grad != (parameter in self.trained):
-                parameter.requires_grad_(parameter in self.trained)
+            if parameter.is_leaf and parameter.requires_grad != (id(parameter) in trained):
+                parameter.requires_grad_(id(parameter) in trained)

@@ -174,7 +174,7 @@ class VariantModel(CheckedTuner, LoraModel):
         r, prefix = config.rank_pattern.get(pattern, config.r), f"{files.PREFIX}{key}.lora_"
         tensors = self._file.tensors
         A = tensors.get(f"{prefix}A.weight", tensors.get(f"{prefix}embedding_A"))
-        return nullcontext() if A is not None and len(A) == r else torch.device("meta")
+        return self._room(A is not None and len(A) == r)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:

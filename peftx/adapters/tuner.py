@@ -54,7 +54,9 @@ class CheckedTuner(BaseTuner):
             else:
                 self._file = files.Opened(self, source)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if self._file is not None:
+            # PEFT asks for the check of the values itself, but for heads that the file lacks, too late.
+            heads = config.modules_to_save or config.trainable_token_indices
+            if self._file is not None and (heads or self._file.misfit or self._file.source.native):
                 files.check_header(self, model, adapter_name, self._file)
         except BaseException:
             before.restore(self, adapter_name, self.tuner_layer_cls)
@@ -66,6 +68,13 @@ class CheckedTuner(BaseTuner):
             config.before = before  # until the file has been read
         if adapter_name == REFERENCE:
             self._copy_reference(config)
+
+    def _room(self, fits: bool) -> Any:
+        """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
+        if self._file is None or fits:
+            return nullcontext()
+        self._file.misfit = True
+        return torch.device("meta")
 
     def withdraw(self, adapter_name: str) -> None:
         """Forgets what the tuner itself holds of an adapter that has left its layers."""
@@ -282,7 +291,7 @@ class AdapterModel(CheckedTuner):
             else self.tuner_layer_cls.site_for(innermost(target), **get_quantization_kwargs(self))
         )
         fits = self._file.fits(key, self.tuner_layer_cls.adapter_cls, site, config)
-        return nullcontext() if fits else torch.device("meta")
+        return self._room(fits)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The layer places its adapters itself. PEFT's version moves the whole layer, which fails for adapters on the
