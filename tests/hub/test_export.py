@@ -431,7 +431,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         peftx.export_lora(folder, tmp_path / "out")
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ValueError, match="can be read: .*adapter_model.safetensors is not a complete safetensors file"):
+    with pytest.raises(ValueError, match="The tensors of the adapter .*adapter cannot be read"):
         peftx.export_lora(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -609,4 +609,5 @@ def test_layers_are_wrapped_by_their_kind():
     for base, site in kinds.items():
         adapted = adapt(base(4, 4) if base in (nn.Linear, nn.Embedding) else base(4, 4, 3))
         assert type(adapted) is FloraLayer and type(adapted.site) is site
-    assert type(peft.get_peft_model(MLP(), peftx.FloraConfig(r=2, target_modules=["lin0"])).lin0) is FloraLayer
+    wrapped = peft.get_peft_model(MLP(), peftx.FloraConfig(r=2, target_modules=["lin0"])).lin0
+    assert isinstance(wrapped, FloraLayer) and type(wrapped).__name__ == "FloraLinear"
