@@ -165,10 +165,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(line: str) -> Any:
     if reason := ELSEWHERE.get(beginning(ELSEWHERE, line)):
         return pytest.param(line, marks=pytest.mark.skip(reason=reason))
-    slow = line.startswith(("python benchmarks/", "peftx demo", "peftx compare ")) and "method_table.py" not in line
-    return pytest.param(line, marks=pytest.mark.slow) if slow else line
+    return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [here(line) for line in ALL])
 def test_a_command_runs(place: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.chdir(place)

@@ -95,7 +95,7 @@ SHOWS: dict[str, Callable[[str], None]] = {
 }
 
 
-QUICK = ("my_method", "federated/in_process")  # the others train real models
+QUICK = ("my_method",)  # the others train real models
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def compiled(model: nn.Module, backend: str = "eager") -> nn.Module:
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
+@pytest.mark.slow
 def test_a_transformer_is_one_graph(case: Case, tokens: torch.Tensor) -> None:
     model = tiny_model("gpt2")
     del model.transformer.h[1]  # tracing takes most of the time

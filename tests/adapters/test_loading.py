@@ -204,6 +204,7 @@ peft.PeftModel.from_pretrained(model, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_the_first_line_of_the_card(mlp, tmp_path):
     peft.get_peft_model(mlp, peftx.BoneConfig(r=4, target_modules=TARGETS)).save_pretrained(tmp_path)
     runs = [

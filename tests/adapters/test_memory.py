@@ -39,6 +39,7 @@ def test_nothing_holds_a_model_that_was_trained(case: Case, unload: bool) -> Non
     assert not [ref for ref in held if ref() is not None]
 
 
+@pytest.mark.slow
 def test_nothing_holds_a_model_after_trainer_and_callbacks(case: Case, tmp_path: Path) -> None:
     run = trainer(case.config(task_type="SEQ_CLS"), tmp_path, max_steps=2, save_strategy="no")
     if case.info.callback is not None:

@@ -96,5 +96,6 @@ def warnings_of_lora(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str,
     return warnings_of(LoraConfig(r=2, task_type="SEQ_CLS"), tmp_path_factory.mktemp("lora"))
 
 
+@pytest.mark.slow
 def test_training_warns_of_nothing_that_lora_does_not(case: Case, tmp_path: Path, warnings_of_lora: set) -> None:
     assert warnings_of(case.config(task_type="SEQ_CLS"), tmp_path) <= warnings_of_lora

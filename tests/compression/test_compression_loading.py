@@ -495,6 +495,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_compresses_recovers_and_writes_a_card(folder, tokens, tmp_path):
     out, picture = tmp_path / "small", tmp_path / "picture.png"
     outcome = call(

@@ -656,6 +656,7 @@ def test_training_gives_what_a_pass_does(kind: str, road: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["adapters", "all weights"])
+@pytest.mark.slow
 def test_training_is_the_same_bit_for_bit(kind: str, frozen: bool, tmp_path: Path) -> None:
     def train(*callbacks: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)

@@ -18,6 +18,7 @@ from peftx.compression.statistics import FILE_NAME
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
+pytestmark = pytest.mark.slow
 COUNT = 10
 EXACT: dict[str, Any] = dict(what="fisher", directions=None, max_samples=None)
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]

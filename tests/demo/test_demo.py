@@ -155,6 +155,7 @@ def test_every_method_runs_learns_and_survives_saving_and_merging(outcome):
         assert end < start, result.name
 
 
+@pytest.mark.slow
 def test_comparison_is_fair(outcome):
     steps = 2 * 192 // 8
     assert {len(result.losses) for result in outcome.results} == {steps}

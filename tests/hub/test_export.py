@@ -181,6 +181,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", [case.name for case in EXACT])
+@pytest.mark.slow
 def test_stock_peft_gives_the_same_logits_without_peftx(exported, variant, kind):
     wanted, found = exported
     name = f"{variant}@{kind}"

@@ -236,6 +236,7 @@ def code_of(card: ModelCard) -> str:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_a_pushed_adapter_gives_the_same_logits_in_another_process(logits, method):
     wanted, found = logits
     assert torch.equal(found[method], wanted[method])

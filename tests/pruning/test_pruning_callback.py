@@ -742,6 +742,7 @@ def test_two_processes_choose_as_one(two_processes: Path, tmp_path: Path, when: 
         assert set(first["seen"]) | set(second["seen"]) == set(first["indices"])
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_a_stream(two_processes: Path, tmp_path: Path) -> None:
     first, second = (torch.load(two_processes / f"stream-{rank}") for rank in range(2))
     one = peftx.DonodCallback(keep=0.25)

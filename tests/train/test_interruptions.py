@@ -114,6 +114,7 @@ def test_a_checkpoint_of_somebody_else_is_not_removed(files: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end", "on_save", "on_log"])
+@pytest.mark.slow
 def test_a_killed_run_that_replaces_leaves_the_old_one(files: Path, tmp_path: Path, event: str) -> None:
     out = tmp_path / "out"
     training = {"save_steps": 1, "logging_steps": 1}
@@ -154,6 +155,7 @@ def test_a_killed_run_that_replaces_leaves_the_old_one(files: Path, tmp_path: Pa
     ],
 )
 @pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(
     files: Path,
     tmp_path: Path,
