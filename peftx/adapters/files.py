@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,10 +139,10 @@ def check_header(tuner: Any, model: nn.Module, adapter_name: str, file: Opened) 
     expected |= {tuner._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in shared}
     biases = {
         tuner._remove_adapter_name_from_key(f"{PREFIX}{key}", adapter_name): tensor
-        for key, tensor in _biases(tuner, model, config).items()
+        for key, tensor in _biases(tuner, model, config, tensors).items()
     }
     embeddings = {f"{PREFIX}{key}": tensor for key, tensor in _embeddings(model, config).items()}
-    refuse(method, problems(*_with_rest(expected, tensors, biases, embeddings)))
+    refuse(method, problems(*_with_rest(config, expected, tensors, biases, embeddings)))
 
 
 def check_tensors(
@@ -169,8 +169,8 @@ def check_tensors(
             expected |= {f"{name}.{target}": state[target] for target in targets.values()}
     has_prefix = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
     found = {key if has_prefix else key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
-    biases, embeddings = _biases(tuner_cls, model, config), _embeddings(model, config)
-    expected, found, known = _with_rest(expected, found, biases, embeddings)
+    biases, embeddings = _biases(tuner_cls, model, config, found), _embeddings(model, config)
+    expected, found, known = _with_rest(config, expected, found, biases, embeddings)
 
     def plain(key: str) -> str:
         return tuner_cls._remove_adapter_name_from_key(key, adapter_name)
@@ -204,24 +204,27 @@ def _prepared(
 
 
 def _with_rest(
+    config: Any,
     expected: dict[str, torch.Tensor],
     found: dict[str, torch.Tensor],
     biases: dict[str, torch.Tensor],
     embeddings: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], set[str]]:
-    """Trained biases are expected too, as PEFT saves them; embeddings only where the file has them."""
+    """Trained biases are expected too, as PEFT saves them; embeddings and other biases only where a file has them."""
     heads = {key for key in biases if "modules_to_save" in key or "original_module" in key}
-    expected |= {key: tensor for key, tensor in biases.items() if key not in heads}
-    expected |= {key: tensor for key, tensor in embeddings.items() if key in found}
-    return expected, found, heads
+    trained = {key: tensor for key, tensor in biases.items() if key not in heads}
+    optional = embeddings | trained if config.bias == "none" else embeddings
+    expected |= {key: tensor for key, tensor in optional.items() if key in found}
+    expected |= {} if config.bias == "none" else trained
+    return expected, found, set() if config.bias == "none" else heads
 
 
-def _biases(tuner: Any, model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
-    if config.bias == "none":
+def _biases(tuner: Any, model: nn.Module, config: Any, found: Iterable[str]) -> dict[str, torch.Tensor]:
+    if config.bias == "none" and not any(key.endswith(".bias") for key in found):
         return {}
     named = ((name.removeprefix(WRAPPED), tensor) for name, tensor in model.named_parameters())
-    biases = {name: tensor for name, tensor in named if name.rpartition(".")[2] == "bias"}
-    return tuner._get_learnable_bias_state_dict(model, biases, config)
+    biases: dict[str, torch.Tensor] = {name: tensor for name, tensor in named if name.rpartition(".")[2] == "bias"}
+    return biases if config.bias == "none" else tuner._get_learnable_bias_state_dict(model, biases, config)
 
 
 def _embeddings(model: Any, config: Any) -> dict[str, torch.Tensor]:

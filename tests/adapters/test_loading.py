@@ -29,6 +29,18 @@ def saved(case, mlp, tmp_path):
     return tmp_path / "adapter"
 
 
+def test_trained_biases_load_where_none_are_trained(case, mlp, tmp_path):
+    trained = peft.get_peft_model(copy.deepcopy(mlp), case.config(target_modules=TARGETS, bias="all"))
+    randomize(trained, case)
+    biases = {name: parameter for name, parameter in trained.named_parameters() if name.endswith(".bias")}
+    for parameter in biases.values():
+        parameter.data.fill_(1.23)
+    trained.save_pretrained(tmp_path)
+    fresh = peft.get_peft_model(copy.deepcopy(mlp), case.config(target_modules=TARGETS))
+    peft.set_peft_model_state_dict(fresh, load_file(tmp_path / "adapter_model.safetensors"))
+    assert biases and all((fresh.get_parameter(name) == 1.23).all() for name in biases)
+
+
 def edit(folder, change):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
