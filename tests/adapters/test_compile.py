@@ -44,6 +44,7 @@ def test_compiled_training_equals_eager_training(case: Case, mlp: MLP) -> None:
     torch.testing.assert_close(twin.state_dict(), eager.state_dict(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_switching_disabling_and_merging_are_seen(case: Case, mlp: MLP) -> None:
     x = torch.randn(6, 12)
     plain = mlp(x)

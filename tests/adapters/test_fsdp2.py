@@ -60,6 +60,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_sharded_processes_train_as_one_or_refuse(case: Case, outcomes: list[dict]) -> None:
     first, second = (outcome[case.name] for outcome in outcomes)
     if refuses(case):

@@ -37,6 +37,7 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(case: Case, tmp_path: Path
     assert any("classifier" in name for name in trained) and any(name.endswith("bias") for name in trained)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(case: Case, tmp_path: Path) -> None:
     scores = iter([1.0, 3.0, 2.0])
     run = trainer(

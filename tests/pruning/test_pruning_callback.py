@@ -751,6 +751,7 @@ def test_two_processes_train_on_a_stream(two_processes: Path, tmp_path: Path) ->
     assert set(first["seen"]) | set(second["seen"]) == set(one.selection.indices)
 
 
+@pytest.mark.slow
 def test_both_processes_tell_what_is_wrong(two_processes: Path) -> None:
     first, second = (torch.load(two_processes / f"errors-{rank}") for rank in range(2))
     assert "made for other settings" in first["message"] and first["message"] == second["message"]
