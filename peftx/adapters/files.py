@@ -212,11 +212,11 @@ def _with_rest(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], set[str]]:
     """Trained biases are expected too, as PEFT saves them; embeddings and other biases only where a file has them."""
     heads = {key for key in biases if "modules_to_save" in key or "original_module" in key}
-    trained = {key: tensor for key, tensor in biases.items() if key not in heads}
-    optional = embeddings | trained if config.bias == "none" else embeddings
-    expected |= {key: tensor for key, tensor in optional.items() if key in found}
-    expected |= {} if config.bias == "none" else trained
-    return expected, found, set() if config.bias == "none" else heads
+    trained, optional = {key: tensor for key, tensor in biases.items() if key not in heads}, embeddings
+    if config.bias == "none":
+        trained, optional, heads = {}, embeddings | trained, set()
+    expected |= trained | {key: tensor for key, tensor in optional.items() if key in found}
+    return expected, found, heads
 
 
 def _biases(tuner: Any, model: nn.Module, config: Any, found: Iterable[str]) -> dict[str, torch.Tensor]:
