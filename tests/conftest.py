@@ -13,6 +13,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -127,6 +128,14 @@ def tiny_model(kind: str) -> transformers.PreTrainedModel:
         d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, vocab_size=64, decoder_start_token_id=0, pad_token_id=0
     )
     return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def words() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the words w1 to w62."""
+    vocabulary = {"<pad>": 0, **{f"w{i}": i for i in range(1, 63)}, "<eos>": 63}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 @pytest.fixture

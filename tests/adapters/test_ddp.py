@@ -1,8 +1,5 @@
 """Two processes (gloo, CPU) train every method on half a batch each, through accelerate; one process on all of it."""
 
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from conftest import CASES, Case, adapted, randomize, tiny_model
+from processes import join
 
 STEPS = 2
 
@@ -52,12 +50,7 @@ def train(case: Case, checkpointing: bool, accelerator: Accelerator | None = Non
 
 
 def process(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    join(rank, folder)
     accelerator = Accelerator(cpu=True)
     outcomes = {(case.name, mode): tuple(train(case, mode, accelerator)) for case in CASES for mode in (False, True)}
     torch.save(outcomes, folder / str(rank))

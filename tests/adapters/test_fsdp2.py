@@ -1,14 +1,12 @@
 """FSDP2 on two processes (gloo, CPU): every method trains as on one process, or refuses before its first step."""
 
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import CASES, Case, adapted, tiny_model
+from processes import join
 
 STEPS = 2
 
@@ -38,11 +36,7 @@ def train(case: Case, sharded: bool) -> dict[str, torch.Tensor]:
 
 
 def process(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    join(rank, folder)
     outcomes = {}
     for case in CASES:
         try:

@@ -3,10 +3,7 @@
 import copy
 import json
 import logging
-import os
 import random
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from conftest import SMALL, Case, tiny_model
 from conftest import adapted as with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import join
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -824,13 +822,7 @@ SHARES = [("llama", "train"), ("bert", "train"), ("bert", "calibration")]
 
 
 def process(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=300))
+    join(rank, folder)
     transformers.logging.set_verbosity_error()
     for kind, when in SHARES:
         callback = FisherCallback("per_sample", when, what=("fisher", "gram"), directions=None, max_samples=None)

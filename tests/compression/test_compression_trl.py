@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import SMALL, tiny_model
+from conftest import SMALL, tiny_model, words
 
 import peftx
 from peftx.compression import Statistics, target_layers
@@ -29,15 +29,6 @@ def quiet() -> Any:
     transformers.logging.set_verbosity_error()
     yield
     transformers.logging.set_verbosity_warning()
-
-
-def words() -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {"<pad>": 0, **{f"w{i}": i for i in range(1, 63)}, "<eos>": 63}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def samples(masked: bool = True, count: int = COUNT) -> list[dict[str, list[int]]]:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
-from conftest import SMALL, tiny_model
+from conftest import SMALL, tiny_model, words
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -860,15 +859,6 @@ def test_datasets_and_token_labels() -> None:
 
 
 # The command line
-
-
-def words() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of the words w1 to w62."""
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"<pad>": 0, **{f"w{i}": i for i in range(1, 63)}, "<eos>": 63}, unk_token="<pad>")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,6 @@
 import copy
 import json
 import logging
-import os
-import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import tiny_model
+from conftest import tiny_model, words
+from processes import join
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftx
@@ -663,25 +661,11 @@ ARGUMENTS = {
 }
 
 
-def words() -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {"<pad>": 0, **{f"w{i}": i for i in range(1, 63)}, "<eos>": 63}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
 # Two processes
 
 
 def process(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    join(rank, folder)
     transformers.logging.set_verbosity_error()
     for when in ("start", "warmup"):
         callback = peftx.DonodCallback(keep=0.25, when=when, warmup_steps=3)

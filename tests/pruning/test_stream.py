@@ -1,12 +1,10 @@
 """Streams, scores in parts that survive a kill, and shares of processes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from processes import join
 from test_pruning import assert_scores, classes, pad_rows, pad_sequences, rows, small
 from test_pruning_callback import COUNT, arguments, examples, parameters, trainer
 
@@ -459,11 +458,7 @@ def test_a_parquet_file_of_the_user_is_not_written_over(tmp_path: Path, monkeypa
 
 
 def process(rank: int, folder: Path) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    join(rank, folder)
     model, seen = small("llama"), []
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
     settings: dict[str, Any] = {"shard": True, "batch_size": 4, "progress": False, "metrics": ("don", "random")}

@@ -15,10 +15,9 @@ from typing import Any
 import datasets
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
-from conftest import EXAMPLES, tiny_model
+from conftest import EXAMPLES, tiny_model, words
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -41,15 +40,6 @@ from peftx.train import (
 from peftx.train.settings import nearest
 
 SHORT = ("--max-steps", 2, "--batch-size", 4, "--training", "use_cpu=true", "--training", "disable_tqdm=true")
-
-
-def words() -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of the words w1 to w62."""
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"<pad>": 0, **{f"w{i}": i for i in range(1, 63)}, "<eos>": 63}, unk_token="<pad>")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def quantisable() -> transformers.PreTrainedModel:

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import join
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -854,14 +855,9 @@ def test_steps_that_a_grad_scaler_skips_change_no_statistics():
 
 
 def _ddp_process(rank: int, folder: str) -> None:
-    import os
-    from datetime import timedelta
-
     import torch.distributed as dist
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    join(rank, folder)
     model = wrap()
     ddp = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)

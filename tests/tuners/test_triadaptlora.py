@@ -1,10 +1,7 @@
 """TriAdaptLoRA: the mathematics against explicit oracles in float64, and growth in loops, files, Trainer and DDP."""
 
 import copy
-import os
-import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import transformers
 from conftest import MLP, logits, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from processes import join
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -866,12 +864,7 @@ DDP_STEPS = 6
 
 
 def process(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
+    join(rank, folder)
     torch.manual_seed(rank)  # the first process's adapter counts
     model = get_peft_model(base(), config(growth="exponential", total_step=DDP_STEPS))
     shake(model, seed=rank)
