@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ AUTO_CLASSES = {  # PEFT's task types and the classes of transformers that load 
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+
+
+def innermost(module: nn.Module) -> Any:
+    """The layer under all tuner layers, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def plain(text: str) -> str:

@@ -31,7 +31,7 @@ class Adapter(nn.Module):
         config: the method's config, resolved for this layer.
 
     Attributes:
-        scale: factor of the delta, set by `set_scale` and PEFT's `rescale_adapter_scale`; 1 at the start.
+        scale: factor of the delta, set by `set_scale`, `scale_layer` and `peftx.rescale_adapter_scale`; 1 at the start.
         frozen: names of parameters that no call makes trainable.
     """
 

@@ -142,7 +142,8 @@ def check_header(tuner: Any, model: nn.Module, adapter_name: str, file: Opened) 
         for key, tensor in _biases(tuner, model, config, tensors).items()
     }
     embeddings = {f"{PREFIX}{key}": tensor for key, tensor in _embeddings(model, config).items()}
-    refuse(method, problems(*_with_rest(config, expected, tensors, biases, embeddings)))
+    expected, known = _with_rest(config, expected, tensors, biases, embeddings)
+    refuse(method, problems(expected, tensors, known))
 
 
 def check_tensors(
@@ -170,7 +171,7 @@ def check_tensors(
     has_prefix = any(key.startswith(PREFIX) for key, _ in model.named_parameters())
     found = {key if has_prefix else key.removeprefix(PREFIX): tensor for key, tensor in state_dict.items()}
     biases, embeddings = _biases(tuner_cls, model, config, found), _embeddings(model, config)
-    expected, found, known = _with_rest(config, expected, found, biases, embeddings)
+    expected, known = _with_rest(config, expected, found, biases, embeddings)
 
     def plain(key: str) -> str:
         return tuner_cls._remove_adapter_name_from_key(key, adapter_name)
@@ -209,14 +210,13 @@ def _with_rest(
     found: dict[str, torch.Tensor],
     biases: dict[str, torch.Tensor],
     embeddings: dict[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], set[str]]:
+) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Trained biases are expected too, as PEFT saves them; embeddings and other biases only where a file has them."""
     heads = {key for key in biases if "modules_to_save" in key or "original_module" in key}
     trained, optional = {key: tensor for key, tensor in biases.items() if key not in heads}, embeddings
     if config.bias == "none":
         trained, optional, heads = {}, embeddings | trained, set()
-    expected |= trained | {key: tensor for key, tensor in optional.items() if key in found}
-    return expected, found, heads
+    return expected | trained | {key: tensor for key, tensor in optional.items() if key in found}, heads
 
 
 def _biases(tuner: Any, model: nn.Module, config: Any, found: Iterable[str]) -> dict[str, torch.Tensor]:

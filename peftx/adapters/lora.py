@@ -24,13 +24,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..utils import innermost
 from . import files
 from .config import FileConfig, Names, Number
 from .lora_layers import VariantEmbedding, VariantLinear
-from .products import accumulate, onloaded, unobserved
+from .products import accumulate, autocasted, onloaded, unobserved
 from .sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from .sites.site import unsupported
-from .tuner import CheckedTuner, errors_naming, innermost
+from .tuner import CheckedTuner, errors_naming
 
 
 @dataclasses.dataclass
@@ -164,7 +165,7 @@ class VariantModel(CheckedTuner, LoraModel):
             if not self._follows_rule(layer):
                 raise unsupported(base_layer, self.supported)
             layer.site.check_dense_kernel()
-        layer.lora_variant[adapter_name] = self._make_rule(lora_config, layer, adapter_name, current_key)
+            layer.lora_variant[adapter_name] = self._make_rule(lora_config, layer, adapter_name, current_key)
 
     def _place(self, config: Any, key: str) -> Any:
         """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
@@ -239,9 +240,9 @@ def with_rules(layer: Any) -> Any:
     return layer
 
 
-def is_plain(lora_A: nn.Module, lora_B: nn.Module) -> bool:
-    """Whether the two modules compute nothing but their products and nobody (Opacus, tensor parallelism) watches."""
-    return all(type(module) is nn.Linear and unobserved(module) for module in (lora_A, lora_B))
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether the modules compute nothing but their products and nobody (Opacus, tensor parallelism) watches."""
+    return all(type(module) is nn.Linear and unobserved(module) for module in modules)
 
 
 def weight_row_norms2(
@@ -278,9 +279,7 @@ def low_rank(
         U: (out_features, k); default: `scale` B.
         rule: (out_features, r); default: U.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = autocasted(x)
     with torch.no_grad():
         V = (A.detach() if V is None else V).to(x.dtype)  # dynamo refuses the same tensor twice
         U = scale * B if U is None else U

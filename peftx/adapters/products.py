@@ -15,13 +15,24 @@ def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scal
 
     Shapes: result (..., n), h (..., r), weight (r, n). The sum has result's dtype.
     """
-    device = result.device.type
-    if torch.is_autocast_enabled(device) and result.dtype != torch.get_autocast_dtype(device):
-        return result + (scale * (h @ weight)).to(result.dtype)  # addmm would round `result` to the autocast dtype
+    if would_round(result):
+        return result + (scale * (h @ weight)).to(result.dtype)
     # Autograd takes the layout of its two products from that of `weight`; skinny ones are up to 3x faster row-major.
     h, weight = h.to(result.dtype), weight.to(result.dtype).contiguous()
     flat = result.reshape(-1, result.shape[-1])
     return torch.addmm(flat, h.reshape(-1, h.shape[-1]), weight, alpha=scale).view(result.shape)
+
+
+def autocasted(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype in which autocast takes products, where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def would_round(result: torch.Tensor) -> bool:
+    """Whether autocast would round `result` in a product that adds to it."""
+    device = result.device.type
+    return torch.is_autocast_enabled(device) and result.dtype != torch.get_autocast_dtype(device)
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,12 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.modeling_utils import str_to_torch_dtype
 
 PREFIX = "base_model.model."  # of the names of a `PeftModel`'s layers, in files always
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-DTYPES |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 @dataclass
@@ -161,15 +159,16 @@ def read_header(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {
-                key: torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
-                for key, part in slices.items()
-            }
+            return {key: _like(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}). Save or download the adapter again."
         ) from error
+
+
+def _like(part: Any) -> torch.Tensor:
+    dtype = str_to_torch_dtype.get(part.get_dtype(), torch.uint8)
+    return torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
 
 def read_pickle(path: Path, device: str = "meta") -> dict[str, torch.Tensor]:

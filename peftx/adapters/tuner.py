@@ -14,7 +14,6 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
     _check_lora_target_modules_mamba,
     onload_layer,
     replicate_layers,
@@ -25,6 +24,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from ..cards.adapter import keep_card
+from ..utils import innermost
 from . import files
 from .source import loading
 
@@ -346,11 +346,6 @@ def errors_naming(config: Any, key: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{config.peft_type.value} cannot adapt the module {key!r}: {error}") from error
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """The layer under all tuner layers."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _refuse_experts(model: nn.Module, config: Any) -> None:

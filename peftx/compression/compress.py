@@ -19,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..cards.compressed import keep_card
+from ..utils import innermost
 from .checks import check_choice, check_flag, check_folder, check_number, check_whole, shown
 from .factorize import METHODS, SIDES, Factors, Weighting, needs_no_factor, parts_for, scale_for, solve, weighting_for
-from .layers import base_layer, shape_of, target_layers
+from .layers import shape_of, target_layers
 from .linear import LowRankLinear
 from .loader import LowRankConfig
 from .ranks import allocate, largest, rank_for, saves
@@ -311,7 +312,7 @@ def _choose(
     """
     chosen, skipped = [], {}
     for name in target_layers(model, target_modules, exclude_modules):
-        layer = base_layer(base.get_submodule(name))
+        layer = innermost(base.get_submodule(name))
         weight = getattr(layer, "weight", None)
         if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(

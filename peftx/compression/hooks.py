@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..losses import shifts_labels
+from ..utils import innermost
 from .activations import Activations
 from .batch import Batch, Keep, divisor_of, scale_of
 from .checks import check_choice, check_count, shown
-from .layers import base_layer, base_model, describe
+from .layers import base_model, describe
 from .statistics import ESTIMATORS, Statistics
 from .sums import BLOCK, FISHER, add_squares, exact_zeros, square_sums
 from .totals import Totals
@@ -102,7 +103,7 @@ class Collector:
         for name, layer in self.layers.items():
             weight: Any = getattr(layer, "weight", None)
             # A weight that trains gets the gradient of the batch anyway.
-            if self.sides and self.estimator == "per_batch" and layer is base_layer(layer) and weight.requires_grad:
+            if self.sides and self.estimator == "per_batch" and layer is innermost(layer) and weight.requires_grad:
                 self._handles.append(weight.register_hook(partial(self._weight_gradient, name)))
                 tapped = False
             else:
@@ -279,7 +280,7 @@ class Collector:
 
     def _square_weight(self, name: str, batch: Batch, parts: Sequence[Tensor]) -> None:
         (gradient,) = parts
-        rows = gradient.T if isinstance(base_layer(self.layers[name]), Conv1D) else gradient
+        rows = gradient.T if isinstance(innermost(self.layers[name]), Conv1D) else gradient
         sums = {"fisher_in": exact_zeros(rows.shape[1], rows.device), "fisher_out": exact_zeros(len(rows), rows.device)}
         step = max(1, BLOCK.get(rows.device.type, BLOCK["cuda"]) // rows.shape[1])
         exact = torch.promote_types(rows.dtype, torch.float32)

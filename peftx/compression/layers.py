@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.products import unpack
+from ..utils import innermost
 from . import linear
 from .checks import check_modules
 
@@ -80,16 +81,11 @@ def base_model(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
 
 
-def base_layer(layer: nn.Module) -> Any:
-    """What an adapter is on, or the layer itself."""
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
 def linear_layers(base: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """All `nn.Linear` and `Conv1D` by name, or the adapters' wrappers around them; nothing of an adapter itself."""
     found: dict[str, nn.Module] = {}
     for name, child in base.named_children():
-        if isinstance(base_layer(child), nn.Linear | Conv1D):
+        if isinstance(innermost(child), nn.Linear | Conv1D):
             found[prefix + name] = child
         elif not isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
             found |= linear_layers(child, f"{prefix}{name}.")
@@ -101,7 +97,7 @@ def default_names(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[
     blocks = tuple(
         f"{name}."
         for name, module in base.named_modules()
-        if isinstance(module, nn.ModuleList) and not any(isinstance(base_layer(m), nn.Linear | Conv1D) for m in module)
+        if isinstance(module, nn.ModuleList) and not any(isinstance(innermost(m), nn.Linear | Conv1D) for m in module)
     )
     head = getattr(base, "get_output_embeddings", lambda: None)()
     tied = tied_layers(base)
@@ -124,14 +120,14 @@ def tied_layers(base: nn.Module) -> dict[str, str]:
     return {
         name: next(other for other in users if other != mine)
         for name, layer in linear_layers(base).items()
-        if len(users := names.get(id(base_layer(layer).weight), ())) > 1
+        if len(users := names.get(id(innermost(layer).weight), ())) > 1
         for mine in [f"{name}.base_layer.weight" if isinstance(layer, BaseTunerLayer) else f"{name}.weight"]
     }
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(out_features, in_features), also of a quantised layer, and of what an adapter is on."""
-    return linear.shape_of(base_layer(layer))
+    return linear.shape_of(innermost(layer))
 
 
 def dense_weight(base: nn.Module) -> Tensor:
@@ -144,7 +140,7 @@ def dense_weight(base: nn.Module) -> Tensor:
 
 def signature(layer: nn.Module) -> Tensor:
     """(min(64, entries),), float32: entries of the base weight at even distances, as it is stored, row after row."""
-    weight = dense_weight(base_layer(layer)).detach()
+    weight = dense_weight(innermost(layer)).detach()
     if weight.device.type == "meta" or type(weight).__name__ == "DTensor" or not weight.numel():
         raise ValueError(
             "the weights are not here (on the meta device, or split by FSDP or DeepSpeed): load them whole"

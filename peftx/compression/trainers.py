@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..utils import innermost
 from .hooks import Collector
-from .layers import base_layer, base_model
+from .layers import base_model
 
 TRL_OWN = "SFTTrainer"  # of TRL's trainers the one whose loss is the likelihood of the labels
 
@@ -64,7 +65,7 @@ def check_head(trainer: Any, collector: Collector) -> None:
     head: Any = getattr(base_model(collector.model), "get_output_embeddings", lambda: None)()
     for name, layer in collector.layers.items() if head is not None and is_trl(trainer) else ():
         trains = collector.estimator == "per_batch" and isinstance(layer, nn.Linear) and layer.weight.requires_grad
-        if base_layer(layer) is base_layer(head) and not (collector.fields == collector.sides and trains):
+        if innermost(layer) is innermost(head) and not (collector.fields == collector.sides and trains):
             raise ValueError(
                 f"TRL's {TRL_OWN} reads the weight of {name} without calling it: leave it out, exclude_modules="
                 f"[{name!r}], or collect after training, FisherCallback(when='calibration')"

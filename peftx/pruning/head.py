@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
+
+from ..utils import innermost
 
 # PEFT's TaskType names, and the transformers classes that they mean.
 TASKS: dict[str, str] = {
@@ -70,7 +71,7 @@ def find_head(model: nn.Module, task: str, name: str | None = None) -> nn.Module
         found, where = classifier(base), "the classifier"
     if isinstance(found, AuxiliaryTrainingWrapper):
         found = active_copy(found)
-    inside = found.get_base_layer() if isinstance(found, BaseTunerLayer) else found
+    inside = innermost(found)
     if inside is None:
         raise ValueError(
             f"found no output layer in {type(base).__name__}: name the linear layer that makes the logits, head="
@@ -100,7 +101,7 @@ def linear_layers(module: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     that PEFT trains a copy of, the active copy counts."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = active_copy(module)
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer = innermost(module)
     if isinstance(layer, nn.Linear):
         yield module, layer.out_features
     elif layer is module:
@@ -128,7 +129,7 @@ def affine(module: nn.Module, h: Tensor) -> tuple[float, Tensor | None, Tensor]:
         with torch.autocast(h.device.type, enabled=False):
             product = nn.functional.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
         return square_norm(weight), bias, product
-    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer: Any = innermost(module)
     bias = module(h.new_zeros(1, h.shape[1]))[0]
     exact = torch.promote_types(bias.dtype, torch.float32)
     square, product = 0.0, bias.to(exact).expand(len(h), -1)
@@ -140,7 +141,7 @@ def affine(module: nn.Module, h: Tensor) -> tuple[float, Tensor | None, Tensor]:
 
 
 def quantized(module: nn.Module) -> bool:
-    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer: Any = innermost(module)
     return type(layer.weight) is not nn.Parameter
 
 

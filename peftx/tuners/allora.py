@@ -88,13 +88,11 @@ class ALLoRA(Variant):
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        if not isinstance(module, Embedding) and (
-            not torch.is_grad_enabled() or module.lora_A[active_adapter].weight.is_meta  # offloaded: nothing trains
-        ):
-            return super().forward(module, active_adapter, x, result)
         if isinstance(module, Embedding):
             s, trained = self.gradient_scale(module, active_adapter), self._embed(module, active_adapter, x)
             return result + _Retrained.apply(trained.detach(), trained, s)
+        if not torch.is_grad_enabled() or module.lora_A[active_adapter].weight.is_meta:  # offloaded: nothing trains
+            return super().forward(module, active_adapter, x, result)
         scale, s = module.scaling[active_adapter], self.gradient_scale(module, active_adapter)
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         A, B, x = lora_A.weight, lora_B.weight, module.lora_dropout[active_adapter](x)

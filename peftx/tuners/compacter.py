@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 # The modules that end a sub-layer: model types, Compacter's targets (after self-attention and after the feed-forward
 # block), Compacter++'s (feed-forward only). PEFT matches names by their ends, so `output.dense` would be both in BERT.
-SITES: list[tuple[str, list[str] | str, list[str] | str]] = [
+TARGETS: list[tuple[str, list[str] | str, list[str] | str]] = [
     ("t5 mt5 umt5", ["SelfAttention.o", "DenseReluDense.wo"], ["DenseReluDense.wo"]),
     (
         "bert roberta xlm-roberta electra deberta deberta-v2",
@@ -51,8 +51,8 @@ SITES: list[tuple[str, list[str] | str, list[str] | str]] = [
         r".*\blayers?\.\d+\.(mlp\.fc2|output\.dense)",
     ),
 ]
-COMPACTER = {model_type: both for types, both, _ in SITES for model_type in types.split()}
-COMPACTER_PLUS_PLUS = {model_type: ffn for types, _, ffn in SITES for model_type in types.split()}
+COMPACTER = {model_type: both for types, both, _ in TARGETS for model_type in types.split()}
+COMPACTER_PLUS_PLUS = {model_type: ffn for types, _, ffn in TARGETS for model_type in types.split()}
 
 
 @dataclass
@@ -122,8 +122,6 @@ class CompacterConfig(AdapterConfig):
                 raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
         if self.phm_init_range < 0:
             raise ValueError(f"`phm_init_range` must not be negative, got {self.phm_init_range}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}.")
         if self.non_linearity not in ACTIVATIONS:
             raise ValueError(f"`non_linearity` must be one of {', '.join(ACTIVATIONS)}; got {self.non_linearity!r}.")
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from ..adapters import register
 from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank
 from ..adapters.products import at_least_fp32, unobserved
-from ..adapters.tuner import errors_naming
 
 
 @dataclass
@@ -239,7 +238,7 @@ class FedSVD(Variant):
     ) -> torch.Tensor:
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x, scale = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
-        if unobserved(lora_A) and is_plain(lora_B, lora_B):
+        if unobserved(lora_A) and is_plain(lora_B):
             return low_rank(result, x, lora_A.weight.detach(), lora_B.weight, scale)
         return result + lora_B(lora_A(x)) * scale
 
@@ -263,10 +262,10 @@ class FedSVDModel(VariantModel):
     def _follows_rule(self, layer: Any) -> bool:
         return not isinstance(layer, (Embedding, _ConvNd)) and super()._follows_rule(layer)
 
-    def _make_rule(self, config: FedSVDConfig, layer: Any, adapter_name: str, key: str) -> FedSVD:
+    def _make_rule(self, config: FedSVDConfig, layer: Any, adapter_name: str, key: str) -> Variant:
         A, B = factors_of(layer, adapter_name)
         r, side = layer.r[adapter_name], min(layer.in_features, layer.out_features)
-        with errors_naming(config, key), torch.no_grad():
+        with torch.no_grad():
             if r > side:
                 raise ValueError(
                     f"r={r} is above the layer's shorter side, {side}: A cannot have r orthonormal rows that are of "
@@ -282,7 +281,7 @@ class FedSVDModel(VariantModel):
         # PEFT freezes these again after every call that trains an adapter; a dict of the layer's own, not its class's.
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
         layer._freeze_non_trainable_peft_weights(adapter_name)
-        return FedSVD(config, key)
+        return super()._make_rule(config, layer, adapter_name, key)
 
     def refactorize(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
         """Refactorises an adapter, by default the active one, now; see `peftx.federated.refactorize_model`."""

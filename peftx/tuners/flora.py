@@ -82,8 +82,6 @@ class FloraConfig(AdapterConfig):
             raise ValueError(f"r={self.r} and r_spatial={self.r_spatial} both give the ranks of the kernel axes.")
         if self.scale is not None and self.alpha is not None:
             raise ValueError("`scale` and `alpha` both set the factor of the delta: give one of them.")
-        if not 0 <= self.flora_dropout < 1:
-            raise ValueError(f"`flora_dropout` must be in [0, 1), got {self.flora_dropout}.")
 
 
 def mode_ranks(config: FloraConfig, modes: Sequence[int], groups: int = 1) -> tuple[int, ...]:

@@ -101,7 +101,7 @@ class GradNormLoRPConfig(VariantConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if not 0 <= self.proj_scale < float("inf"):
+        if self.proj_scale < 0:
             raise ValueError(f"`proj_scale` must be finite and at least 0, got {self.proj_scale}.")
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if rotated := sorted(r for r in ranks if r <= (self.proj_rank or 1)):

@@ -28,9 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from peftx.compression import collect, compress
 from peftx.compression.callback import FisherCallback
 from peftx.compression.hooks import Collector
-from peftx.compression.layers import base_layer, base_model, shape_of, signature, target_layers
+from peftx.compression.layers import base_model, shape_of, signature, target_layers
 from peftx.compression.statistics import FILE_NAME, Statistics
 from peftx.compression.sums import square_sums
+from peftx.utils import innermost
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 COUNT = 10
@@ -99,7 +100,7 @@ def adapted(kind: str, **config: Any) -> nn.Module:
 
 
 def matrix(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    return weight.T if isinstance(base_layer(layer), Conv1D) else weight
+    return weight.T if isinstance(innermost(layer), Conv1D) else weight
 
 
 def supervised(model: nn.Module, labels: torch.Tensor) -> int:
@@ -112,14 +113,14 @@ def explicit(model: nn.Module, groups: list[list[dict]]) -> Sums:
     model = copy.deepcopy(model)
     layers = target_layers(model)
     for layer in layers.values():
-        base_layer(layer).weight.requires_grad_()
+        innermost(layer).weight.requires_grad_()
     squares: dict[str, Any] = dict.fromkeys(layers, 0)
     for group in groups:
         batch = pad(group)
         model.zero_grad()
         (model(**batch).loss * supervised(base_model(model), batch["labels"])).backward()
         for name, layer in layers.items():
-            squares[name] = squares[name] + matrix(layer, base_layer(layer).weight.grad).double().square()
+            squares[name] = squares[name] + matrix(layer, innermost(layer).weight.grad).double().square()
     count = sum(map(len, groups))
     return {name: (square.sum(0) / count, square.sum(1) / count) for name, square in squares.items()}
 

@@ -12,8 +12,8 @@ from conftest import SMALL, tiny_model, words
 
 import peftx
 from peftx.compression import Statistics, target_layers
-from peftx.compression.layers import base_layer
 from peftx.compression.statistics import FILE_NAME
+from peftx.utils import innermost
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -61,7 +61,7 @@ def explicit(model: Any, groups: list[list[dict]], count: int | None = None) -> 
     model = copy.deepcopy(model).double().eval()
     layers = target_layers(model)
     for layer in layers.values():
-        base_layer(layer).weight.requires_grad_()
+        innermost(layer).weight.requires_grad_()
     squares: dict[str, Any] = dict.fromkeys(layers, 0)
     for group in groups:
         model.zero_grad()
@@ -71,9 +71,9 @@ def explicit(model: Any, groups: list[list[dict]], count: int | None = None) -> 
                 loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
                 (loss * (labels[:, 1:] != -100).sum()).backward()
         for name, layer in layers.items():
-            grad = base_layer(layer).weight.grad
+            grad = innermost(layer).weight.grad
             if grad is not None:
-                grad = grad.T if type(base_layer(layer)).__name__ == "Conv1D" else grad
+                grad = grad.T if type(innermost(layer)).__name__ == "Conv1D" else grad
                 squares[name] = squares[name] + grad.double().square()
     count = count or sum(any(label != -100 for label in row["labels"][1:]) for group in groups for row in group)
     return {name: (square.sum(0) / count, square.sum(1) / count) for name, square in squares.items()}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..products import would_round
 from .site import Site
 
 
@@ -97,8 +98,7 @@ def pointwise(
     shape = (*x.shape[: -axes - 1], x.shape[-axes - 1] // channels * out, *x.shape[-axes:])
     if result is None:
         return torch.bmm(weight, flat).view(shape)
-    device = result.device.type
-    if torch.is_autocast_enabled(device) and result.dtype != torch.get_autocast_dtype(device):
+    if would_round(result):
         return result + (scale * torch.bmm(weight, flat)).view(shape).to(result.dtype)
     base = result.reshape(len(flat), out, flat.shape[-1])
     return torch.baddbmm(base, weight.to(result.dtype), flat.to(result.dtype), alpha=scale).view(shape)

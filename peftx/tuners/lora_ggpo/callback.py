@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...adapters.sharding import refuse_shards
 from ...files import beside, writing
-from .schedule import SHARDS, Schedule, schedules, update_ggpo_stats
+from .schedule import Schedule, schedules, update_ggpo_stats
 
 
 class GGPOCallback(TrainerCallback, ExportableState):
@@ -37,7 +36,7 @@ class GGPOCallback(TrainerCallback, ExportableState):
         if not found:
             raise ValueError("GGPOCallback: the model trains no LORAGGPO adapter; see `peftx.LoRAGGPOConfig`.")
         for schedule in found:
-            refuse_shards(model, schedule.method, SHARDS)
+            schedule.refuse_shards(model)
             schedule.release()
             schedule.driven = True
             schedule.total_step = schedule.config.total_step or state.max_steps

@@ -94,15 +94,14 @@ class LoRAGGPOConfig(VariantConfig):
         for name, low, high in (
             ("ggpo_sigma", 0, math.inf),
             ("ggpo_beta", 0, math.inf),
-            ("mgpo_rho", -math.inf, math.inf),
             ("warmup_steps", 0, math.inf),
             ("grad_ema", 0, 1),
             ("mgpo_ema", 0, 1),
         ):
             value = getattr(self, name)
-            if not (low <= value < high and math.isfinite(value)):
+            if not low <= value < high:
                 raise ValueError(f"`{name}` must be finite, at least {low} and less than {high}, got {value}.")
-        if not (self.mgpo_max_scale > 0 and math.isfinite(self.mgpo_max_scale)):
+        if self.mgpo_max_scale <= 0:
             raise ValueError(f"`mgpo_max_scale` must be positive and finite, got {self.mgpo_max_scale}.")
         if self.total_step is not None and self.total_step <= 0:
             raise ValueError(f"`total_step` must be positive, got {self.total_step}.")

@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Embedding, _ConvNd
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...adapters import register
 from ...adapters.lora import VariantModel
-from ...adapters.sharding import refuse_shards
+from ...utils import innermost
 from .callback import GGPOCallback
 from .config import LoRAGGPOConfig
 from .rule import GGPO, GGPOLinear
-from .schedule import SHARDS, Schedule, all_schedules, schedules, update_ggpo_stats
+from .schedule import Schedule, all_schedules, schedules, update_ggpo_stats
 
 
 @register(
@@ -63,7 +62,7 @@ class LoRAGGPOModel(VariantModel):
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        base = innermost(target)
         if type(base) is nn.Linear and type(base.weight) is nn.Parameter and not lora_config.fan_in_fan_out:
             kwargs.pop("parameter_name", None)
             return GGPOLinear(target, adapter_name, config=lora_config, **kwargs)
@@ -95,7 +94,7 @@ class LoRAGGPOModel(VariantModel):
         if not found:
             raise ValueError("attach_optimizer: the model trains no LORAGGPO adapter, whose moments could be followed.")
         for schedule in found:
-            refuse_shards(self.model, schedule.method, SHARDS)
+            schedule.refuse_shards(self.model)
             schedule.check_optimizer(optimizer)
         for schedule in found:
             schedule.attach(optimizer)

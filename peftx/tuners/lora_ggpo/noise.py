@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...adapters.products import at_least_fp32
+from ...adapters.products import at_least_fp32, autocasted
 
 BLOCK = 2**22  # elements of the noise that exist at a time
 
@@ -91,6 +91,4 @@ def _perturbed(ctx: Any, weight: torch.Tensor, tau: torch.Tensor) -> Iterator[tu
 
 @torch.compiler.disable
 def noisy_output(result: torch.Tensor, x: torch.Tensor, tau: torch.Tensor, seed: int) -> torch.Tensor:
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return NoisyOutput.apply(result, x, tau, seed)
+    return NoisyOutput.apply(result, autocasted(x), tau, seed)

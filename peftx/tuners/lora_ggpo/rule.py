@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ...adapters.lora import Variant, is_plain, low_rank, weight_row_norms2
 from ...adapters.lora_layers import VariantLinear
-from ...adapters.products import accumulate, at_least_fp32, unobserved
+from ...adapters.products import accumulate, at_least_fp32, autocasted, unobserved
 from .config import LoRAGGPOConfig
 from .noise import NoisyLinear, gradient_row_norms2, noisy_output
 from .schedule import Schedule
@@ -184,8 +184,7 @@ class GGPOLinear(VariantLinear):
         if first is None:
             return super().forward(x)
         base = self.base_layer
-        autocast = torch.is_autocast_enabled(x.device.type)
-        inner = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        inner = autocasted(x)
         bias = None if base.bias is None else base.bias.to(inner.dtype)
         result = NoisyLinear.apply(inner, base.weight, bias, *noises[first])
         dtype = result.dtype

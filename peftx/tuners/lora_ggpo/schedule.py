@@ -14,7 +14,6 @@ from torch import nn
 from ...adapters.sharding import refuse_shards
 from .config import LoRAGGPOConfig
 
-SHARDS = "its rule needs whole rows of the weights, gradients and moments"
 PATIENCE = 20  # training forwards without statistics before a warning
 
 
@@ -74,14 +73,11 @@ class Schedule:
                 rule.take(layer, name, norms)
 
     def attach(self, optimizer: Any) -> None:
-        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-            optimizer = optimizer.optimizer
-        self.optimizer = optimizer
+        self.optimizer = _unwrapped(optimizer)
 
     def check_optimizer(self, optimizer: Any) -> None:
         """Raises TypeError or ValueError unless it is an optimizer of this adapter's parameters."""
-        while hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
+        optimizer = _unwrapped(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -104,13 +100,14 @@ class Schedule:
         needed = not torch.compiler.is_compiling() or (self.config.auto_update and not self.driven)
         if model.training and needed:
             if not self.checked:
-                refuse_shards(model, self.method, SHARDS)
+                self.refuse_shards(model)
                 self.checked = True
             self._observe()
 
-    @property
-    def method(self) -> str:
-        return f"LoRA-{self.config.mode.upper()}"
+    def refuse_shards(self, model: nn.Module) -> None:
+        """Raises RuntimeError where the model is sharded."""
+        method = f"LoRA-{self.config.mode.upper()}"
+        refuse_shards(model, method, "its rule needs whole rows of the weights, gradients and moments")
 
     @torch.compiler.disable
     def _observe(self) -> None:
@@ -212,6 +209,12 @@ def schedules(model: nn.Module) -> list[Schedule]:
     return [schedule for schedule in all_schedules(model) if next(schedule.live(), None)]
 
 
+def _unwrapped(optimizer: Any) -> Any:
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def all_schedules(model: nn.Module) -> list[Schedule]:
     """Those that nothing trains any more too."""
     rules = (rule for layer in model.modules() for rule in getattr(layer, "lora_variant", {}).values())
@@ -224,7 +227,7 @@ def update_ggpo_stats(model: nn.Module, step: int | None = None) -> None:
     if not due and step is not None:
         return
     for schedule in due:
-        refuse_shards(model, schedule.method, SHARDS)
+        schedule.refuse_shards(model)
     found = [(schedule, schedule.measure()) for schedule in due]
     found = [(schedule, norms) for schedule, norms in found if any(norm is not None for norm in norms)]
     if not found:

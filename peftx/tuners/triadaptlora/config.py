@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from peft.utils.other import get_pattern_key
 
@@ -115,8 +115,6 @@ class TriAdaptLoRAConfig(AdapterConfig):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the Gaussian entries of new ranks."})
 
-    pattern_fields: ClassVar[dict[str, str]] = {}  # `for_module` resolves rank_pattern
-
     def __post_init__(self) -> None:
         super().__post_init__()
         optional = ("target_total_rank", "max_rank", "growth_size", "growth_interval", "total_step")
@@ -134,10 +132,6 @@ class TriAdaptLoRAConfig(AdapterConfig):
             raise ValueError(f"`orth_reg_weight` must not be negative, got {self.orth_reg_weight}.")
         if not 0 < self.growth_end <= 1:
             raise ValueError(f"`growth_end` must be in (0, 1], got {self.growth_end}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
-        if bad := {name: rank for name, rank in self.rank_pattern.items() if rank <= 0}:
-            raise ValueError(f"The ranks in `rank_pattern` must be positive, got {bad}.")
         if self.total_step is not None:
             self.check_total_step(self.total_step)
 
@@ -159,11 +153,8 @@ class TriAdaptLoRAConfig(AdapterConfig):
             )
 
     def for_module(self, key: str) -> TriAdaptLoRAConfig:
-        config = super().for_module(key)
         match = get_pattern_key(list(self.rank_pattern), key)
-        if match in self.rank_pattern:
-            config = fixed(config, self.rank_pattern[match])
-        return config  # type: ignore[return-value]
+        return fixed(self, self.rank_pattern[match]) if match in self.rank_pattern else self
 
     # The schedule. All of it needs `total_step`.
 
