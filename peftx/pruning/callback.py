@@ -7,13 +7,12 @@ this one trainer. It finds the trainer on the call stack when `Trainer.__init__`
 
 import inspect
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -26,6 +25,7 @@ from .columns import columns_beside, pyarrow_there
 from .head import base_of, task_of
 from .parts import FOLDER, Parts, model_digest, remove_parts
 from .probe import ETA
+from .processes import agree, synchronise
 from .report import PAGE, PICTURE, shown, shown_with, write_report
 from .rows import WORKERS, Bare, Stream, Table, length_of, loads, rows_at, subset
 from .scorer import Scorer, facts
@@ -206,20 +206,20 @@ class DonodCallback(TrainerCallback):
         count = selection.key["data"]["samples"]
         means = {name: float(column.nanmean()) for name, column in selection.scores.items() if name != "label"}
         logger.info(f"Training on {len(selection.indices)} of {count} samples; mean scores: {means}")
-        if self._scored and args.should_save:
-            with drafted(folder, self.by, replace=False) as draft:
-                selection.save(draft / FILE_NAME)
-            if self.reports:
-                tokenizer = trainer.processing_class
-                wanted = preference(selection.scores, **self.ranking)
-                with undisturbed(trainer.model):  # samples may be drawn at random
-                    data = rows_at(self._data, shown(wanted))
-                    with drafted(folder, self.by, replace=False) as draft:
-                        write_report(selection, wanted, data, draft, method=self.method, tokenizer=tokenizer)
-        if self._parts is not None and trainer.accelerator.is_local_main_process:
-            remove_parts(self._parts.folder)
+        with self.together():
+            if self._scored and args.should_save:
+                with drafted(folder, self.by, replace=False) as draft:
+                    selection.save(draft / FILE_NAME)
+                if self.reports:
+                    tokenizer = trainer.processing_class
+                    wanted = preference(selection.scores, **self.ranking)
+                    with undisturbed(trainer.model):  # samples may be drawn at random
+                        data = rows_at(self._data, shown(wanted))
+                        with drafted(folder, self.by, replace=False) as draft:
+                            write_report(selection, wanted, data, draft, method=self.method, tokenizer=tokenizer)
+            if self._parts is not None and trainer.accelerator.is_local_main_process:
+                remove_parts(self._parts.folder)
         self._scored, self._parts = False, None  # from here on it is what a resumed run has to use
-        trainer.accelerator.wait_for_everyone()
 
     def prune(self, dataset: Any) -> Any:
         """The kept part of `dataset`, which is selected now if it was not before."""
@@ -282,12 +282,27 @@ class DonodCallback(TrainerCallback):
                     found = [selection]
                 else:
                     check_free(path.parent, self.names(key["data"]["samples"]), self.by)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 found = [error]
         broadcast_object_list(found)
-        if isinstance(found[0], ValueError):
+        if isinstance(found[0], Exception):
             raise found[0]
         return found[0]
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes."""
+        accelerator = self._trainer.accelerator
+        return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """No process goes on before all are done with the block; where one of them fails, all do."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        agree(failure, 0, self._trainer.accelerator.num_processes, self.reduce)
 
     def names(self, count: int | None) -> list[str]:
         """Of the files for so many samples (None: nobody knows)."""
@@ -315,23 +330,25 @@ class DonodCallback(TrainerCallback):
         key = {**key, "data": data_key}
         open_parts = partial(self.open_parts, key, score.columns, digest, steps, batch_size)
         if parted and self.overwrite:
-            if accelerator.is_local_main_process:
-                try:
-                    open_parts()
-                except ValueError:
-                    remove_parts(Path(trainer.args.output_dir, FOLDER))
-            accelerator.wait_for_everyone()
+            with self.together():
+                if accelerator.is_local_main_process:
+                    try:
+                        open_parts()
+                    except ValueError:
+                        remove_parts(Path(trainer.args.output_dir, FOLDER))
 
         def share() -> Share:
-            if stream and not same_data:
-                raise ValueError("the processes have different data, but have to share the same samples")
-            self._parts = parts = open_parts() if parted else None
-            warm: AbstractContextManager = nullcontext()
-            if steps:
-                rate, size = trainer.args.learning_rate, trainer._train_batch_size
-                common: dict[str, Any] = {"seed": self.seed, "progress": progress}
-                warm = warmed_up(model, data, collator, steps=steps, learning_rate=rate, batch_size=size, **common)
-            with undisturbed(model), warm:
+            with undisturbed(model), ExitStack() as warm:
+                with self.together():  # or the others would wait in `synchronise`
+                    if stream and not same_data:
+                        raise ValueError("the processes have different data, but have to share the same samples")
+                    self._parts = open_parts() if parted else None
+                    if steps:
+                        rate, size = trainer.args.learning_rate, trainer._train_batch_size
+                        common: dict[str, Any] = {"seed": self.seed, "progress": progress}
+                        warm.enter_context(
+                            warmed_up(model, data, collator, steps=steps, learning_rate=rate, batch_size=size, **common)
+                        )
                 synchronise(model, accelerator)
                 with accelerator.autocast():
                     return score_share(
@@ -339,15 +356,12 @@ class DonodCallback(TrainerCallback):
                         Stream(data) if stream else Table(data, range(len(dataset))),
                         collator,
                         batch_size=batch_size,
-                        parts=parts,
+                        parts=self._parts,
                         process=(accelerator.process_index, accelerator.num_processes),
                         progress=progress,
                     )
 
-        def reduce(tensor: Tensor) -> Tensor:
-            return accelerator.reduce(tensor.to(accelerator.device), "sum").cpu()
-
-        scores, count = merge(share, score.columns, accelerator.num_processes, reduce)
+        scores, count = merge(share, score.columns, accelerator.num_processes, self.reduce)
         if "random" in metrics:
             scores["random"] = drawn(count, self.seed, scores["tokens"])
         return {name: scores[name] for name in (*metrics, *facts(task))}, count
@@ -385,13 +399,3 @@ def prune(trainer: Trainer, keep: float = 0.3, method: str = "donod", **settings
     Call it before `trainer.train()`, which selects. Arguments as for `DonodCallback`, which is returned.
     """
     return DonodCallback(keep, method, **settings).attach(trainer)
-
-
-def synchronise(model: torch.nn.Module, accelerator: Any) -> None:
-    """What trains gets the first process's values, as DDP will give it soon: an adapter's start is random."""
-    if accelerator.num_processes > 1:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                value = parameter.data.to(accelerator.device)  # DeepSpeed moves the model later
-                torch.distributed.broadcast(value, src=0)
-                parameter.data.copy_(value)

@@ -18,6 +18,7 @@ from .collation import Watched, check_order
 from .head import base_of, task_of
 from .parts import ROWS, Parts, model_digest
 from .probe import ETA
+from .processes import agree, reduce_sum
 from .rows import Stream, Table, length_of
 from .scorer import BatchError, Scorer, check_batch, check_samples, facts
 from .selection import fingerprint
@@ -265,25 +266,12 @@ def merge(
     try:
         share = make()
     except Exception as error:
-        if world == 1:
-            raise
         failure = error
+    if agree(failure, share.count, world, reduce) != world * share.count:
+        raise ValueError("the processes read different numbers of samples, but have to share the same ones")
     if world == 1:
         return dict(zip(names, share.columns.contiguous(), strict=True)), share.count
-    failed, counted = reduce(torch.tensor([float(failure is not None), share.count], dtype=torch.float64)).tolist()
-    if failed:
-        raise failure or RuntimeError("scoring failed on another process; its error says why")
-    if counted != world * share.count:
-        raise ValueError("the processes read different numbers of samples, but have to share the same ones")
     # Every sample has one process with its score and zeros elsewhere: the sum is exact, also of NaN.
     table = torch.zeros(len(names), share.count, dtype=torch.float64)
     table[:, share.places] = share.columns
     return dict(zip(names, reduce(table), strict=True)), share.count
-
-
-def reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over the processes of `torch.distributed`."""
-    device = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
-    tensor = tensor.to(device)
-    distributed.all_reduce(tensor)
-    return tensor.cpu()

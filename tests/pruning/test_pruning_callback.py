@@ -498,6 +498,16 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(examples())
 
 
+class Unlike(torch.utils.data.IterableDataset):
+    """Other rows on each process."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __iter__(self):
+        return iter(examples()[self.rank :])
+
+
 class Shuffled(Stream):
     def __iter__(self):
         rows = examples()
@@ -699,7 +709,14 @@ def process(rank: int, folder: Path) -> None:
         failure = ""
     except (ValueError, RuntimeError) as error:
         failure = str(error)
-    torch.save({"message": message, "failure": failure}, folder / f"errors-{rank}")
+    try:  # nothing may wait in a collective for a process that failed before it
+        callback = peftx.DonodCallback()
+        run = trainer(folder / "unlike", callback, data=Unlike(rank), max_steps=3, ddp_backend="gloo")
+        run.train()
+        unlike = ""
+    except (ValueError, RuntimeError) as error:
+        unlike = str(error)
+    torch.save({"message": message, "failure": failure, "unlike": unlike}, folder / f"errors-{rank}")
     dist.destroy_process_group()
 
 
@@ -740,3 +757,4 @@ def test_both_processes_tell_what_is_wrong(two_processes: Path) -> None:
     first, second = (torch.load(two_processes / f"errors-{rank}") for rank in range(2))
     assert "made for other settings" in first["message"] and first["message"] == second["message"]
     assert "scoring failed on another process" in first["failure"] and "is outside the model's 64" in second["failure"]
+    assert "scoring failed on another process" in first["unlike"] and "have different data" in second["unlike"]
