@@ -1,4 +1,4 @@
-"""Files: adapters of others, read as what they are; and output that costs nobody a file.
+"""Output that costs nobody a file.
 
 What a command writes in a folder stands in a list there, `.peftx.json`. Only what this list names, and what has not
 changed since, is ever replaced or removed. Everything is written beside its place and renamed. A folder of files is
@@ -13,14 +13,12 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import peft
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 
 LIST = ".peftx.json"
@@ -28,14 +26,6 @@ DRAFT, READY, NEW = ".peftx-part", ".peftx-ready", ".peftx-new"  # being written
 EDGE = 1 << 20  # bytes at both ends of a file that go into its hash
 DEEP = ("data", "eval_data")  # a folder of data is read with all that lies in it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-# what PEFT takes unchecked from a config; of a LoRA's numbers more is checked where they are used
-KINDS: dict[tuple[str, ...], tuple[type, ...]] = {
-    ("base_model_name_or_path", "task_type", "revision"): (str,),
-    ("auto_mapping", "rank_pattern", "alpha_pattern"): (dict,),
-    ("target_modules", "exclude_modules", "modules_to_save"): (str, list, set, tuple),
-    ("inference_mode", "use_rslora", "use_dora", "fan_in_fan_out"): (bool,),
-}
 
 Entry = dict[str, Any]
 Inputs = Mapping[str, Any]
@@ -81,6 +71,10 @@ def facts(path: Path) -> Entry:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def entry_of(path: Path, by: str) -> Entry:
+    return {"by": by} if path.name == LIST else {"by": by, **facts(path)}
+
+
 def read_list(folder: Path) -> dict[str, Entry]:
     """What commands of peftx wrote in a folder: `by` whom, and the `facts`; nothing where there is no list.
 
@@ -108,6 +102,11 @@ def read_list(folder: Path) -> dict[str, Entry]:
     return found
 
 
+def is_by(folder: Path, by: str) -> bool:
+    """Whether `peftx <by>` wrote something in a folder."""
+    return any(entry["by"] == by for entry in read_list(folder).values())
+
+
 def save_list(folder: Path, files: Mapping[str, Entry]) -> None:
     page = json.dumps({"peftx": "what its commands wrote here, and may replace", "files": files}, indent=1)
     with beside(folder / LIST) as draft:
@@ -132,7 +131,7 @@ def note(folder: Path, names: Iterable[str], by: str) -> None:
         if name.endswith("/"):
             files[name] = {"by": by}
         elif (folder / name).is_file():
-            files[name] = {"by": by, **(facts(folder / name) if PurePosixPath(name).name != LIST else {})}
+            files[name] = entry_of(folder / name, by)
     save_list(folder, files)
 
 
@@ -181,7 +180,7 @@ def files_in(folder: Path) -> list[str]:
 def claim(
     output: str | os.PathLike, by: str, inputs: Inputs, *, overwrite: bool = False, ways: str = "say overwrite"
 ) -> Path:
-    """Checks that a folder may be written to, before the work; a move that was interrupted is finished.
+    """Checks that a folder may be written to, before the work.
 
     Args:
         output: the folder, which need not exist.
@@ -191,18 +190,28 @@ def claim(
         ways: what the user can say where the folder is not empty.
 
     Raises:
-        ValueError: it is no folder, it is not empty, or a file of this command has changed; see `check_apart`.
+        ValueError: it is not empty, or a file of this command has changed; see `reached`.
+    """
+    folder = reached(output, inputs)
+    if folder.is_dir() and any(path.name not in (DRAFT, LIST) for path in folder.iterdir()):
+        if not overwrite:
+            raise ValueError(f"output {folder} is not empty: name another folder, or {ways}")
+        lists = listed(folder)
+        check_free(folder, [n for n, e in lists.items() if e["by"] == by and not n.endswith("/")], by)
+    return folder
+
+
+def reached(output: str | os.PathLike, inputs: Inputs) -> Path:
+    """An output folder as the last command left it: a move that was interrupted is finished.
+
+    Raises:
+        ValueError: it is no folder; see `check_apart`.
     """
     folder = Path(output)
     check_apart(folder, inputs)
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise ValueError(f"output {folder} is a file, not a folder")
     recover(folder)
-    if folder.is_dir() and any(path.name not in (DRAFT, LIST) for path in folder.iterdir()):
-        if not overwrite:
-            raise ValueError(f"output {folder} is not empty: name another folder, or {ways}")
-        lists = listed(folder)
-        check_free(folder, [n for n, e in lists.items() if e["by"] == by and not n.endswith("/")], by)
     return folder
 
 
@@ -242,11 +251,11 @@ def publish(source: Path, folder: Path, by: str, *, replace: bool = True) -> Non
     check_free(folder, names, by)
     lists, inner = listed(folder), read_list(source)
     nested = [str(PurePosixPath(name).parent) + "/" for name in names if PurePosixPath(name).name == LIST]
-    own = [name for name in names if not any(name.startswith(part) for part in nested)]
+    own = [name for name in names if not name.startswith(tuple(nested))]
     own += [f"{part}{LIST}" for part in nested]
     stay = {n: e for n, e in read_list(folder).items() if e["by"] != by or not replace}
     gone = [n for n, e in lists.items() if replace and e["by"] == by and n not in names]
-    entries = {n: {"by": by, **(facts(source / n) if PurePosixPath(n).name != LIST else {})} for n in own}
+    entries = {n: entry_of(source / n, by) for n in own}
     entries |= {n: e for n, e in inner.items() if n.endswith("/")}
     plan = {"files": {**stay, **entries}, "gone": gone, "former": {n: lists[n] for n in gone}}
     (source / LIST).write_text(json.dumps(plan), encoding="utf-8")
@@ -315,9 +324,8 @@ def written(path: str | os.PathLike, by: str) -> Iterator[Path]:
         check_free(folder, [name], by)
         files = read_list(folder)
         new = {"by": by, **facts(draft)}
-        save_list(
-            folder, {**files, name: {**new, "or": files[name]} if name in files else new}
-        )  # true before and after
+        both = {**new, "or": files[name]} if name in files else new  # true before and after
+        save_list(folder, {**files, name: both})
     with writing(path):
         save_list(folder, {**read_list(folder), name: new})
 
@@ -341,7 +349,7 @@ def rewritten(path: Path) -> Iterator[Path]:
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A draft of a file, which replaces it in one step at the end, and is removed after an error."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield draft
         draft.replace(path)
@@ -372,29 +380,3 @@ def writing(place: str | os.PathLike, then: str = "start again") -> Iterator[Non
         raise OSError(
             code, f"{os.strerror(code)}: free some space and {then}; what was whole before is so still", str(place)
         ) from error
-
-
-def read_config(folder: str | os.PathLike, shown: str | os.PathLike | None = None) -> Any:
-    """The config of a saved adapter in a folder, called `shown` in errors.
-
-    Raises:
-        ValueError: there is none, or it cannot be read, or neither PEFT nor peftx knows its method.
-    """
-    shown = folder if shown is None else shown
-    if not Path(folder, CONFIG_NAME).is_file():
-        raise ValueError(f"{shown} holds no adapter that can be read: no {CONFIG_NAME} in it.")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except KeyError as error:
-        raise ValueError(
-            f"The adapter {shown} is of the type {error}, which neither PEFT {peft.__version__} nor peftx knows."
-        ) from None
-    except Exception as error:  # whatever the config classes of PEFT make of values that nobody has checked
-        raise ValueError(f"{shown} holds no adapter that can be read: {error}") from error
-    if config.peft_type is None:
-        raise ValueError(f"{shown} holds no adapter that can be read: its {CONFIG_NAME} names no peft_type.")
-    for name, kinds in ((name, kinds) for names, kinds in KINDS.items() for name in names):
-        value = getattr(config, name, None)
-        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            raise ValueError(f"{shown} holds no adapter that can be read: {name} in {CONFIG_NAME} is {value!r}.")
-    return config

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .utils import IGNORE
+from .utils import IGNORE, base_of
 
 # Named like causal language models, or generating like them, these compare each label with the logits of its own place:
 # decoders whose labels the caller shifts, and the permutation and masked models among the generating ones.
@@ -36,11 +36,6 @@ UNSHIFTED = frozenset(
         "XLNetLMHeadModel",
     }
 )
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model under an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def loss_type(model: nn.Module) -> str | None:

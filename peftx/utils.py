@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -32,6 +33,17 @@ AUTO_CLASSES = {  # PEFT's task types and the classes of transformers that load 
 def innermost(module: nn.Module) -> Any:
     """The layer under all tuner layers, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model, with whatever PEFT put inside it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether the data has no indices, and is read from its start: a `datasets.IterableDataset`, torch's, ..."""
+    table = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return not table or isinstance(dataset, IterableDataset)
 
 
 def plain(text: str) -> str:

@@ -215,7 +215,7 @@ def _with_rest(
     heads = {key for key in biases if "modules_to_save" in key or "original_module" in key}
     trained, optional = {key: tensor for key, tensor in biases.items() if key not in heads}, embeddings
     if config.bias == "none":
-        trained, optional, heads = {}, embeddings | trained, set()
+        trained, optional = {}, embeddings | biases
     return expected | trained | {key: tensor for key, tensor in optional.items() if key in found}, heads
 
 

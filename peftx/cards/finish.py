@@ -15,8 +15,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from peft.utils import CONFIG_NAME
 
-from ..files import check_apart, read_config, rewritten
+from ..files import check_apart, rewritten
 from ..registry import MethodInfo, info_of
+from ..saved import read_config
 from .adapter import complete_card, drop_paths, is_id
 from .compressed import PAPERS, QUANT_METHOD, loader_of, loading
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from ..utils import IGNORE, is_packed, undisturbed
+from ..utils import IGNORE, is_packed, is_stream, undisturbed
 from .checks import SEEDS, check_callable, check_count, check_flag, check_modules, check_whole
 from .hooks import Collector, check_settings
 from .layers import target_layers
@@ -144,7 +144,7 @@ def chosen(dataset: Any, count: int | None, seed: int) -> Any:
         ValueError: there are none, or they cannot be counted.
     """
     check_count("max_samples", count, none=True)
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if is_stream(dataset):
         raise ValueError(
             f"a {type(dataset).__name__} has no length and indices: pass a map-style data set, e.g. a list of the "
             "first samples, list(itertools.islice(dataset, 1024))"

@@ -154,7 +154,6 @@ class Weightings:
         how: Mapping[str, Any],
     ) -> None:
         self.method, self.statistics, self.shapes, self.how = method, statistics, shapes, how
-        self._scales: dict[str, float] = {}
         self._last: tuple[Tensor | None, torch.device | None, Weighting] = (None, None, Weighting())
 
     def check(self, name: str) -> dict[str, Tensor]:

@@ -42,12 +42,10 @@ class Weighting:
         left: (out,), diagonal of L, mean square 1.
         right: (in,), diagonal of R, mean square 1; or R (in, in), lower triangular.
         gram: instead of R, of a wide weight, what R R^T is made of: see `by_outputs`.
-        scale: what ||L (W - U V) R||^2 must be multiplied by to be comparable between layers.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
-    scale: float = 1.0
     gram: Tensor | None = None
 
     def apply(self, weight: Tensor) -> Tensor:
@@ -117,13 +115,12 @@ def weighting(
     Raises:
         ValueError: the wrong length, not finite, negative, or zero everywhere.
     """
-    left, left_scale = _diagonal(importance_out, shape[0], "outputs")
+    left = _diagonal(importance_out, shape[0], "outputs")
     if gram is None:
-        right, right_scale = _diagonal(importance_in, shape[1], "inputs")
-        return Weighting(left, right, left_scale * right_scale)
+        return Weighting(left, _diagonal(importance_in, shape[1], "inputs"))
     mean = gram_scale(gram, shape[1])
     if not factored:
-        return Weighting(left, None, left_scale * mean, gram)
+        return Weighting(left, gram=gram)
     damping = DAMPING
     while True:
         damped = gram.to(device, torch.float64, copy=True).div_(mean)  # the one copy: it becomes the factor
@@ -131,8 +128,7 @@ def weighting(
         failed = torch.empty((), dtype=torch.int32, device=damped.device)
         torch.linalg.cholesky_ex(damped, out=(damped, failed))
         if not failed:
-            right = damped.float() if is_large(damped.numel()) else damped
-            return Weighting(left, right, left_scale * mean)
+            return Weighting(left, damped.float() if is_large(damped.numel()) else damped)
         damping *= 10
         if damping > 1:
             raise ValueError("the Gram matrix of its inputs is far from positive semi-definite")
@@ -153,10 +149,10 @@ def gram_scale(gram: Tensor, inputs: int) -> float:
     return mean
 
 
-def _diagonal(importance: Tensor | None, length: int, what: str) -> tuple[Tensor | None, float]:
-    """sqrt(importance / mean), and the mean."""
+def _diagonal(importance: Tensor | None, length: int, what: str) -> Tensor | None:
+    """sqrt(importance / mean)."""
     if importance is None:
-        return None, 1.0
+        return None
     if importance.shape != (length,):
         raise ValueError(f"{importance.numel()} importances for {length} {what}")
     importance = importance.double()
@@ -167,7 +163,7 @@ def _diagonal(importance: Tensor | None, length: int, what: str) -> tuple[Tensor
     mean = float(importance.mean())
     if mean == 0:
         raise ValueError(f"the importances of its {what} are all zero")
-    return (importance / mean).clamp(min=FLOOR).sqrt(), mean
+    return (importance / mean).clamp(min=FLOOR).sqrt()
 
 
 def parts_for(
@@ -211,23 +207,20 @@ def weighting_for(
 ) -> Weighting:
     """The weighting of `method` for a layer with these `LayerStatistics` (None will do for svd).
 
-    Its scale makes layers comparable. fwsvd: the mean squared gradient of an entry, so that errors are second-order
-    changes of the loss with the Fisher information of entry (o, j) taken as s_j / out (`in`), t_o / in (`out`), or
-    s_j t_o / sum(s) (`both`). svd-llm: squared errors of the outputs. asvd, svd: as their objective is.
-
     Raises:
         ValueError: what the method needs was not collected, or is unusable.
     """
     found = parts_for(method, statistics, shape, side=side, alpha=alpha)
-    if not found:
-        return Weighting()
-    weights = weighting(shape=shape, device=device, factored=factored, **found)
-    scale = scale_for(method, statistics, shape, side=side, alpha=alpha)
-    return Weighting(weights.left, weights.right, scale, weights.gram)
+    return weighting(shape=shape, device=device, factored=factored, **found)
 
 
 def scale_for(method: str, statistics: Any, shape: tuple[int, int], *, side: str = "in", alpha: float = 0.5) -> float:
-    """`Weighting.scale` alone."""
+    """What ||L (W - U V) R||^2 must be multiplied by to be comparable between layers.
+
+    fwsvd: the mean squared gradient of an entry, so that errors are second-order changes of the loss with the Fisher
+    information of entry (o, j) taken as s_j / out (`in`), t_o / in (`out`), or s_j t_o / sum(s) (`both`). svd-llm:
+    squared errors of the outputs. asvd, svd: as their objective is.
+    """
     found = parts_for(method, statistics, shape, side=side, alpha=alpha)
     if method == "svd-llm":
         return gram_scale(found["gram"], shape[1])

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..losses import shifts_labels
-from ..utils import innermost
+from ..utils import base_of, innermost
 from .activations import Activations
 from .batch import Batch, Keep, divisor_of, scale_of
 from .checks import check_choice, check_count, shown
-from .layers import base_model, describe
+from .layers import describe
 from .statistics import ESTIMATORS, Statistics
 from .sums import BLOCK, FISHER, add_squares, exact_zeros, square_sums
 from .totals import Totals
@@ -77,7 +77,7 @@ class Collector:
         self._open: list[Batch] = []  # went forward, and perhaps backward
         self._current: Batch | None = None
         self._forwarding = False
-        base = base_model(model)
+        base = base_of(model)
         config = getattr(base, "config", None)
         paired = getattr(config, "is_encoder_decoder", False)
         self._shifts = shifts_labels(model)
@@ -150,7 +150,7 @@ class Collector:
         """Raises:
         ValueError: nothing keeps the attention of transformers from going across the samples of a row.
         """
-        config: Any = getattr(base_model(self.model), "config", None)
+        config: Any = getattr(base_of(self.model), "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         cached = inputs.get("use_cache")
         cached = getattr(text, "use_cache", True) if cached is None else cached

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft import LoraConfig
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.products import unpack
-from ..utils import innermost
+from ..utils import base_of, innermost
 from . import linear
 from .checks import check_modules
 
@@ -50,7 +50,7 @@ def target_layers(
     """
     check_modules("target_modules", target_modules)
     check_modules("exclude_modules", exclude_modules)
-    base = base_model(model)
+    base = base_of(model)
     layers, tied = linear_layers(base), tied_layers(base)
     shorthand = isinstance(target_modules, str) and target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     if target_modules is None:
@@ -74,11 +74,6 @@ def target_layers(
             f"{describe(model)} has no layer to look at: {asked if layers else 'no linear layer in blocks'}"
         )
     return chosen
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model, with whatever PEFT put inside it."""
-    return model.get_base_model() if isinstance(model, PeftModel | PeftMixedModel) else model
 
 
 def linear_layers(base: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
@@ -161,5 +156,5 @@ def correlation(first: Tensor, second: Tensor) -> float:
 
 def describe(model: nn.Module) -> str:
     """Class and name of the model."""
-    base = base_model(model)
+    base = base_of(model)
     return f"{type(base).__name__} {getattr(getattr(base, 'config', None), '_name_or_path', '')}".strip()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..utils import IGNORE
+from ..utils import undisturbed
 from .checks import check_callable, check_count, check_flag, check_number, check_whole
 
 Collator = Callable[[list], Mapping[str, Any]]
@@ -24,38 +24,33 @@ def evaluate(
 ) -> dict[str, float]:
     """`loss`, the mean over supervised tokens (of a classifier: samples), in nats; of a classifier also `accuracy`.
 
-    In eval mode; the mode of before is put back.
+    In eval mode; every module's mode and the random number generators are as before afterwards.
 
     Raises:
         ValueError: an argument out of range; nothing is supervised; the model is compiled, wrapped, split or offloaded.
     """
-    from ..losses import shifts_labels
+    from ..losses import supervised
 
     check_whole(model, "evaluate it")
     _check_data(dataset, collator)
     check_count("batch_size", batch_size)
     check_flag("progress", progress)
 
-    device, training, shifted = next(model.parameters()).device, model.training, shifts_labels(model)
+    device = next(model.parameters()).device
     loss = right = total = 0.0
     classifier = False
-    model.eval()
-    try:
+    with undisturbed(model):
         loader: Any = DataLoader(dataset, batch_size, collate_fn=collator)  # type: ignore[arg-type]
         for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress):
             inputs = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
-            labels = inputs["labels"]
-            output = model(**inputs)
+            labels, output = inputs["labels"], model(**inputs)
             classifier = labels.ndim == 1
-            supervised = labels[:, 1:] if shifted and not classifier else labels
-            count = int((supervised != IGNORE).sum())
+            count = supervised(model, inputs)
             if count:  # the mean over nothing is NaN
                 loss += float(output.loss) * count
             total += count
             if classifier:
                 right += int((output.logits.argmax(-1) == labels).sum())
-    finally:
-        model.train(training)
     if not total:
         raise ValueError("no held-out sample has a label")
     return {"loss": loss / total} | ({"accuracy": right / total} if classifier else {})

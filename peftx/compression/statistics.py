@@ -1,7 +1,6 @@
 """What compression knows about the layers of a model: one small file, made by a pass over data or during training."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .layers import PROBES, base_model, correlation, describe, linear_layers, shape_of, signature
+from ..files import beside
+from ..utils import base_of
+from .layers import PROBES, correlation, describe, linear_layers, shape_of, signature
 
 FILE_NAME = "fisher.safetensors"
 FORMAT = "peftx.statistics.1"
@@ -128,7 +129,7 @@ class Statistics(Mapping[str, LayerStatistics]):
             ValueError: a layer is missing or has another shape, or its weight correlates less than 0.5 with what it
                 was (64 entries are compared).
         """
-        found = linear_layers(base_model(model))
+        found = linear_layers(base_of(model))
         for name, layer in self.items():
             if name not in found:
                 raise ValueError(
@@ -233,9 +234,5 @@ def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -
             part = part.clone()
         seen.add(part.untyped_storage().data_ptr())
         own[key] = part
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with beside(path) as draft:
         save_file(own, draft, metadata)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..utils import innermost
+from ..utils import base_of, innermost
 from .hooks import Collector
-from .layers import base_model
 
 TRL_OWN = "SFTTrainer"  # of TRL's trainers the one whose loss is the likelihood of the labels
 
@@ -62,7 +61,7 @@ def check_head(trainer: Any, collector: Collector) -> None:
     """Raises:
     ValueError: TRL reads the weight of an output embedding that is collected on, past its hooks.
     """
-    head: Any = getattr(base_model(collector.model), "get_output_embeddings", lambda: None)()
+    head: Any = getattr(base_of(collector.model), "get_output_embeddings", lambda: None)()
     for name, layer in collector.layers.items() if head is not None and is_trl(trainer) else ():
         trains = collector.estimator == "per_batch" and isinstance(layer, nn.Linear) and layer.weight.requires_grad
         if innermost(layer) is innermost(head) and not (collector.fields == collector.sides and trains):

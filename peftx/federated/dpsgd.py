@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..losses import base_of, loss_type, shifts_labels
-from ..utils import IGNORE
+from ..losses import loss_type, shifts_labels
+from ..utils import IGNORE, base_of
 from .accounting import checked_history, quiet
 from .privacy import DPSpec
 

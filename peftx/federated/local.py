@@ -15,7 +15,8 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import default_data_collator, get_scheduler
 
-from ..losses import base_of, supervised
+from ..losses import supervised
+from ..utils import base_of
 from .accounting import BudgetExceeded, checked_history, epsilon_spent
 from .accounting import sample_rate as poisson_rate
 from .dpsgd import attached

@@ -15,7 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME
 
 from ..registry import methods
-from .loading import fetch_adapter, load_adapter, read_config
+from ..saved import read_config
+from .loading import fetch_adapter, load_adapter
 from .tensors import AdaptedModule, describe, mismatched, opened, split, survey
 
 LARGEST_CONFIG = 10_000_000  # bytes; PEFT writes one to a few thousand

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..cards.adapter import labels_in, shapes_in
-from ..files import read_config
+from ..saved import read_config
 from ..utils import AUTO_CLASSES
 
 

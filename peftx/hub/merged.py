@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ..files import check_apart, check_free, drafted
-from .loading import fetch_adapter, load_adapter, read_config
+from ..saved import read_config
+from .loading import fetch_adapter, load_adapter
 
 BY = "export"
 MODEL = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")

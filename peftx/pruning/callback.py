@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..files import check_free, drafted, recover
-from ..utils import columns_of, trainer_above, undisturbed
+from ..utils import base_of, columns_of, trainer_above, undisturbed
 from .checks import check_choice, check_flag, check_model, check_probe, check_whole
 from .columns import columns_beside, pyarrow_there
-from .head import base_of, task_of
+from .head import task_of
 from .parts import FOLDER, Parts, model_digest, remove_parts
 from .probe import ETA
 from .processes import agree, synchronise
@@ -251,12 +251,11 @@ class DonodCallback(TrainerCallback):
             if count is None and self.warmup_steps is None:
                 raise ValueError("how long a warm-up on a stream takes is not known: DonodCallback(warmup_steps=...)")
             steps = self.warmup_steps or warmup_length(count or 0, args.train_batch_size)
-        base = base_of(model)
         with undisturbed(model):
             data = fingerprint(dataset)
-        names = ("keep", *self.ranking, "balanced", "eta", "reduction", "seed")
-        settings = {name: getattr(self, name) for name in names}
+        settings = {n: getattr(self, n) for n in ("keep", *self.ranking, "balanced", "eta", "reduction", "seed")}
         settings |= {"when": when, "warmup_steps": self.warmup_steps, "task": task, "head": self.head}
+        base = base_of(model)
         name = f"{type(base).__name__} {getattr(base.config, '_name_or_path', '')}".strip()
         key = {"data": data, "model": name, "settings": settings}
         if (found := self.read(key)) is not None:

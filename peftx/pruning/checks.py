@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .head import TASKS, base_of
+from ..utils import base_of
+from .head import TASKS
 from .probe import METRICS
 
 ETA_LIMIT = 1e6  # of a step that is meant to be small

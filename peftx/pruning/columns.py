@@ -2,7 +2,6 @@
 
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import beside
 
 MARK = b"peftx"  # in the file's metadata: what its columns belong to
 
@@ -36,15 +37,10 @@ def write_columns(path: Path, columns: Mapping[str, Tensor], owner: Any) -> list
         mark_of(path)
     table = pyarrow.table({name: column.numpy() for name, column in columns.items()})
     table = table.replace_schema_metadata({MARK: json.dumps(owner)})
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with draft.open("wb") as file:
-            pyarrow.parquet.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with beside(path) as draft, draft.open("wb") as file:
+        pyarrow.parquet.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
     return list(columns)
 
 

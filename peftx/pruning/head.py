@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from ..utils import innermost
+from ..utils import base_of, innermost
 
 # PEFT's TaskType names, and the transformers classes that they mean.
 TASKS: dict[str, str] = {
@@ -23,11 +23,6 @@ TASKS: dict[str, str] = {
 
 
 UNITS = 256  # unit vectors that a layer is asked at a time
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model, with whatever PEFT put inside it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def task_of(model: nn.Module) -> str:
@@ -157,7 +152,6 @@ def square_norm(weight: Tensor) -> float:
 class Head:
     """A checked output layer. `logits = scale * z` or `cap * tanh(z / cap)`, with `z = W h + b`."""
 
-    module: nn.Module
     square: float  # |W|_F^2
     bias: Tensor | None
     scale: float = 1.0  # not measured where the logits are z
@@ -213,14 +207,14 @@ def check_head(model: nn.Module, module: nn.Module, h: Tensor, z: Tensor, logits
             "score without an adapter on it, or name another layer, head="
         )
     if torch.equal(logits, z):
-        return Head(module, square, bias)
+        return Head(square, bias)
     alike = logits.shape == z.shape  # or some outputs are cut off
     cap = softcap(base_of(model))  # first, since a factor fits a soft cap of small logits well
     if alike and cap is not None and same(logits, cap * torch.tanh(z / cap)):
-        return Head(module, square, bias, cap=cap)
+        return Head(square, bias, cap=cap)
     scale = float((logits * z).sum() / z.square().sum().clamp(min=1e-30)) if alike else 0.0
     if scale > 0 and same(logits, scale * z):
-        return Head(module, square, bias, scale)
+        return Head(square, bias, scale)
     raise ValueError(
         f"{type(base_of(model)).__name__} changes the output of its head in a way that is neither a factor nor a soft "
         "cap (final_logit_softcapping), so DON, NOD and GraNd of the head have another form. loss, el2n, ifd, "

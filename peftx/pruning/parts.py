@@ -4,7 +4,6 @@ are, and `part-000012.parquet` holds those of the 12th so many samples. Only who
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import beside
 from .columns import mark_of, pyarrow_there, read_columns, write_columns
 from .selection import Selection, digest_of
 
@@ -57,12 +57,8 @@ class Parts:
             if self.folder.is_dir() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} holds other files, and no {MANIFEST}. Give a folder for scores alone")
             self.folder.mkdir(parents=True, exist_ok=True)
-            draft = self.folder / f".{MANIFEST}.{uuid.uuid4().hex}.part"  # processes may write it at the same time
-            try:
+            with beside(manifest) as draft:  # processes may write it at the same time
                 draft.write_text(json.dumps({"format": FORMAT, "rows": rows, "key": self.key}), encoding="utf-8")
-                draft.replace(manifest)
-            finally:
-                draft.unlink(missing_ok=True)
         rows, key = read_manifest(manifest)
         if different := [name for name in dict.fromkeys([*key, *self.key]) if key.get(name) != self.key.get(name)]:
             details = ", ".join(f"{name} {key.get(name)!r}, now {self.key.get(name)!r}" for name in different)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, Subset, get_worker_info
 
-from .selection import digest_of, is_stream
+from ..utils import is_stream
+from .selection import digest_of
 
 PROBED = 64  # rows of a stream that are read twice, to see that they come in the same order
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..utils import IGNORE, is_packed
-from .head import Head, base_of, calls_of, check_head, find_head
+from ..utils import IGNORE, base_of, is_packed
+from .head import Head, calls_of, check_head, find_head
 from .probe import OF_HEAD, cross_entropy, don_nod, head_statistics, residual
 
 ENTRIES = 2**22  # logits that are held in float32 at a time

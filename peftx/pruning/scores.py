@@ -12,10 +12,10 @@ from torch import Tensor, distributed, nn
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from ..utils import undisturbed
+from ..utils import base_of, undisturbed
 from .checks import check_callable, check_flag, check_indices, check_metrics, check_model, check_probe, check_whole
 from .collation import Watched, check_order
-from .head import base_of, task_of
+from .head import task_of
 from .parts import ROWS, Parts, model_digest
 from .probe import ETA
 from .processes import agree, reduce_sum

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from ..files import beside
+from ..utils import is_stream
 from .columns import columns_beside, pyarrow_there, read_columns, write_columns
 
 FILE_NAME = "selection.json"
@@ -109,12 +109,6 @@ class Selection:
                 f"{path} was made for other {' and '.join(different)} ({details}). Train with what it was made for, "
                 "use another output_dir, or delete the file (or DonodCallback(overwrite=True)) to score again."
             )
-
-
-def is_stream(dataset: Any) -> bool:
-    """Whether the data has no indices, and is read from its start: a `datasets.IterableDataset`, torch's, ..."""
-    table = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    return not table or isinstance(dataset, IterableDataset)
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.utils import logging
 
-from ..utils import forked_rng
+from ..utils import forked_rng, is_stream
 from .collation import check_order
 from .rows import Stream, Table
 from .scorer import check_samples
-from .selection import is_stream
 
 SHARE, LEAST = 0.1, 200
 

@@ -20,7 +20,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from ..files import LIST, NEW, check_apart, check_free, claim, note, publish, read_list, recover, written
+from ..files import LIST, NEW, check_free, claim, is_by, note, publish, reached, written
 from ..utils import quiet
 from .folder import as_dict, inputs, plain
 from .methods import check_settings, find, first_variants, key
@@ -237,12 +237,8 @@ def find_folder(settings: CompareSettings) -> tuple[Path, Path]:
     folder = Path(settings.output)
     if settings.overwrite:
         claim(folder, BY, inputs(settings), overwrite=True)
-        earlier = any(entry["by"] == BY for entry in read_list(folder).values())
-        return folder, folder / NEW if earlier else folder
-    check_apart(folder, inputs(settings))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file, not a folder")
-    recover(folder)
+        return folder, folder / NEW if is_by(folder, BY) else folder
+    reached(folder, inputs(settings))
     where = folder / NEW if (folder / NEW / RESULTS).is_file() else folder
     if not (where / RESULTS).is_file() and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"output {folder} is not empty, and holds no comparison: name another folder")

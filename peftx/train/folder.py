@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..files import NEW, check_apart, check_free, claim, files_in, note, publish, read_list, recover, save_list, written
+from ..files import NEW, check_free, claim, files_in, is_by, note, publish, reached, read_list, save_list, written
 from .checkpoints import NAME, checkpoints, damage
 from .results import METRICS
 from .settings import Settings, TrainSettings, parse, read_yaml, section
@@ -55,7 +55,7 @@ def find_place(settings: TrainSettings) -> Place:
     if settings.resume:
         return resumed(settings)
     folder = claim(settings.output, BY, inputs(settings), overwrite=settings.overwrite, ways="say overwrite or resume")
-    earlier = any(entry["by"] == BY for entry in read_list(folder).values())
+    earlier = is_by(folder, BY)
     found = [path for path in checkpoints(folder) if not earlier]
     if found:
         raise ValueError(f"{found[0]} is there already, and not by peftx {BY}: move it away, or name another folder")
@@ -64,11 +64,7 @@ def find_place(settings: TrainSettings) -> Place:
 
 def resumed(settings: TrainSettings) -> Place:
     """The place of a run that goes on from its newest checkpoint that is whole."""
-    folder = Path(settings.output)
-    check_apart(folder, inputs(settings))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file, not a folder")
-    recover(folder)
+    folder = reached(settings.output, inputs(settings))
     where = interrupted(folder)
     found = checkpoints(where)
     if not found:

@@ -30,13 +30,14 @@ def saved(case, mlp, tmp_path):
 
 
 def test_trained_biases_load_where_none_are_trained(case, mlp, tmp_path):
-    trained = peft.get_peft_model(copy.deepcopy(mlp), case.config(target_modules=TARGETS, bias="all"))
+    others = dict(target_modules=["lin0"], modules_to_save=["lin1"])
+    trained = peft.get_peft_model(copy.deepcopy(mlp), case.config(**others, bias="all"))
     randomize(trained, case)
     biases = {name: parameter for name, parameter in trained.named_parameters() if name.endswith(".bias")}
     for parameter in biases.values():
         parameter.data.fill_(1.23)
     trained.save_pretrained(tmp_path)
-    fresh = peft.get_peft_model(copy.deepcopy(mlp), case.config(target_modules=TARGETS))
+    fresh = peft.get_peft_model(copy.deepcopy(mlp), case.config(**others))
     peft.set_peft_model_state_dict(fresh, load_file(tmp_path / "adapter_model.safetensors"))
     assert biases and all((fresh.get_parameter(name) == 1.23).all() for name in biases)
 

@@ -14,7 +14,7 @@ import peftx
 from peftx.compression import METHODS, LowRankLinear, compress, factorize, rank_for
 from peftx.compression.compress import count
 from peftx.compression.decompose import randomized_svd
-from peftx.compression.factorize import weighting_for
+from peftx.compression.factorize import scale_for, weighting_for
 from peftx.compression.layers import signature, target_layers
 from peftx.compression.linear import shape_of
 from peftx.compression.ranks import allocate, saves
@@ -190,7 +190,7 @@ def test_asvd_and_both_are_what_their_papers_write():
         found = weighting_for("fwsvd", known, (9, 7), side=side)
         assert (found.left is None) == (side == "in") and (found.right is None) == (side == "out")
         # The scale makes the squared weighted error of a unit change the mean squared gradient.
-        ones = found.apply(torch.ones(9, 7, dtype=f64)).square().mean() * found.scale
+        ones = found.apply(torch.ones(9, 7, dtype=f64)).square().mean() * scale_for("fwsvd", known, (9, 7), side=side)
         total = known.fisher_out.sum() if side == "out" else known.fisher_in.sum()
         assert float(ones) == pytest.approx(float(total) / 63)
     with pytest.raises(ValueError, match="no gram was collected, which svd-llm needs"):

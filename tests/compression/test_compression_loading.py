@@ -368,6 +368,15 @@ def test_evaluation_does_not_depend_on_batches(kind):
     assert whole == pytest.approx(single, rel=1e-5)
 
 
+def test_evaluation_leaves_the_mode_of_every_module(tokens):
+    model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    evaluate(model, data, transformers.default_data_collator, progress=False)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
 def test_recovery_of_half_precision_is_in_float32(tokens):
     """A step of the size of a tenth of a bf16 digit moves weights, and dtypes are what they were."""
     model, whole = small("llama", dtype=torch.bfloat16), small("llama")

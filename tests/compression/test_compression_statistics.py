@@ -28,10 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from peftx.compression import collect, compress
 from peftx.compression.callback import FisherCallback
 from peftx.compression.hooks import Collector
-from peftx.compression.layers import base_model, shape_of, signature, target_layers
+from peftx.compression.layers import shape_of, signature, target_layers
 from peftx.compression.statistics import FILE_NAME, Statistics
 from peftx.compression.sums import square_sums
-from peftx.utils import innermost
+from peftx.utils import base_of, innermost
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 COUNT = 10
@@ -118,7 +118,7 @@ def explicit(model: nn.Module, groups: list[list[dict]]) -> Sums:
     for group in groups:
         batch = pad(group)
         model.zero_grad()
-        (model(**batch).loss * supervised(base_model(model), batch["labels"])).backward()
+        (model(**batch).loss * supervised(base_of(model), batch["labels"])).backward()
         for name, layer in layers.items():
             squares[name] = squares[name] + matrix(layer, innermost(layer).weight.grad).double().square()
     count = sum(map(len, groups))
@@ -224,7 +224,7 @@ def test_gradient_checkpointing(frozen: bool, estimator: str, reentrant: bool) -
     def run(checkpointing: bool) -> Statistics:
         model = adapted("llama") if frozen else tiny_model("llama")
         model = without_dropout(model).train()
-        base = base_model(model)
+        base = base_of(model)
         if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": reentrant})
             base.enable_input_require_grads()
