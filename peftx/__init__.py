@@ -73,7 +73,7 @@ __all__ = [
     "rescale_adapter_scale",
 ]
 
-_PACKAGES = ("compression", "federated", "hub", "optim", "pruning", "train")  # imported when they are first used,
+_PACKAGES = ("federated", "hub", "optim", "pruning", "train")  # imported when they are first used,
 # and what of theirs is public here
 _NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_lora": "hub"}
 

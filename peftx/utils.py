@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 IGNORE = -100  # label of what has no loss, as torch and transformers have it
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 AUTO_CLASSES = {  # PEFT's task types and the classes of transformers that load their models
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -63,15 +64,21 @@ def quiet() -> Iterator[None]:
     """Without transformers' reports and bars of loading and saving, and what it grumbles about PEFT."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    with muted(logging, logging.ERROR), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+@contextmanager
+def muted(logging: Any, level: int) -> Iterator[None]:
+    """A library's `logging` of transformers' kind (`datasets` has it too): from `level` on, and without bars."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(level)
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-            yield
+        yield
     finally:
-        logging.set_verbosity(level)
+        logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
 

@@ -24,11 +24,10 @@ from safetensors import safe_open
 
 from ..files import beside, writing
 from ..registry import MethodInfo, info_of, methods
+from ..utils import AUTO_CLASSES, CLASSIFIERS
 
 UNFILLED = "# Model Card for Model ID"  # the title of the template that PEFT starts from, which says nothing yet
 LOADING = "## Load this adapter"
-TITLES = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification", "CAUSAL_LM": "CausalLM"}
-TITLES |= {"SEQ_2_SEQ_LM": "Seq2SeqLM", "QUESTION_ANS": "QuestionAnswering"}
 OF_BASE = "base_model:adapter:"  # how PEFT begins a tag
 # fields of a config that are shown whatever their value
 ALWAYS = ("r", "target_modules", "lora_alpha", "task_type")
@@ -136,7 +135,7 @@ def is_id(name: str) -> bool:
 
 def loading_code(info: MethodInfo, config: Any, labels: int | None = None, repo_id: str = "") -> str:
     """The section whose first line of code registers the method."""
-    auto = f"AutoModel{'For' if config.task_type in TITLES else ''}{TITLES.get(config.task_type, '')}"
+    auto = AUTO_CLASSES.get(config.task_type, "AutoModel")
     base = config.base_model_name_or_path
     named = json.dumps(base if is_id(base) else "path/or/name of the base model", ensure_ascii=False) if base else ""
     lines = [f"import peftx  # registers {info.peft_type.value} with PEFT: pip install peftx"]
@@ -211,7 +210,7 @@ def shapes_in(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def labels_in(config: Any, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> int | None:
     """How many labels the saved head of a classifier has, if it was saved."""
-    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+    if config.task_type not in CLASSIFIERS:
         return None
     saved = {*(config.modules_to_save or ())}
     rows = [({*key.split(".")}, shape[0]) for key, (shape, _) in sorted(shapes.items()) if len(shape) == 2]

@@ -12,7 +12,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..files import NEW
 from ..train.settings import Settings, TrainSettings, parse, read_value, read_yaml
 from .main import fail, told
 
@@ -130,11 +129,14 @@ def collect(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     """
     flags = {name: value for name, value in given.items() if value is not None and value != []}
     path = flags.pop("config", None)
-    own = interrupted(Path(flags.get("output", "")))
-    if path is None and flags.get("resume") and own.is_file():
-        path = own
-    elif path is None and flags.get("resume") and "model" not in flags:
-        raise ValueError(f"nothing to resume in {flags.get('output', 'no --output')}: it has no {own.name}")
+    if path is None and flags.get("resume"):
+        from ..train.folder import SETTINGS, interrupted
+
+        own = interrupted(Path(flags.get("output", ""))) / SETTINGS
+        if own.is_file():
+            path = own
+        elif "model" not in flags:
+            raise ValueError(f"nothing to resume in {flags.get('output', 'no --output')}: it has no {SETTINGS}")
     values = read_yaml(path) if path else {}
     if flags.get("data", values.get("data")) != values.get("data"):
         values = {name: value for name, value in values.items() if name not in PARTS}
@@ -153,12 +155,6 @@ def collect(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
     if "epochs" in flags and "max_steps" not in flags:
         values["training"].pop("max_steps", None)
     return values
-
-
-def interrupted(output: Path) -> Path:
-    """The settings of the run that may be resumed: of one that was to replace another, else of that in the folder."""
-    found = output / NEW / "settings.yaml"
-    return found if found.is_file() else output / "settings.yaml"
 
 
 def as_mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:

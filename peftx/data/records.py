@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils import IGNORE
+from ..utils import IGNORE, muted
 from .tables import Records, read_json, read_lines, read_table
 
 LINES = (".jsonl", ".ndjson")
@@ -48,7 +47,7 @@ def read(source: str, *, subset: str | None = None, split: str = "train") -> Rec
     else:
         arguments = {"path": source, "name": subset, "split": split}
     try:
-        with silent(datasets.utils.logging):
+        with muted(datasets.utils.logging, datasets.utils.logging.CRITICAL):  # we report its errors
             table = datasets.load_dataset(**arguments)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # of a file that cannot be parsed
@@ -68,20 +67,6 @@ def named(value: Any, name: Callable[[int], str]) -> Any:
     if isinstance(value, list):
         return [named(part, name) for part in value]
     return value if value is None or value < 0 else name(value)
-
-
-@contextmanager
-def silent(logging: Any) -> Iterator[None]:
-    """Without the bars of `datasets`, and without its report of an error that we report."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def read_both(settings: Any) -> tuple[Records, Records | None]:

@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils import IGNORE
+from ..utils import CLASSIFIERS, IGNORE
 from .fields import TOKENS, EmptyError, Messages, chat_of, class_of, label_field, text_field, text_of, texts_of
-
-LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 
 
 def chat_texts(given: Messages, wanted: Messages, tokenizer: Any) -> tuple[str, str]:
@@ -108,7 +106,7 @@ def encode(
     }
     if task not in encoders:
         raise ValueError(f"{task}: records are for {', '.join(encoders)}; use peftx.pruning.score_dataset")
-    field = label or (label_field(task, None, records) if task in LABELLED else "")
+    field = label or (label_field(task, None, records) if task in CLASSIFIERS else "")
     samples = []
     empty: dict[str, list[int]] = {}
     for number, record in enumerate(records, 1):

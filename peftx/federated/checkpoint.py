@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import beside
 from .checks import AuditEntry, Rejected, check_count, check_keys, check_state
 from .state import layer_names
 
@@ -30,22 +31,19 @@ class Checkpoint:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file beside and renames it, so that nobody finds half of it."""
-    draft = path.with_name(f"{path.name}.part")
-    with draft.open("w", encoding="utf-8") as file:
+    """Writes a file that nobody finds half of, also after a power failure."""
+    with beside(path) as draft, draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes the pair; the old one stays until the new one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = f"state-{checkpoint.round}.safetensors"
-    draft = folder / f"{tensors}.part"
-    save_file({name: value.contiguous() for name, value in checkpoint.state.items()}, draft)
-    draft.replace(folder / tensors)
+    with beside(folder / tensors) as draft:
+        save_file({name: value.contiguous() for name, value in checkpoint.state.items()}, draft)
     known = {
         "format": FORMAT,
         "method": checkpoint.method,
@@ -55,7 +53,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         "audit": [asdict(entry) for entry in checkpoint.audit],
     }
     write_text(folder / "strategy.json", json.dumps(known, indent=1))
-    for old in folder.glob("state-*.safetensors"):
+    for old in (*folder.glob("state-*.safetensors"), *folder.glob(".state-*.part")):  # the latter of a killed process
         if old.name != tensors:
             old.unlink()
 

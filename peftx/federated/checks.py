@@ -75,10 +75,15 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 def check_factor(name: str, value: Any) -> None:
     """Raises `ValueError` unless `value` is a positive finite number or None."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+    if value is not None:
+        check_number(name, value, " or None")
+
+
+def check_number(name: str, value: Any, also: str = "", *, zero: bool = False) -> None:
+    """Raises `ValueError` unless `value` is a finite number above zero or, with `zero`, zero."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (0 < value < math.inf or (zero and value == 0)):
+        raise ValueError(f"{name} must be {'zero or ' if zero else ''}a positive finite number{also}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -212,11 +217,22 @@ def _short(value: Any) -> str:
 
 
 def read_loss(metrics: Mapping[str, Any]) -> float | None:
-    """The mean training loss that a reply reports as "loss"; None where it is missing or not finite."""
+    """The mean training loss that a reply reports as "loss"; None where it is missing, or no number below 1e30."""
     loss = metrics.get("loss")
     if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < LARGEST_LOSS:
         return None
     return float(loss)
+
+
+def check_sender(reply: Reply, asked: Collection[int], heard: set[int], limits: Limits) -> None:
+    """Raises `Rejected` unless a node that was asked, and is not `heard` yet, sent more than an error; it is then."""
+    if reply.node not in asked:
+        raise Rejected("a reply from a node that was not asked")
+    if reply.node in heard:
+        raise Rejected("a second reply")
+    heard.add(reply.node)
+    if reply.error is not None:
+        raise Rejected(f"the client failed: {reply.error[-limits.max_error :]}")
 
 
 def admit(
@@ -249,11 +265,7 @@ def admit(
     heard: set[int] = set()
     for reply in replies:
         try:
-            if reply.node not in asked:
-                raise Rejected("a reply from a node that was not asked")
-            if reply.node in heard:
-                raise Rejected("a second reply")
-            heard.add(reply.node)
+            check_sender(reply, asked, heard, limits)
             passed.append(_check(reply, origin, limits, count_examples))
         except Rejected as reason:
             entries.append(AuditEntry(round, reply.node, str(reason)))
@@ -288,8 +300,6 @@ def capped(examples: Sequence[int], factor: float | None) -> list[int]:
 
 
 def _check(reply: Reply, origin: Mapping[str, Tensor], limits: Limits, count_examples: bool) -> Admitted:
-    if reply.error is not None:
-        raise Rejected(f"the client failed: {reply.error[-limits.max_error :]}")
     check_keys(reply.arrays.keys(), origin.keys())
     examples = read_examples(reply.metrics, limits) if count_examples else 1
     squares = 0.0
@@ -334,6 +344,11 @@ def read_state(
     return state
 
 
+def skewness(A: Tensor) -> float:
+    """How far the rows of A (r, d_in) are from orthonormal: max |A A^T - I|."""
+    return float((A @ A.T - torch.eye(len(A), device=A.device)).abs().max())
+
+
 def check_state(state: Mapping[str, Tensor], *, orthonormal: bool = False) -> None:
     """What a state must be for a client to load it and for a server to send it: the same function on both sides.
 
@@ -347,12 +362,8 @@ def check_state(state: Mapping[str, Tensor], *, orthonormal: bool = False) -> No
     """
     for name, value in state.items():
         check_values(name, value)
-        if orthonormal and name.endswith(SUFFIX_A):
-            error = (value @ value.T - torch.eye(len(value))).abs().max().item()
-            if error > SKEW:
-                raise Rejected(
-                    f"{name}: its rows should be orthonormal after a refactorisation, they are {error:.1g} off"
-                )
+        if orthonormal and name.endswith(SUFFIX_A) and (error := skewness(value)) > SKEW:
+            raise Rejected(f"{name}: its rows should be orthonormal after a refactorisation, they are {error:.1g} off")
     layers = {name.rpartition(".")[0] for name in state if ".residual_" in name}
     for layer in sorted(layers):
         B, A = (state.get(f"{layer}.residual_{factor}") for factor in "BA")

@@ -11,6 +11,7 @@ from .checks import (
     Rejected,
     Reply,
     capped,
+    check_sender,
     read_examples,
 )
 
@@ -28,15 +29,11 @@ def average_metrics(
     A metric that is no number below 1e30 is left out. Arguments as `checks.admit`.
     """
     taken: dict[int, tuple[int, Reply]] = {}
-    seen: set[int] = set()
+    heard: set[int] = set()
     entries: list[AuditEntry] = []
     for reply in replies:
         try:
-            if reply.node in seen or reply.node not in asked:
-                raise Rejected("a second reply, or from a node that was not asked")
-            seen.add(reply.node)
-            if reply.error is not None:
-                raise Rejected(f"the client failed: {reply.error}"[: limits.max_error])
+            check_sender(reply, asked, heard, limits)
             taken[reply.node] = read_examples(reply.metrics, limits), reply
         except Rejected as error:
             entries.append(AuditEntry(round, reply.node, f"evaluation: {error}"))

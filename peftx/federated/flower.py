@@ -26,7 +26,6 @@ try:
         Error,
         Message,
         MessageType,
-        Metadata,
         MetricRecord,
         RecordDict,
     )
@@ -43,7 +42,6 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "QUIET",
     "AggregationError",
     "Array",
     "ArrayRecord",
@@ -55,7 +53,6 @@ __all__ = [
     "Grid",
     "Message",
     "MessageType",
-    "Metadata",
     "MetricRecord",
     "RecordDict",
     "Result",

@@ -77,14 +77,13 @@ def load_history(context: Context, ledger: Path | None = None) -> Entries | None
 
 
 def keep_history(
-    context: Context, history: Sequence[Sequence[float]], epsilon: float | None, ledger: Path | None = None
+    context: Context, history: Sequence[Sequence[float]], epsilon: float, ledger: Path | None = None
 ) -> None:
     """Writes the accountant's history, and the epsilon spent so far, where the node finds them again."""
     entries = [list(entry) for entry in checked_history(history)]
-    spent = {} if epsilon is None else {"epsilon": float(epsilon)}
     if ledger is not None:
-        write_text(ledger, json.dumps({"history": entries, **spent}))
-    context.state[PRIVACY] = ConfigRecord({"history": json.dumps(entries), **spent})
+        write_text(ledger, json.dumps({"history": entries, "epsilon": float(epsilon)}))
+    context.state[PRIVACY] = ConfigRecord({"history": json.dumps(entries), "epsilon": float(epsilon)})
 
 
 def _locked(ledger: Path | None) -> Any:

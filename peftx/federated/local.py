@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from ..losses import supervised
 from ..utils import base_of
 from .accounting import BudgetExceeded, checked_history, epsilon_spent
 from .accounting import sample_rate as poisson_rate
+from .checks import check_count, check_factor, check_number
 from .dpsgd import attached
 from .privacy import DPSpec, check_private
 
@@ -61,22 +61,18 @@ class LocalSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_physical_batch"):
-            value = getattr(self, name)
-            if value is None and name == "max_physical_batch":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, not {value!r}.")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is None and name == "max_grad_norm":
-                continue
-            if not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be a positive finite number, not {value!r}.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"`weight_decay` must be a finite number >= 0, not {self.weight_decay!r}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}.")
+        check_count("steps", self.steps)
+        check_count("batch_size", self.batch_size)
+        if self.max_physical_batch is not None:
+            check_count("max_physical_batch", self.max_physical_batch)
+        check_count("seed", self.seed, 0)
+        check_number("learning_rate", self.learning_rate)
+        check_factor("max_grad_norm", self.max_grad_norm)
+        check_number("weight_decay", self.weight_decay, zero=True)
+        if not isinstance(self.lr_scheduler_type, str):
+            raise ValueError(f"lr_scheduler_type must be a name, not {self.lr_scheduler_type!r}.")
+        if self.optimizer not in tuple(OPTIMIZERS):
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}.")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What the two sides write to each other, in Flower's records."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -19,13 +20,13 @@ def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
 
 def to_reply(message: Message) -> Reply:
     """Flower's message as plain data. What is not as agreed in its records becomes an error."""
-    node = message.metadata.src_node_id
-    if message.has_error():
-        return Reply(node, error=message.error.reason or f"error {message.error.code}")
-    arrays, metrics = message.content.array_records, message.content.metric_records
-    if set(arrays) != {ARRAYS} or len(metrics) > 1:
-        return Reply(node, error=f"expected one record {ARRAYS!r} and at most one of metrics in the reply")
-    return Reply(node, arrays[ARRAYS], next(iter(metrics.values()), {}))
+    found = to_metrics(message)
+    if found.error is not None:
+        return found
+    arrays = message.content.array_records
+    if set(arrays) != {ARRAYS} or len(message.content.metric_records) > 1:
+        return Reply(found.node, error=f"expected one record {ARRAYS!r} and at most one of metrics in the reply")
+    return replace(found, arrays=arrays[ARRAYS])
 
 
 def to_metrics(message: Message) -> Reply:

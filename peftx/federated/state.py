@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..tuners.fedsvd import check_unmerged, factored_svd, factors_of, linear_layers, refactorize
+from .checks import SKEW, skewness
 
 State = dict[str, torch.Tensor]
 Factors = Literal["A", "B", "AB"]
@@ -92,7 +93,7 @@ def load_global(
             problems += [
                 f"{key}: its rows are not orthonormal, max |A A^T - I| = {error:.1g}"
                 for key, value in state.items()
-                if key.endswith(".lora_A") and (error := _skewness(value)) > 1e-3
+                if key.endswith(".lora_A") and (error := skewness(value)) > SKEW
             ]
     _refuse(problems, "The state does not fit the model, nothing was loaded")
     for key, parameter in parameters.items():
@@ -122,10 +123,6 @@ def _refuse(problems: list[str], what: str) -> None:
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"{what}:\n  " + "\n  ".join(problems[:10]) + more)
-
-
-def _skewness(A: torch.Tensor) -> float:
-    return float((A @ A.T - torch.eye(len(A), device=A.device)).abs().max())
 
 
 @torch.no_grad()

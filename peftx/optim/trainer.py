@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_pt_utils import get_parameter_names
 
 from .adamw import LowRankAdamW
 from .checks import check_option, check_options
@@ -44,16 +45,10 @@ def param_groups(
         chosen = {name for name, p in trained if p.dim() == 2} & set(_targets(model, trained, target))
         if not chosen:
             raise ValueError(f"rank={rank}, but there is no trainable matrix to project (target={target!r})")
-    norms = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm)
-        for name, _ in module.named_parameters(recurse=False)
-    }
+    decaying = set(get_parameter_names(model, [nn.LayerNorm], NO_DECAY))
     groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, p in trained:
-        decays = name not in norms and not any(re.search(pattern, name.lower()) for pattern in NO_DECAY)
-        groups.setdefault((decays, name in chosen), []).append((name, p))
+        groups.setdefault((name in decaying, name in chosen), []).append((name, p))
     return [
         {"params": params, "weight_decay": weight_decay if decays else 0.0, "rank": rank if projected else None}
         for (decays, projected), params in groups.items()

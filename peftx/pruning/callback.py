@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..files import check_free, drafted, recover
-from ..utils import base_of, columns_of, trainer_above, undisturbed
+from ..utils import CLASSIFIERS, base_of, columns_of, trainer_above, undisturbed
 from .checks import check_choice, check_flag, check_model, check_probe, check_whole
 from .columns import columns_beside, pyarrow_there
 from .head import task_of
@@ -244,7 +244,7 @@ class DonodCallback(TrainerCallback):
         task = self.task or task_of(model)
         metrics = tuple(dict.fromkeys([*METHODS[self.method], *shown_with(self.method)]))
         check_model(model, task, METHODS[self.method], sharded=trainer.is_fsdp_enabled)
-        fresh = task in ("SEQ_CLS", "TOKEN_CLS") and self.method != "random"
+        fresh = task in CLASSIFIERS and self.method != "random"
         when = self.when or ("warmup" if fresh else "start")
         steps = 0
         if when == "warmup":

@@ -124,12 +124,18 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     if settings.overwrite and where != folder and where.exists():
         shutil.rmtree(where)
     queue = [(name, chosen, seed) for seed in range(settings.seeds) for name, chosen in entries.items()]
+    known = {name: (key(name), plain(check_settings(find(name), chosen))) for name, chosen in entries.items()}
+
+    def there(name: str, seed: int) -> list[dict[str, Any]]:
+        wanted = (*known[name], seed)
+        return [run for run in runs if (key(run["method"]), run["method_settings"], run["seed"]) == wanted]
+
     failures: dict[str, str] = {}
     left_out: dict[str, str] = {}
     asked = set(contestants(without_all(settings.methods)))
     for number, (name, chosen, seed) in enumerate(queue, 1):
         watch(name, number, len(queue))
-        if name in failures or name in left_out or any(same(run, name, chosen, seed) for run in runs):
+        if name in failures or name in left_out or there(name, seed):
             continue
         try:
             found = apart(measured, run_settings(settings, name, chosen, seed, where))
@@ -139,13 +145,7 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
             continue
         runs.append(found)
         store(settings, where, runs)
-    shown = [
-        run
-        for name, chosen in entries.items()
-        for run in runs
-        for s in range(settings.seeds)
-        if same(run, name, chosen, s)
-    ]
+    shown = [run for name in entries for seed in range(settings.seeds) for run in there(name, seed)]
     trained = {run["method"] for run in shown}
     notes = [note for name, note in sizes.items() if name in trained]
     notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
@@ -214,11 +214,6 @@ def run_settings(settings: CompareSettings, name: str, chosen: Section, seed: in
         "overwrite": True,
     }
     return TrainSettings(**common, method=name, method_settings=chosen)
-
-
-def same(run: Mapping[str, Any], name: str, chosen: Section, seed: int) -> bool:
-    settings = plain(check_settings(find(name), chosen))
-    return key(run["method"]) == key(name) and run["method_settings"] == settings and run["seed"] == seed
 
 
 def shared(settings: CompareSettings) -> dict[str, Any]:

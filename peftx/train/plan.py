@@ -22,12 +22,11 @@ from ..data.fields import label_field
 from ..data.records import Records, hold_out, label_names, read_both
 from ..data.text import encode, longest, padding_of
 from ..pruning.head import task_of_class
-from ..utils import AUTO_CLASSES, IGNORE
+from ..utils import AUTO_CLASSES, CLASSIFIERS, IGNORE
 from .methods import Method, dtype_of, fit_ranks, owners, peft_config
 from .settings import Section, Settings, TrainSettings
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
-CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 
 
 @dataclasses.dataclass(frozen=True)

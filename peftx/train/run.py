@@ -19,10 +19,10 @@ from transformers.trainer_callback import PrinterCallback
 from ..data.text import pad, padding_of
 from ..files import DRAFT, NEW, drafted, note, read_list, writing
 from ..progress import Progress
-from ..utils import quiet
+from ..utils import CLASSIFIERS, quiet
 from .folder import BY, Record, begin, check_names, end, find_place, plain
 from .methods import Method, check_settings, find, trainable
-from .plan import CLASSIFIERS, adapt, load, prepared, scales_loss
+from .plan import adapt, load, prepared, scales_loss
 from .results import accuracy, classes, evaluation_metrics, finish, kept, token_losses, token_metrics, training_loss
 from .settings import Section, TrainSettings, arguments_of, checked, section
 

@@ -11,7 +11,9 @@ import peftx
 
 ONE_BASE = "the test loads the adapter into another random model, which a method tied to its base weights refuses"
 
-FROZEN = "the test wants every tensor of an adapter trained, FedSVD's A never is; tests/test_fedsvd.py has our own"
+FROZEN = (
+    "the test wants every tensor of an adapter trained, FedSVD's A never is; see tests/tuners/test_fedsvd.py"
+)
 
 FLAT = "OPT flattens its tokens before the feed-forward block, where a row is no sample and has no adapter of its own"
 
@@ -29,7 +31,7 @@ SKIP: dict[tuple[str, str], str] = {
         for how in ("layer_indexing", "gradient_checkpointing")
     },
     ("lora_", "test_weighted_combination_of_adapters"): "the test counts on r=8 and on widths of at least 20; "
-    "tests/test_transformers.py has our own",
+    "tests/adapters/test_transformers.py has our own",
     ("compacter", "test_only_params_are_updated"): "the test's three steps of SGD move the modules' own tensors, whose "
     "gradients are a ten-thousandth of the rule's at the published start, by less than its tolerance",
     ("compacter", "test_mixed_adapter_batches[tiny-random-OPTForCausalLM]"): FLAT,

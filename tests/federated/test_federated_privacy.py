@@ -462,11 +462,17 @@ def test_opacus_is_asked_for_by_name(monkeypatch):
         dict(max_grad_norm=-1),
         dict(weight_decay=-1),
         dict(optimizer="lion"),
+        dict(optimizer=["sgd"]),
+        dict(learning_rate="0.5"),
+        dict(learning_rate=True),
+        dict(weight_decay=math.inf),
+        dict(seed="x"),
+        dict(lr_scheduler_type=None),
     ],
 )
 def test_settings_out_of_range_are_refused(kwargs):
     (name,) = kwargs
-    with pytest.raises(ValueError, match=f"`{name}` must"):
+    with pytest.raises(ValueError, match=f"^{name} must"):
         LocalSettings(**kwargs)
 
 
