@@ -1,5 +1,6 @@
 """Two processes of one test: gloo on this machine, under torch.multiprocessing."""
 
+import faulthandler
 import os
 import sys
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 def join(rank: int, folder: Path | str) -> None:
     """Makes this the process `rank` of two; they meet in a file of `folder`."""
+    faulthandler.enable()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}
     if sys.platform == "linux":
