@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from conftest import CASES, Case, adapted, randomize, tiny_model
-from processes import join
+from processes import join, leave
 
 STEPS = 2
 
@@ -54,7 +53,7 @@ def process(rank: int, folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     outcomes = {(case.name, mode): tuple(train(case, mode, accelerator)) for case in CASES for mode in (False, True)}
     torch.save(outcomes, folder / str(rank))
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

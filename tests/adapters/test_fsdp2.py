@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import CASES, Case, adapted, tiny_model
-from processes import join
+from processes import join, leave
 
 STEPS = 2
 
@@ -44,7 +43,7 @@ def process(rank: int, folder: Path) -> None:
         except RuntimeError as error:
             outcomes[case.name] = str(error)
     torch.save(outcomes, folder / str(rank))
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

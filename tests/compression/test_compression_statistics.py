@@ -12,13 +12,12 @@ import peft
 import pytest
 import tokenizers
 import torch
-import torch.distributed as dist
 import transformers
 from conftest import SMALL, Case, tiny_model
 from conftest import adapted as with_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import join
+from processes import join, leave
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -831,7 +830,7 @@ def process(rank: int, folder: Path) -> None:
         options = {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
         trainer(folder / f"{kind} {when}", callback, model=model, kind=kind, count=8, **options).train()
         callback.statistics.save(folder / f"{kind} {when} {rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

@@ -11,9 +11,7 @@ import peftx
 
 ONE_BASE = "the test loads the adapter into another random model, which a method tied to its base weights refuses"
 
-FROZEN = (
-    "the test wants every tensor of an adapter trained, FedSVD's A never is; see tests/tuners/test_fedsvd.py"
-)
+FROZEN = "the test wants every tensor of an adapter trained, FedSVD's A never is; see tests/tuners/test_fedsvd.py"
 
 FLAT = "OPT flattens its tokens before the feed-forward block, where a row is no sample and has no adapter of its own"
 

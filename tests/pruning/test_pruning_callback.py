@@ -9,10 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from conftest import tiny_model, words
-from processes import join
+from processes import join, leave
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import peftx
@@ -717,7 +716,7 @@ def process(rank: int, folder: Path) -> None:
     except (ValueError, RuntimeError) as error:
         unlike = str(error)
     torch.save({"message": message, "failure": failure, "unlike": unlike}, folder / f"errors-{rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

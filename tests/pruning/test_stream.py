@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from processes import join
+from processes import join, leave
 from test_pruning import assert_scores, classes, pad_rows, pad_sequences, rows, small
 from test_pruning_callback import COUNT, arguments, examples, parameters, trainer
 
@@ -485,7 +485,7 @@ def process(rank: int, folder: Path) -> None:
         except (ValueError, RuntimeError) as error:
             errors.append(str(error))
     torch.save((found, errors), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import join
+from processes import join, leave
 from torch import nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -502,8 +502,8 @@ def test_two_adapters_have_their_own_noise():
 
 
 def test_unloading_and_deleting_leave_no_hook_behind():
-    for leave in ("unload", "merge_and_unload"):
-        base = getattr(wrap(), leave)()
+    for way in ("unload", "merge_and_unload"):
+        base = getattr(wrap(), way)()
         assert not base._forward_pre_hooks
     model = wrap()
     model.add_adapter("other", peftx.LoRAGGPOConfig(r=2, target_modules=["0"], auto_update=False))
@@ -855,7 +855,6 @@ def test_steps_that_a_grad_scaler_skips_change_no_statistics():
 
 
 def _ddp_process(rank: int, folder: str) -> None:
-    import torch.distributed as dist
 
     join(rank, folder)
     model = wrap()
@@ -872,7 +871,7 @@ def _ddp_process(rank: int, folder: str) -> None:
     taus = [layer.lora_variant["default"].tau for layer in layers(model)]
     weights = [p.detach() for p in model.parameters()]
     torch.save([outputs, taus, weights], f"{folder}/{rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from conftest import MLP, logits, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
-from processes import join
+from processes import join, leave
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -879,7 +878,7 @@ def process(rank: int, folder: Path) -> None:
         optimizer.zero_grad()
         grown.append(model.base_model.update_and_grow(step))
     torch.save({"grown": grown, "state": state(model), "ranks": ranks(model)}, folder / str(rank))
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow
