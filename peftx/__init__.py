@@ -15,6 +15,7 @@ from .adapters import (
     AdapterLayer,
     AdapterModel,
     Site,
+    fast_experts,
     register,
     rescale_adapter_scale,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "TriAdaptCallback",
     "TriAdaptLoRAConfig",
     "export_lora",
+    "fast_experts",
     "methods",
     "plot_ranks",
     "register",

@@ -37,6 +37,8 @@ class MethodInfo:
         lora_export: `"exact"` (the delta has the adapter's rank), `"dora"`, `"svd"` (truncated, with an error) or
             `"none"`.
         layer_types: names of the layer classes that can be targeted.
+        experts: whether stacked weights of fused experts (`target_parameters`) can be targeted; default: of a method
+            with linear layers and a weight delta.
         quantized: whether bitsandbytes 4-bit and 8-bit bases work.
         mixed_batches: whether `adapter_names=` works.
         exact_gradient: whether the adapter's gradients are those of the output, not rescaled by a rule of the method.
@@ -57,6 +59,7 @@ class MethodInfo:
     exact_start: bool = True
     lora_export: Literal["exact", "dora", "svd", "none"] = "svd"
     layer_types: tuple[str, ...] = ("Linear", "Conv1D")
+    experts: bool = False
     quantized: bool = True
     mixed_batches: bool = True
     exact_gradient: bool = True
@@ -65,6 +68,11 @@ class MethodInfo:
     learning_rate: float = 2e-3
     tiny: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all that can be targeted."""
+        return (*self.layer_types, "fused experts") if self.experts else self.layer_types
 
     @property
     def peft_type(self) -> PeftType:

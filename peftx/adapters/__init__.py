@@ -7,9 +7,10 @@ written once: the layer that holds the adapters, the tuner that puts layers into
 from .adapter import Adapter
 from .config import AdapterConfig, Number
 from .layer import AdapterLayer
+from .lora_experts import fast_experts
 from .method import register
 from .scale import rescale_adapter_scale
-from .sites import ConvSite, EmbeddingSite, LinearSite, Site
+from .sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, Site
 from .tuner import AdapterModel
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "AdapterModel",
     "ConvSite",
     "EmbeddingSite",
+    "ExpertsSite",
     "LinearSite",
     "Number",
     "Site",
+    "fast_experts",
     "register",
     "rescale_adapter_scale",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from .sites import LinearSite, Site
+from .sites import ExpertsSite, LinearSite, Site
 
 
 class Adapter(nn.Module):
@@ -37,6 +38,7 @@ class Adapter(nn.Module):
 
     sites: ClassVar[tuple[type[Site], ...]] = (LinearSite,)
     no_delta: ClassVar[str] = ""
+    grouped: ClassVar[bool] = False  # whether `add_delta` takes tensors with a leading axis of experts too
 
     def __init__(self, site: Site, config: Any) -> None:
         super().__init__()
@@ -81,6 +83,57 @@ class Adapter(nn.Module):
     def drops(self) -> bool:
         """Whether it draws a dropout of its input now, so that no dense weight is what it does."""
         return False
+
+    @classmethod
+    def over_experts(cls, site: ExpertsSite, config: Any) -> Adapter:
+        """The adapter of a stack of experts: one of each, their tensors stacked along a leading axis.
+
+        Raises:
+            NotImplementedError: the method has no such form, with the reason.
+        """
+        adapter, *others = (cls(site.at(expert), config) for expert in range(site.experts))
+        if any(adapter.children()):
+            raise NotImplementedError(f"{cls.__name__} keeps modules of its own, which have no stacked form.")
+        for name, first in [*adapter._parameters.items(), *adapter._buffers.items()]:
+            assert first is not None
+            stack = torch.stack([first.data, *(getattr(other, name).data for other in others)])
+            trained = isinstance(first, nn.Parameter)
+            setattr(adapter, name, nn.Parameter(stack, requires_grad=first.requires_grad) if trained else stack)
+        adapter.site = site
+        return adapter
+
+    def at(self, expert: int) -> Adapter:
+        """Of the adapter of a stack, that of one expert, whose gradients go to the stack's tensors."""
+        parameters, buffers = (
+            {name: tensor[expert] for name, tensor in tensors.items() if tensor is not None}
+            for tensors in (self._parameters, self._buffers)
+        )
+        return self.with_tensors(expert, parameters, buffers)
+
+    def with_tensors(self, expert: int, parameters: dict[str, Any], buffers: dict[str, Any]) -> Adapter:
+        """A copy for one expert of a stack, with these tensors."""
+        one, site = copy.copy(self), self.site
+        assert isinstance(site, ExpertsSite)
+        one._parameters, one._buffers, one.site = parameters, buffers, site.at(expert)
+        return one
+
+    def prepare_all(self, tensors: dict[str, torch.Tensor]) -> None:
+        """`prepare_load`, of a stack for one expert after the other."""
+        count = getattr(self.site, "experts", None)
+        if count is None or type(self).prepare_load is Adapter.prepare_load:
+            return self.prepare_load(tensors)
+        if any(tensor.shape[:1] != (count,) for tensor in tensors.values()):
+            return None  # the comparison of shapes says so
+        ones, parts = [], []
+        for expert in range(count):
+            ones.append(self.at(expert))
+            parts.append({name: tensor[expert] for name, tensor in tensors.items()})
+            ones[-1].prepare_load(parts[-1])
+        tensors.clear()
+        tensors.update({name: torch.stack([part[name] for part in parts]) for name in parts[0]})
+        for name in self._buffers:
+            self._buffers[name] = torch.stack([one._buffers[name] for one in ones])  # type: ignore[misc]
+        return None
 
     def prepare_load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Called with an adapter's tensors from a file, by name, before they are loaded; may refuse them by a

@@ -51,6 +51,7 @@ class AdapterConfig(FileConfig):
 
     Args:
         target_modules: names, a regex, or `"all-linear"`; default: PEFT's targets of LoRA for the architecture.
+        target_parameters: stacked weights of fused experts, such as `["mlp.experts.gate_up_proj"]`, as in PEFT's LoRA.
         exclude_modules: names or a regex of modules that are left alone.
         layers_to_transform: indices of the layers to adapt; default: all.
         layers_pattern: name of the list of layers, where it is not found by itself.
@@ -68,6 +69,9 @@ class AdapterConfig(FileConfig):
 
     target_modules: Names | None = dataclasses.field(
         default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
+    )
+    target_parameters: list[str] | set[str] | tuple[str, ...] | None = dataclasses.field(
+        default=None, metadata={"help": "Names of stacked parameters of fused experts to adapt."}
     )
     exclude_modules: Names | None = dataclasses.field(
         default=None, metadata={"help": "Names or regex of modules that are not adapted."}

@@ -103,7 +103,7 @@ class Opened:
                 self._trials[shape] = config, adapter_cls(site, config)  # the config stays, or its id may be another's
         trial, found = self._trials[shape][1], {**self._layers.get(PREFIX + key, {})}
         try:
-            trial.prepare_load(found)  # type: ignore[operator]
+            trial.prepare_all(found)  # type: ignore[operator]
         except ValueError:
             return False
         wanted = trial.state_dict()
@@ -279,7 +279,7 @@ class Before:
 
     def restore(self, model: nn.Module, adapter_name: str, layer_cls: Any) -> None:
         """Removes the adapter from all layers and heads, and the wrappers that were made for it."""
-        for name, layer in list(model.named_modules()):
+        for name, layer in reversed(list(model.named_modules())):  # layers may be nested
             if isinstance(layer, layer_cls):
                 forget(layer, adapter_name)
                 if layer in self.modules or layer._all_available_adapter_names():

@@ -32,7 +32,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         base_layer: the layer to wrap; it may be a tuner layer itself.
         adapter_name: name of the first adapter.
         config: its config, resolved for this module.
-        quantization_kwargs: passed to PEFT's `resolve_quantization_backend`.
+        options: passed to `site_for`: those of PEFT's `resolve_quantization_backend`.
 
     Raises:
         TypeError: the base layer is of a type the method does not support.
@@ -40,6 +40,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     adapter_cls: ClassVar[type[Adapter]]
     by_site: ClassVar[dict[type[Site], type[AdapterLayer]]] = {}
+    experts_cls: ClassVar[Any] = None  # the class of a layer over fused experts, where the method has linear ones
 
     base_layer: nn.Module
 
@@ -48,10 +49,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not hasattr(cls, "adapter_cls"):
             raise TypeError(f"{cls.__name__} is written for an earlier peftx. {PORTING}")
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **quantization_kwargs: Any):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **options: Any):
         super().__init__()
         self.base_layer = base_layer
-        self.site = self.site_for(self.get_base_layer(), **quantization_kwargs)
+        self.site = self.site_for(self.get_base_layer(), **options)
         self.quantization_backend = self.site.backend
         self.in_features, self.out_features = self.site.in_features, self.site.out_features
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
@@ -63,6 +64,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def site_for(cls, base_layer: nn.Module, **quantization_kwargs: Any) -> Site:
         """The site that the method's adapters have on a layer; errors as for the class."""
         return site_of(base_layer, cls.adapter_cls.sites, **quantization_kwargs)
+
+    @classmethod
+    def make_adapter(cls, site: Any, config: Any) -> Adapter:
+        return cls.adapter_cls(site, config)
 
     @classmethod
     def over(cls, base_layer: nn.Module, **quantization_kwargs: Any) -> type[AdapterLayer]:
@@ -88,7 +93,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Adds an adapter; where that fails, the layer is left as it was."""
-        self.adapters[adapter_name] = self.adapter_cls(self.site, config)
+        self.adapters[adapter_name] = self.make_adapter(self.site, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -221,6 +226,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             if check and not torch.isfinite(weight.to(stored.dtype)).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         return weight
+
+    def check_finite(self, adapter_names: Sequence[str]) -> None:
+        """Raises ValueError where merging these adapters would give NaNs or infinities."""
+        self.merged_weight(adapter_names, check=True)
 
     @torch.no_grad()
     def unmerge(self) -> None:

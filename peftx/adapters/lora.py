@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, LoraVariant, ParamWrapper
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import (
     Bnb4bitBackend,
@@ -27,6 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from ..utils import innermost
 from . import files
 from .config import FileConfig, Names, Number
+from .experts import Routed, check_experts, convert_to_experts, nested_keys
+from .lora_experts import FactoredParamWrapper, add_low_rank
 from .lora_layers import VariantEmbedding, VariantLinear
 from .products import accumulate, autocasted, onloaded, unobserved
 from .sites import ConvSite, EmbeddingSite, LinearSite, site_of
@@ -41,8 +43,8 @@ class VariantConfig(FileConfig, LoraConfig):
     Their backward is written by hand: no second derivative, no `torch.func` transforms of the adapter's weights.
 
     Raises:
-        ValueError: an option that changes what LoRA computes: DoRA and the other variants of PEFT, `lora_bias`,
-            `target_parameters`.
+        ValueError: an option that changes what LoRA computes: DoRA and the other variants of PEFT, `lora_bias`; or
+            `target_parameters`, where the rule has no form for fused experts.
         TypeError: a field of the method has the wrong type.
     """
 
@@ -67,9 +69,14 @@ class VariantConfig(FileConfig, LoraConfig):
     }
 
     # options of LoRA that the method cannot be combined with
-    excluded: ClassVar[tuple[str, ...]] = ("target_parameters", "lora_bias")
+    excluded: ClassVar[tuple[str, ...]] = ("lora_bias",)
     # variants of PEFT's that are part of the method
     inherent: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def reaches_experts(self) -> bool:
+        """Whether `target_parameters` may name fused experts."""
+        return "target_parameters" not in self.excluded
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +124,12 @@ class Variant(LoraVariant):
             return low_rank(result, x, lora_A.weight, lora_B.weight, scale)
         return result + lora_B(lora_A(x)) * scale
 
+    def over_experts(
+        self, layer: FactoredParamWrapper, adapter_name: str, x: torch.Tensor, result: torch.Tensor
+    ) -> torch.Tensor:
+        """As `forward`, on rows x (T, in_features) and result (T, out_features) sorted by expert."""
+        return add_low_rank(layer, adapter_name, x, result)
+
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
@@ -133,6 +146,17 @@ class VariantModel(CheckedTuner, LoraModel):
     variant: ClassVar[type[Variant]] = Variant
     supported: ClassVar[str] = "linear layers (also transformers' Conv1D and quantised ones), embeddings, convolutions"
 
+    def _find_experts(self, model: nn.Module, config: Any) -> None:
+        if not config.reaches_experts:
+            return super()._find_experts(model, config)
+        # As PEFT's LoRA does it: the rank of a fused parameter is that of its parts together.
+        names = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+        lora = LoraConfig(r=config.r, lora_alpha=config.lora_alpha, **{name: getattr(config, name) for name in names})
+        if convert_to_experts(model, lora):
+            for name in names:
+                setattr(config, name, getattr(lora, name))
+        return None
+
     def _create_and_replace(  # type: ignore[override]
         self,
         lora_config: Any,
@@ -143,20 +167,27 @@ class VariantModel(CheckedTuner, LoraModel):
         current_key: str,
         **kwargs,
     ) -> None:
-        base_layer = innermost(target)
+        base_layer, parameter_name = innermost(target), kwargs.get("parameter_name")
         with errors_naming(lora_config, current_key):
+            if parameter_name is not None:
+                check_experts(base_layer, parameter_name)
             if isinstance(base_layer, nn.MultiheadAttention):  # PEFT would alter it before it can be refused
                 raise unsupported(base_layer, self.supported)
             try:
-                with self._place(lora_config, current_key):
+                with self._place(lora_config, current_key, base_layer if parameter_name else None):
                     super()._create_and_replace(
                         lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
                     )
             except ValueError:
-                if any(isinstance(base_layer, kind.layer_types) for kind in SITES):
+                if parameter_name or any(isinstance(base_layer, kind.layer_types) for kind in SITES):
                     raise
                 raise unsupported(base_layer, self.supported) from None
             layer = getattr(parent, target_name)
+            if parameter_name is not None:
+                known = isinstance(target, Routed) and target.parameter_name == parameter_name
+                layer = target if known else layer
+                layer.lora_variant[adapter_name] = self._make_rule(lora_config, layer, adapter_name, current_key)
+                return
             try:
                 layer.site = site_of(base_layer, SITES, **get_quantization_kwargs(self))
             except TypeError:
@@ -167,15 +198,15 @@ class VariantModel(CheckedTuner, LoraModel):
             layer.site.check_dense_kernel()
             layer.lora_variant[adapter_name] = self._make_rule(lora_config, layer, adapter_name, current_key)
 
-    def _place(self, config: Any, key: str) -> Any:
+    def _place(self, config: Any, key: str, experts: Any = None) -> Any:
         """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
         if self._file is None:
             return nullcontext()
         pattern = get_pattern_key(list(config.rank_pattern), key)
-        r, prefix = config.rank_pattern.get(pattern, config.r), f"{files.PREFIX}{key}.lora_"
-        tensors = self._file.tensors
-        A = tensors.get(f"{prefix}A.weight", tensors.get(f"{prefix}embedding_A"))
-        return self._room(A is not None and len(A) == r)
+        r = config.rank_pattern.get(pattern, config.r) * (experts.num_experts if experts else 1)
+        keys, tensors = nested_keys(key, experts) if experts else [key], self._file.tensors
+        names = [f"{files.PREFIX}{one}.lora_{end}" for one in keys for end in ("A.weight", "embedding_A")]
+        return self._room(any(name in tensors and len(tensors[name]) == r for name in names))
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -216,6 +247,10 @@ class VariantModel(CheckedTuner, LoraModel):
     @torch.no_grad()
     def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
         for _, layer in self._layers():
+            if isinstance(layer, Routed):
+                names = layer.active_adapters if adapter_names is None else adapter_names
+                layer.check_finite([name for name in layer.present(names) if name not in layer.merged_adapters])
+                continue
             with onloaded(*layer.modules()):
                 weight = layer.get_base_weight()
                 for name in layer.active_adapters if adapter_names is None else adapter_names:
@@ -233,6 +268,8 @@ def with_rules(layer: Any) -> Any:
         layer.__class__ = VariantLinear
     elif type(layer) is Embedding:
         layer.__class__ = VariantEmbedding
+    elif type(layer) is ParamWrapper:
+        layer.__class__ = FactoredParamWrapper
     elif isinstance(layer, LoraLayer) and type(layer).__module__.endswith("lora.bnb"):
         from .lora_bnb import LAYERS  # needs bitsandbytes
 
@@ -287,6 +324,21 @@ def low_rank(
     if torch.is_grad_enabled():
         return _LowRank.apply(result, x, A, B, scale, V, wide)
     return accumulate(result, F.linear(x, V), wide[: len(V)])
+
+
+class Retrained(torch.autograd.Function):
+    """The output `value`; what made `trained`, of about equal value, gets its gradient, scaled by `s` if given."""
+
+    @staticmethod
+    def forward(ctx, value, trained, s=None):
+        ctx.save_for_backward(s)
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (s,) = ctx.saved_tensors
+        return g, g if s is None else g * s.to(g.dtype), None
 
 
 class _LowRank(torch.autograd.Function):

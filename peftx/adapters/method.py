@@ -13,7 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from ..registry import MethodInfo, add, check_name, is_native
 from .adapter import Adapter
+from .experts import OverExperts
 from .layer import PORTING, AdapterLayer
+from .sites import LinearSite
 from .tuner import AdapterModel
 
 T = TypeVar("T", bound=type)
@@ -58,15 +60,19 @@ def register(
             return cls
         if not issubclass(cls, (Adapter, BaseTuner)):
             raise TypeError(f"{cls.__name__} is no subclass of peftx.Adapter. {PORTING}")
+        experts = False
+        if issubclass(cls, Adapter):
+            experts = capabilities.get("experts", LinearSite in cls.sites and not cls.no_delta)
+        defaults = {"variants": {name: {}}, "mergeable": not getattr(cls, "no_delta", ""), "experts": experts}
         first_line = (config.__doc__ or name).strip().splitlines()[0]
         add(
             MethodInfo(
                 name=name,
                 config=config,
-                model=cls if issubclass(cls, BaseTuner) else model_of(cls, name, config, tuner),
+                model=cls if issubclass(cls, BaseTuner) else model_of(cls, name, config, tuner, experts),
                 paper=paper,
                 summary=(summary or first_line).rstrip("."),
-                **{"variants": {name: {}}, "mergeable": not getattr(cls, "no_delta", ""), **capabilities},
+                **{**defaults, **capabilities},
             )
         )
         return cls
@@ -75,14 +81,14 @@ def register(
 
 
 def model_of(
-    adapter_cls: type[Adapter], name: str, config: type[PeftConfig], tuner: type[AdapterModel]
+    adapter_cls: type[Adapter], name: str, config: type[PeftConfig], tuner: type[AdapterModel], experts: bool
 ) -> type[AdapterModel]:
     """The tuner of an adapter class, and the layer in it, placed in the module of the adapter class, where pickle
     finds them."""
     title, module = config.__name__.removesuffix("Config"), adapter_cls.__module__
 
-    def made(kind: str, base: type, doc: str, **attributes: Any) -> Any:
-        cls = type(title + kind, (base,), {"__module__": module, "__doc__": doc, **attributes})
+    def made(kind: str, base: type, doc: str, *bases: type, **attributes: Any) -> Any:
+        cls = type(title + kind, (base, *bases), {"__module__": module, "__doc__": doc, **attributes})
         setattr(sys.modules[module], cls.__name__, cls)
         return cls
 
@@ -98,6 +104,9 @@ def model_of(
         kind: made(kind.__name__.removesuffix("Site"), layer, f"{layer.__doc__[:-1]}, over {kind.shown}.")
         for kind in adapter_cls.sites
     }
+    if experts:
+        layer.experts_cls = made("ParamWrapper", OverExperts, f"{layer.__doc__[:-1]}, over fused experts.", layer)
+        layer.experts_cls.__name__ = "ParamWrapper"  # by which PEFT knows a layer over a parameter
     return made(
         "Model",
         tuner,

@@ -10,7 +10,6 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -20,12 +19,13 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from ..cards.adapter import keep_card
 from ..utils import innermost
-from . import files
+from . import experts, files
+from .layer import AdapterLayer
+from .sites import ExpertsSite
 from .source import loading
 
 REFERENCE = "ref"  # the adapter that TRL's trainers add as a copy of the trained one
@@ -49,11 +49,12 @@ class CheckedTuner(BaseTuner):
         try:
             if "." in adapter_name or not adapter_name:
                 raise ValueError(f"An adapter's name becomes that of a module: it has no '.', got {adapter_name!r}.")
-            if source is None:
-                _refuse_experts(model, config)
-            else:
+            self._find_experts(model, config)
+            experts.tell_of_experts(model, config)
+            if source is not None:
                 self._file = files.Opened(self, source)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with experts.patterns_of_parameters(self, config):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             # PEFT asks for the check of the values itself, but for heads that the file lacks, too late.
             heads = config.modules_to_save or config.trainable_token_indices
             if self._file is not None and (heads or self._file.misfit or self._file.source.native):
@@ -68,6 +69,19 @@ class CheckedTuner(BaseTuner):
             config.before = before  # until the file has been read
         if adapter_name == REFERENCE:
             self._copy_reference(config)
+
+    def _find_experts(self, model: nn.Module, config: Any) -> None:
+        """Raises NotImplementedError where names among the targets mean fused experts to PEFT's LoRA, and nothing to
+        the method."""
+        if found := experts.experts_named(model, config):
+            known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+            targets = [] if isinstance(config.target_modules, str) else sorted(config.target_modules)
+            names = ", ".join(repr(name) for name in targets if name not in known) or "the targets"
+            raise NotImplementedError(
+                f"{config.peft_type.value} cannot adapt the fused experts that {names} stand for in this model, and "
+                "would adapt the other targets alone. Leave those names out to do just that, or use PEFT's LoRA, which "
+                f"adapts {', '.join(sorted(found[1]))}."
+            )
 
     def _room(self, fits: bool) -> Any:
         """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
@@ -168,7 +182,8 @@ class CheckedTuner(BaseTuner):
         # Beam search repeats every sample, except for the encoder of an encoder-decoder model, which runs once.
         num_beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(num_beams)]
-        encoder = self.model.get_encoder() if num_beams > 1 and _is_encoder_decoder(self.model) else None
+        both = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        encoder = self.model.get_encoder() if num_beams > 1 and both else None
         encoder_modules = set(encoder.modules()) if encoder is not None else set()
         handles = [
             module.register_forward_pre_hook(
@@ -232,6 +247,17 @@ class AdapterModel(CheckedTuner):
 
     # Injection
 
+    _prepare_adapter_config = LoraModel._prepare_adapter_config
+
+    def _find_experts(self, model: nn.Module, config: Any) -> None:
+        # Names that mean fused experts to PEFT's LoRA mean them here, too.
+        if self.tuner_layer_cls.experts_cls is None:
+            return super()._find_experts(model, config)
+        if found := experts.experts_named(model, config):
+            config.target_modules, config.target_parameters = found
+        experts.check_same_parameters(self.peft_config, config)
+        return None
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -243,12 +269,13 @@ class AdapterModel(CheckedTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = peft_config.for_module(current_key)
-        with errors_naming(peft_config, current_key), self._place(target, config, current_key):
-            if isinstance(target, self.tuner_layer_cls):
-                target.update_layer(adapter_name, config)
-                return
-            layer_cls = self.tuner_layer_cls.over(innermost(target), **get_quantization_kwargs(self))
-            layer = layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))
+        with errors_naming(peft_config, current_key):
+            kind, options = self._kind(target, parameter_name)
+            with self._place(target, kind, options, config, current_key):
+                if isinstance(target, kind) and getattr(target, "parameter_name", None) == parameter_name:
+                    target.update_layer(adapter_name, config)
+                    return
+                layer = kind(target, adapter_name, config, **options)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
@@ -281,17 +308,28 @@ class AdapterModel(CheckedTuner):
             "combine those with PEFT's `add_weighted_adapter`."
         )
 
-    def _place(self, target: nn.Module, config: Any, key: str) -> Any:
+    def _kind(self, target: nn.Module, parameter_name: str | None) -> tuple[type[AdapterLayer], dict[str, Any]]:
+        """The class of the layer over a module, or over one of its parameters, and what else makes its site."""
+        cls, base, quantization_kwargs = self.tuner_layer_cls, innermost(target), get_quantization_kwargs(self)
+        if parameter_name is None:
+            return cls.over(base, **quantization_kwargs), quantization_kwargs
+        experts.check_experts(base, parameter_name)
+        if cls.experts_cls is None:
+            raise NotImplementedError(
+                f"{cls.__name__.removesuffix('Layer')} has no form for the stacked weights of fused experts, such as "
+                f"{parameter_name}: leave out `target_parameters`."
+            )
+        return cls.experts_cls, {"parameter_name": parameter_name}
+
+    def _place(self, target: nn.Module, kind: Any, options: dict[str, Any], config: Any, key: str) -> Any:
         """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
         if self._file is None:
             return nullcontext()
-        site = (
-            target.site
-            if isinstance(target, self.tuner_layer_cls)
-            else self.tuner_layer_cls.site_for(innermost(target), **get_quantization_kwargs(self))
-        )
-        fits = self._file.fits(key, self.tuner_layer_cls.adapter_cls, site, config)
-        return self._room(fits)
+        site = target.site if isinstance(target, kind) else kind.site_for(innermost(target), **options)
+        keys = [key]
+        if isinstance(site, ExpertsSite):  # nested as it will be, which is not known yet
+            keys = experts.nested_keys(key, site.base)
+        return self._room(any(self._file.fits(one, kind.make_adapter, site, config) for one in keys))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The layer places its adapters itself. PEFT's version moves the whole layer, which fails for adapters on the
@@ -307,7 +345,7 @@ class AdapterModel(CheckedTuner):
 
     @classmethod
     def prepare_load(cls, layer: Any, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        layer.adapters[adapter_name].prepare_load(tensors)
+        layer.adapters[adapter_name].prepare_all(tensors)
 
     # Merging
 
@@ -327,7 +365,7 @@ class AdapterModel(CheckedTuner):
     def _check_merge_finite(self, adapter_names: list[str] | None) -> None:
         for _, layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
-            layer.merged_weight([n for n in layer.present(names) if n not in layer.merged_adapters], check=True)
+            layer.check_finite([name for name in layer.present(names) if name not in layer.merged_adapters])
 
 
 def called_by(frame: FrameType | None, name: str) -> bool:
@@ -348,23 +386,6 @@ def errors_naming(config: Any, key: str) -> Iterator[None]:
         raise type(error)(f"{config.peft_type.value} cannot adapt the module {key!r}: {error}") from error
 
 
-def _refuse_experts(model: nn.Module, config: Any) -> None:
-    """Raises NotImplementedError where names among the targets mean fused experts to PEFT's LoRA, and nothing to us."""
-    if config.target_modules is None or not hasattr(getattr(model, "config", None), "model_type"):
-        return
-    lora = LoraConfig(target_modules=config.target_modules)
-    convert_peft_config_for_transformers(lora, model=model, conversions=None)
-    if lora.target_parameters:
-        known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        targets = [] if isinstance(config.target_modules, str) else sorted(config.target_modules)
-        names = ", ".join(repr(name) for name in targets if name not in known) or "the targets"
-        raise NotImplementedError(
-            f"{config.peft_type.value} cannot adapt the fused experts that {names} stand for in this model, and would "
-            "adapt the other targets alone. Leave those names out to do just that, or use PEFT's LoRA, which adapts "
-            f"{', '.join(sorted(lora.target_parameters))}."
-        )
-
-
 def _forget_config(model: Any, adapter_name: str) -> None:
     """Takes an adapter's config from a `PeftModel`, its tuner or a transformers model with adapters."""
     model.peft_config.pop(adapter_name, None)
@@ -377,7 +398,3 @@ def _forget_config(model: Any, adapter_name: str) -> None:
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
     return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -58,7 +58,7 @@ def list_methods(
                 info.summary,
                 "yes" if info.mergeable else "no",
                 info.lora_export,
-                ", ".join(info.layer_types),
+                ", ".join(info.layers),
                 "yes" if info.quantized else "no",
                 "yes" if info.mixed_batches else "no",
                 info.paper,
@@ -79,7 +79,7 @@ def list_methods(
         table.add_row(
             "\n".join(info.variants),
             f"{info.summary}. {info.paper}",
-            "\n".join(info.layer_types),
+            "\n".join(info.layers),
             "\n".join(ability for ability, has in can.items() if has),
             end_section=True,
         )

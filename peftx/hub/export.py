@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.experts import Routed, target_key
 from ..adapters.files import belongs_to
 from ..adapters.lora import Variant
 from ..adapters.products import at_least_fp32
@@ -133,8 +134,9 @@ def export_lora(
                 *factors[name], errors[name] = _truncated(layer, adapter_name, rank)
         state = {key: tensor for key, tensor in state.items() if not belongs_to(key, tuner.prefix)}
         for name, layer in layers.items():
-            state |= _tensors(f"base_model.model.{name}", layer.get_base_layer(), *factors[name])
-        exported = _describe(config, {name: len(A) for name, (A, _) in factors.items()}, list(layers.values()))
+            state |= _tensors(f"base_model.model.{name}", layer, *factors[name])
+        ranks = {target_key(layers[name], name): B.shape[-1] for name, (_, B) in factors.items()}
+        exported = _describe(config, ranks, list(layers.values()))
     _write(path, state, exported)
     return errors
 
@@ -238,7 +240,8 @@ def _check_factors(shown: Any, config: LoraConfig, state: dict[str, torch.Tensor
             raise ValueError(f"The adapter {shown} cannot be exported: {problems[0]}")
         if not all(tensor.dtype.is_floating_point for tensor in tensors.values()):
             raise ValueError(f"The adapter {shown} cannot be exported: {name} has factors that are no floats.")
-        if not (isinstance(targets, str) or any(name == t or name.endswith(f".{t}") for t in targets)) and targets:
+        named = isinstance(targets, str) or any(name == t or name.endswith(f".{t}") for t in targets)
+        if targets and not named and not config.target_parameters:
             raise ValueError(f"The adapter {shown} cannot be exported: {name} is none of its target_modules.")
         A = factors(tensors)[0]
         r = by_pattern(config.rank_pattern, name, config.r)
@@ -310,8 +313,10 @@ def _rescaled(state: dict[str, torch.Tensor], layers: dict[str, Any], adapter_na
     return found
 
 
-def _tensors(key: str, base_layer: nn.Module, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
-    if isinstance(base_layer, nn.Embedding):
+def _tensors(key: str, layer: Any, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
+    if isinstance(layer, Routed):  # as PEFT lays out the factors of a stack
+        return {f"{key}.lora_A.weight": A.flatten(0, 1), f"{key}.lora_B.weight": B.permute(1, 2, 0).flatten(1)}
+    if isinstance(layer.get_base_layer(), nn.Embedding):
         return {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}
     return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B.reshape(*B.shape, *[1] * (A.ndim - 2))}
 
@@ -321,6 +326,7 @@ def _describe(config: Any, ranks: dict[str, int], layers: list[BaseTunerLayer]) 
     r = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
     shared = ["task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules"]
+    shared += ["target_parameters"]
     return LoraConfig(
         r=r,
         lora_alpha=r,

@@ -145,14 +145,16 @@ def check_settings(method: Method, settings: Section) -> Section:
     return {**method.settings, **checked(settings, types, f"method {method.name}")}
 
 
-def peft_config(method: Method, settings: Section, task: str, new_modules: Sequence[str] = ()) -> PeftConfig:
+def peft_config(
+    method: Method, settings: Section, task: str, new_modules: Sequence[str] = (), experts: Sequence[str] = ()
+) -> PeftConfig:
     """The config of a method for a model.
 
     All linear layers are adapted unless `settings` name targets, or the method has others. Modules that the checkpoint
-    did not fill, such as a new classifier, are trained and saved whole.
+    did not fill, such as a new classifier, are trained and saved whole. Of fused experts those named are adapted too.
 
     Raises:
-        ValueError: the config does not take its settings.
+        ValueError: the config does not take its settings, or has no form for experts.
     """
     assert method.config is not None
     names = {f.name for f in dataclasses.fields(method.config)}
@@ -162,6 +164,10 @@ def peft_config(method: Method, settings: Section, task: str, new_modules: Seque
         arguments.setdefault("target_modules", "all-linear")
     if new_modules and "modules_to_save" in names and arguments.get("modules_to_save") is None:
         arguments["modules_to_save"] = list(new_modules)
+    if experts:
+        if "target_parameters" not in names:
+            raise ValueError(f"method {method.name} has no form for fused experts: leave out `experts`")
+        arguments.setdefault("target_parameters", list(experts))
     if method.callback is AdaLoraCallback:  # which sets it at the start of the training
         arguments.setdefault("total_step", arguments.get("tinit", 0) + arguments.get("tfinal", 0) + 1)
     try:

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 import transformers
-from peft import get_peft_model, prepare_model_for_kbit_training
+from peft import PeftType, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, TrainingArguments
 
+from ..adapters import fast_experts
+from ..adapters.experts import fused_experts
 from ..data.fields import label_field
 from ..data.records import Records, hold_out, label_names, read_both
 from ..data.text import encode, longest, padding_of
@@ -213,19 +215,28 @@ def scales_loss(network: Any, batch: Mapping[str, Tensor]) -> bool:
 
 
 def adapt(
-    network: Any, method: Method, settings: Section, task: str, new_modules: list[str], arguments: TrainingArguments
+    network: Any,
+    method: Method,
+    settings: Section,
+    task: str,
+    new_modules: list[str],
+    arguments: TrainingArguments,
+    experts: bool = False,
 ) -> tuple[Any, Any, dict[str, int]]:
     """The model as it is trained; its config, None for `full`; and ranks that were lowered, see `fit_ranks`.
 
     Raises:
-        ValueError: the method does not fit the model.
+        ValueError: the method does not fit the model, or its experts are asked for and it has none.
     """
+    names = fused_experts(network) if experts else []
+    if experts and not names:
+        raise ValueError(f"experts: {network.config.model_type} has no fused experts")
     quantised = getattr(network, "quantization_method", None) is not None
     if method.config is None:
         if quantised:
             raise ValueError("a quantised model cannot be trained in full: choose another method")
         return network, None, {}
-    config = peft_config(method, settings, task, new_modules)
+    config = peft_config(method, settings, task, new_modules, names)
     narrow = fit_ranks(config, method, settings, network)
     if quantised:
         network = prepare_model_for_kbit_training(
@@ -234,6 +245,9 @@ def adapt(
             gradient_checkpointing_kwargs=arguments.gradient_checkpointing_kwargs,
         )
     try:
-        return get_peft_model(network, config), config, narrow
+        model = get_peft_model(network, config)
+        if names and config.peft_type == PeftType.LORA:
+            fast_experts(model)
+        return model, config, narrow
     except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
         raise DoesNotFitError(f"method {method.name} does not fit {network.config.model_type}: {error}") from error

@@ -66,7 +66,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     collate = functools.partial(pad, padding=padding_of(network, tokenizer))
     if arguments.world_size > 1 or arguments.gradient_accumulation_steps > 1:
         network.accepts_loss_kwargs = task != "SEQ_CLS" and scales_loss(network, collate(samples[:1]))
-    model, config, narrow = adapt(network, method, chosen, task, new_modules, arguments)
+    model, config, narrow = adapt(network, method, chosen, task, new_modules, arguments, settings.experts)
     if settings.small_states is None and hasattr(config, "optimizer_options"):
         optimizer = config.optimizer_options()
     elif optimizer is not None and hasattr(config, "optimizer_options"):

@@ -46,6 +46,7 @@ class Settings:
     label: str | None = setting("Field of a classifier's label.", shown="found")
     max_length: int = setting("Tokens of a sample, if the model takes so many; the rest is cut off.", 512)
     dtype: str = setting("Of the base model's weights: auto, float32, bfloat16, float16.", "auto")
+    experts: bool = setting("Adapt the fused experts of a mixture of experts too (target_parameters).", False)
     load_in_4bit: bool = setting("Quantise the base model to 4 bits (NF4) by bitsandbytes.", False)
     load_in_8bit: bool = setting("Quantise the base model to 8 bits by bitsandbytes.", False)
     training: Section = field(default_factory=dict, metadata={"help": "Any field of transformers.TrainingArguments."})

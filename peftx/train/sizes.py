@@ -11,6 +11,7 @@ import torch
 import transformers
 from peft import get_peft_model
 
+from ..adapters.experts import fused_experts
 from ..utils import AUTO_CLASSES
 from .methods import Method, check_settings, find, fit_ranks, peft_config, trainable
 from .plan import Plan, skeleton
@@ -97,6 +98,7 @@ def counter(settings: CompareSettings, plan: Plan) -> Count:
     """
     network, new_modules = skeleton(settings, plan)
     cls = getattr(transformers, AUTO_CLASSES[plan.task])
+    experts = fused_experts(network) if settings.experts else []
 
     def count(method: Method, chosen: Section) -> int | None:
         if method.config is None:
@@ -104,7 +106,7 @@ def counter(settings: CompareSettings, plan: Plan) -> Count:
         for device in ("meta", "cpu"):
             with torch.random.fork_rng(devices=[]), torch.device(device):
                 base = cls.from_config(network.config)
-            adapter = peft_config(method, check_settings(method, chosen), plan.task, new_modules)
+            adapter = peft_config(method, check_settings(method, chosen), plan.task, new_modules, experts)
             fit_ranks(adapter, method, chosen, base)
             try:
                 with warnings.catch_warnings():

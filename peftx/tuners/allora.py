@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import Embedding
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from ..adapters import Number, register
-from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank
+from ..adapters.lora import Retrained, Variant, VariantConfig, VariantModel, is_plain, low_rank
 from ..adapters.products import at_least_fp32
 
 
@@ -74,15 +73,16 @@ class ALLoRA(Variant):
     @torch.no_grad()
     def gradient_scale(self, module: Any, adapter_name: str) -> torch.Tensor:
         """s (out_features,), at least fp32, for the weights as they stand; O(r^2 (in_features + out_features))."""
-        A, B = (at_least_fp32(w) for w in self._weights(module, adapter_name))
+        A, B = (at_least_fp32(w).flatten(1) for w in self._weights(module, adapter_name))
+        A = A.view(-1, B.shape[1], A.shape[1])  # a grouped convolution's row has the ranks of its group only
+        return self._slowing(A, B.view(len(A), -1, B.shape[1]), module.scaling[adapter_name]).flatten()
+
+    def _slowing(self, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+        """s (..., out_features) for A (..., r, in_features) and B (..., out_features, r)."""
         if self.config.norm_of == "b":
-            norm = B.flatten(1).norm(dim=1)
-        else:  # ||B_i A||^2 = B_i (A A^T) B_i^T; a grouped convolution's row has the ranks of its group only
-            B = B.flatten(1)
-            A = A.flatten(1).view(-1, B.shape[1], A[0].numel())
-            B = B.view(len(A), -1, B.shape[1])
-            norm2 = ((B @ (A @ A.mT)) * B).sum(dim=2).flatten()
-            norm = norm2.clamp(min=0).sqrt() * abs(module.scaling[adapter_name])
+            norm = B.norm(dim=-1)
+        else:  # ||B_i A||^2 = B_i (A A^T) B_i^T
+            norm = ((B @ (A @ A.mT)) * B).sum(dim=-1).clamp(min=0).sqrt() * abs(scale)
         return (norm + self.config.eta**-2).rsqrt()
 
     def forward(  # type: ignore[override]
@@ -90,7 +90,7 @@ class ALLoRA(Variant):
     ) -> torch.Tensor:
         if isinstance(module, Embedding):
             s, trained = self.gradient_scale(module, active_adapter), self._embed(module, active_adapter, x)
-            return result + _Retrained.apply(trained.detach(), trained, s)
+            return result + Retrained.apply(trained.detach(), trained, s)
         if not torch.is_grad_enabled() or module.lora_A[active_adapter].weight.is_meta:  # offloaded: nothing trains
             return super().forward(module, active_adapter, x, result)
         scale, s = module.scaling[active_adapter], self.gradient_scale(module, active_adapter)
@@ -103,7 +103,17 @@ class ALLoRA(Variant):
         h = functional_call(lora_A, {"weight": A.detach()}, (x,))
         value = functional_call(lora_B, {"weight": B.detach()}, (h,))
         rows = s.view(-1, *[1] * (A.ndim - 2)) if A.ndim > 2 else s
-        return result + _Retrained.apply(value, lora_B(lora_A(x.detach())), rows) * scale
+        return result + Retrained.apply(value, lora_B(lora_A(x.detach())), rows) * scale
+
+    def over_experts(self, layer: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return super().over_experts(layer, adapter_name, x, result)
+        (A, B), site, scale = layer.factors(adapter_name), layer.site, layer.scaling[adapter_name]
+        with torch.no_grad():
+            s = self._slowing(at_least_fp32(A), at_least_fp32(B), scale)
+        value = site.product(site.reduce(x, A.detach()), B.detach())
+        trained = site.product(site.reduce(x.detach(), A), B)
+        return result + (Retrained.apply(value, trained, site.per_row(s)) * scale).to(result.dtype)
 
     @staticmethod
     def _embed(module: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
@@ -114,21 +124,6 @@ class ALLoRA(Variant):
         return delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
 
 
-class _Retrained(torch.autograd.Function):
-    """The output `value`; what made `trained`, of equal value, gets the gradient scaled by `s`."""
-
-    @staticmethod
-    def forward(ctx, value, trained, s):
-        ctx.save_for_backward(s)
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        (s,) = ctx.saved_tensors
-        return g, g * s.to(g.dtype), None
-
-
 @register(
     "allora",
     config=ALLoRAConfig,
@@ -137,6 +132,7 @@ class _Retrained(torch.autograd.Function):
     lora_export="exact",
     layer_types=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
     exact_gradient=False,
+    experts=True,
     learning_rate=2e-3,
     tiny={"r": 2},
     variants={"allora": {}, "allora-b": {"norm_of": "b"}},

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters import Adapter, AdapterConfig, Site, register
-from ..adapters.products import accumulate, at_least_fp32
+from ..adapters import Adapter, AdapterConfig, ExpertsSite, Site, register
+from ..adapters.products import at_least_fp32
 
 
 @dataclass
@@ -84,6 +84,7 @@ def bat_invert(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     variants={"bone": {}, "bone-bat": {"init_weights": "bat"}},
 )
 class Bone(Adapter):
+    grouped = True
     block: nn.Parameter
 
     def __init__(self, site: Site, config: BoneConfig) -> None:
@@ -105,6 +106,14 @@ class Bone(Adapter):
             nn.init.kaiming_uniform_(block, a=math.sqrt(5))
         self.block = nn.Parameter(block)
 
+    @classmethod
+    def over_experts(cls, site: ExpertsSite, config: BoneConfig) -> Adapter:
+        if config.init_weights == "bat":
+            raise NotImplementedError(
+                "init_weights='bat' builds the dense weight of every expert in every step. Use the default mode, True."
+            )
+        return super().over_experts(site, config)
+
     @property
     def _bat_shape(self) -> tuple[int, int, int]:
         return self.site.out_features // self.config.r, self.config.r, self.config.r
@@ -114,7 +123,7 @@ class Bone(Adapter):
         return self.block.ndim == 3
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        return accumulate(result, fold(x, len(self.block)), self.block, self.scale)
+        return self.site.accumulate(result, fold(x, self.block.shape[-2]), self.block.mT, self.scale)
 
     def prefers_dense(self, tokens: int) -> bool:
         return self.is_bat

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..adapters import register
 from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, low_rank
+from ..adapters.lora_experts import FactoredParamWrapper
 from ..adapters.products import at_least_fp32, unobserved
 
 
@@ -131,11 +132,12 @@ def refactorize(A: torch.Tensor, B: torch.Tensor, *, sign_fix: bool = True) -> t
     return A, U * S[..., None, :]
 
 
-def linear_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
+def linear_layers(model: nn.Module, adapter_name: str = "default", experts: bool = False) -> dict[str, LoraLayer]:
     """The layers of a LoRA adapter, all of them linear, by their names in the base model.
 
     Args:
         model: a `PeftModel`, its tuner, or a transformers model with adapters, of any method that is LoRA.
+        experts: whether stacks of experts that are factored count as linear.
 
     Raises:
         ValueError: no such adapter, or one that is more than W + s B A in linear layers: an embedding or convolution,
@@ -159,7 +161,7 @@ def linear_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
                 or not all(isinstance(factor, nn.Linear) and factor.bias is None for factor in factors)
                 or not (rule is None or isinstance(rule, Variant))
                 or adapter_name in getattr(layer, "lora_magnitude_vector", ())
-                or isinstance(layer, ParamWrapper)
+                or (isinstance(layer, ParamWrapper) and not (experts and isinstance(layer, FactoredParamWrapper)))
             ):
                 raise ValueError(
                     f"The adapter {adapter_name!r} is no plain LoRA of a linear layer in {name!r} "
@@ -170,8 +172,11 @@ def linear_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, 
     return found
 
 
-def factors_of(layer: Any, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """The parameters A (r, in_features) and B (out_features, r) of one adapter in one layer."""
+def factors_of(layer: Any, adapter_name: str) -> tuple[Any, Any]:
+    """The parameters A (r, in_features) and B (out_features, r) of one adapter in one layer; of a stack of experts
+    views of them with a leading axis."""
+    if isinstance(layer, FactoredParamWrapper):
+        return layer.factors(adapter_name)
     return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
@@ -196,12 +201,13 @@ def refactorize_model(model: nn.Module, adapter_name: str = "default") -> dict[s
         adapter_name: which adapter; it must not be merged.
 
     Returns:
-        By the name of the layer in the base model, the singular values of B A (r,), descending, without the scale.
+        By the name of the layer in the base model, the singular values of B A (r,), descending, without the scale; of a
+        stack of experts (E, r).
 
     Raises:
         ValueError: no such adapter, no plain linear LoRA, merged, or values that are not finite; the layer is named.
     """
-    layers = linear_layers(model, adapter_name)
+    layers = linear_layers(model, adapter_name, experts=True)
     check_unmerged(layers, adapter_name)
     turned = {}
     for name, layer in layers.items():
@@ -212,7 +218,7 @@ def refactorize_model(model: nn.Module, adapter_name: str = "default") -> dict[s
     for name, factors in turned.items():
         for parameter, factor in zip(factors_of(layers[name], adapter_name), factors, strict=True):
             parameter.copy_(factor)
-    return {name: torch.linalg.vector_norm(B, dim=0) for name, (_, B) in turned.items()}
+    return {name: torch.linalg.vector_norm(B, dim=-2) for name, (_, B) in turned.items()}
 
 
 class FrozenLinear(nn.Linear):
@@ -242,6 +248,10 @@ class FedSVD(Variant):
             return low_rank(result, x, lora_A.weight.detach(), lora_B.weight, scale)
         return result + lora_B(lora_A(x)) * scale
 
+    def over_experts(self, layer: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        A, B = layer.factors(adapter_name)
+        return layer.site.accumulate(result, layer.site.reduce(x, A.detach()), B, layer.scaling[adapter_name])
+
 
 @register(
     "fedsvd",
@@ -249,6 +259,7 @@ class FedSVD(Variant):
     paper="arXiv:2505.12805",
     summary="Federated LoRA: clients train B, the server turns A into the singular basis of the average",
     lora_export="exact",
+    experts=True,
     learning_rate=2e-3,
     tiny={"r": 2},
     variants={"fedsvd": {}, "fedsvd-orthonormal": {"init_a": "orthonormal"}},
@@ -273,10 +284,10 @@ class FedSVDModel(VariantModel):
                 )
             if config.init_a == "orthonormal" and not A.is_meta:
                 # Unlike `refactorize`'s signs, which may turn with a rounding, this follows A continuously.
-                Q, R = torch.linalg.qr(at_least_fp32(A).T)
-                sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)
-                A.copy_((Q * sign).T)
-                B.copy_(B.to(R.dtype) @ (R.T * sign))  # zero, unless `init_lora_weights` says otherwise
+                Q, R = torch.linalg.qr(at_least_fp32(A).mT)
+                sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R.dtype)[..., None, :]
+                A.copy_((Q * sign).mT)
+                B.copy_(B.to(R.dtype) @ (R.mT * sign))  # zero, unless `init_lora_weights` says otherwise
         layer.lora_A[adapter_name].__class__ = FrozenLinear
         # PEFT freezes these again after every call that trains an adapter; a dict of the layer's own, not its class's.
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
@@ -298,7 +309,7 @@ class FedSVDModel(VariantModel):
             As `refactorize`; empty if nothing was done.
         """
         adapter_name = self._one(adapter_name)
-        layers = linear_layers(self, adapter_name)
+        layers = linear_layers(self, adapter_name, experts=True)
         rules: list[Any] = [layer.lora_variant[adapter_name] for layer in layers.values()]
         config: Any = self.peft_config[adapter_name]
         due = is_due(server_round, config.refactorize_every, config.refactorize_warmup)

@@ -11,7 +11,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters import Adapter, AdapterConfig, ConvSite, EmbeddingSite, LinearSite, Number, Site, register
+from ..adapters import (
+    Adapter,
+    AdapterConfig,
+    ConvSite,
+    EmbeddingSite,
+    ExpertsSite,
+    LinearSite,
+    Number,
+    Site,
+    register,
+)
 from ..adapters.products import at_least_fp32
 
 InitScheme = Literal["paper", "lora_like", "gaussian"]
@@ -84,13 +94,16 @@ class FloraConfig(AdapterConfig):
             raise ValueError("`scale` and `alpha` both set the factor of the delta: give one of them.")
 
 
-def mode_ranks(config: FloraConfig, modes: Sequence[int], groups: int = 1) -> tuple[int, ...]:
+def mode_ranks(config: FloraConfig, modes: Sequence[int], groups: int = 1, spatial: int = 2) -> tuple[int, ...]:
     """The rank of each mode of a weight with `modes` (input of one group, output, kernel axes).
+
+    Args:
+        spatial: upper bound of the ranks of the kernel axes where the config has none.
 
     Raises:
         ValueError: too few or many ranks, or a rank above the size of its mode.
     """
-    r, spatial = config.r, config.r_spatial or 2
+    r, spatial = config.r, config.r_spatial or spatial  # type: ignore[assignment]
     ranks = list(r) if isinstance(r, list) else [r, r]
     if len(ranks) == 2 < len(modes):
         ranks += spatial if isinstance(spatial, list) else [min(k, spatial) for k in modes[2:]]
@@ -144,6 +157,7 @@ def lora_pair(
     tiny={"r": 2},
 )
 class Flora(Adapter):
+    grouped = True
     sites = (ConvSite, EmbeddingSite, LinearSite)
     G: nn.Parameter  # (r1, r2, kernel ranks), the core
     A: nn.Parameter  # (in / groups, r1)
@@ -151,7 +165,8 @@ class Flora(Adapter):
 
     def __init__(self, site: Site, config: FloraConfig) -> None:
         super().__init__(site, config)
-        ranks = mode_ranks(config, site.modes, site.groups)
+        most = config.r if isinstance(config.r, int) else config.r[1]
+        ranks = mode_ranks(config, site.modes, site.groups, most if isinstance(site, ExpertsSite) else 2)
         self.G = nn.Parameter(torch.zeros(ranks) if config.init_weights else torch.randn(ranks))
         for i, (name, size, rank) in enumerate(zip(FACTORS, site.modes, ranks, strict=False)):
             factor = start(size, rank, config.init_scheme, fan_in=rank if i else size)
@@ -163,6 +178,14 @@ class Flora(Adapter):
         else:
             default = 4.0 if isinstance(site, ConvSite) else 1.0
             self.constant = default if config.scale is None else config.scale
+
+    @classmethod
+    def over_experts(cls, site: ExpertsSite, config: FloraConfig) -> Flora:
+        return cls(site, config)  # the experts are an axis of the weight, whose factor is K
+
+    def at(self, expert: int) -> Adapter:
+        G, A, B, K = self.tensors()
+        return self.with_tensors(expert, {"G": G @ K[expert], "A": A, "B": B}, {})
 
     def tensors(self) -> list[torch.Tensor]:
         """G, A, B and the factors of the kernel axes, at least in fp32."""

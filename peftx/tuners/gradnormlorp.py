@@ -77,6 +77,7 @@ class GradNormLoRPConfig(VariantConfig):
     """
 
     inherent = ("use_dora",)
+    excluded = ("lora_bias", "target_parameters")
 
     use_dora: bool = field(
         default=True,

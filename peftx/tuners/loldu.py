@@ -7,10 +7,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..adapters import Adapter, AdapterConfig, Number, Site, register
-from ..adapters.products import accumulate
 
 # Relative distance of the pivots at which a base counts as another one. With 18 matrices of MiniLM, r=64, they were
 # at most 0.0005 apart for fp16, 0.003 for bf16, 0.02 for 8 bits, 0.17 for NF4, and some 9 for other weights.
@@ -159,6 +157,7 @@ def start(d: torch.Tensor, method: InitMethod) -> torch.Tensor:
     learning_rate=2e-3,
 )
 class LoLDU(Adapter):
+    grouped = True
     z: nn.Parameter  # (r,)
     sigma: nn.Parameter  # (1,)
     c0: torch.Tensor  # (r,) sigma_0 z_0
@@ -207,8 +206,8 @@ class LoLDU(Adapter):
         return self.sigma.to(self.c0.dtype) * self.z.to(self.c0.dtype) - self.c0
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        c, h = self.scale * self.coefficients(), F.linear(x, self.U.to(x.dtype))
-        return accumulate(result, h * c.to(h.dtype), self.PL.T)
+        c, h = self.site.per_row(self.scale * self.coefficients()), self.site.reduce(x, self.U)
+        return self.site.accumulate(result, h * c.to(h.dtype), self.PL)
 
     def prefers_dense(self, tokens: int) -> bool:
         # Multiply-adds of a training step: 2 T r (in + out) factored; T in out for the gradient of the weight and

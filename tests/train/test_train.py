@@ -576,6 +576,24 @@ def test_a_run_that_a_callback_refuses_leaves_no_trace(files: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("method", ["lora", "bone", "allora"])
+def test_fused_experts_are_adapted_where_that_is_asked(files: Path, tmp_path: Path, method: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64),
+        **dict(num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0),
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(files / "mixture")
+    words().save_pretrained(files / "mixture")
+    data = ("--data", files / "pairs.jsonl", "--method", method, *SHORT, "--set", "r=2")
+    trained("train", "--model", files / "mixture", *data, "--experts", "--output", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {key.partition(".experts.")[1] for key in tensors} == {"", ".experts."}
+    assert any("experts.base_layer" in key for key in tensors)
+    outcome = call("train", "--model", files / "llama", *data, "--experts", "--output", tmp_path / "none")
+    assert outcome.exit_code and "has no fused experts" in outcome.output and not (tmp_path / "none").exists()
+
+
 def test_small_functions() -> None:
     assert nearest("targetmodules", ["target_modules", "r"]) == ", did you mean target_modules?"
     assert nearest("zzz", ["target_modules", "r"]) == ": there are r, target_modules"

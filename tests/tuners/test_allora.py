@@ -302,7 +302,6 @@ def test_the_file_is_a_plain_lora(tmp_path, tokens):
         ({"use_dora": True}, "`use_dora=True` cannot be combined"),
         ({"init_lora_weights": "mica"}, "'mica'` cannot be combined"),
         ({"lora_bias": True}, "`lora_bias=True` cannot be combined"),
-        ({"target_parameters": ["w"]}, "cannot be combined"),
     ],
 )
 def test_bad_settings_are_refused(kwargs, message):

@@ -407,7 +407,6 @@ def test_opacus_sees_every_sample_and_b_only(tokens):
         ({"init_a": "zeros"}, "`init_a` must be of type"),
         ({"use_dora": True}, "`use_dora=True` cannot be combined"),
         ({"lora_bias": True}, "`lora_bias=True` cannot be combined"),
-        ({"target_parameters": ["w"]}, "cannot be combined"),
     ],
 )
 def test_bad_settings_are_refused(kwargs, message):

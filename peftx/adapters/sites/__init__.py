@@ -2,7 +2,8 @@
 
 from .conv import ConvSite
 from .embedding import EmbeddingSite
+from .experts import ExpertsSite
 from .linear import LinearSite
 from .site import Site, site_of
 
-__all__ = ["ConvSite", "EmbeddingSite", "LinearSite", "Site", "site_of"]
+__all__ = ["ConvSite", "EmbeddingSite", "ExpertsSite", "LinearSite", "Site", "site_of"]

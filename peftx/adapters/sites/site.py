@@ -139,6 +139,10 @@ class Site:
         """`result` with `scale` times the r channels of `h` mixed into the output's by `factor` (out_features, r)."""
         return accumulate(result, h, factor.T, scale)
 
+    def per_row(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the layer, or, of a stack of experts (E, ...), of each row's expert."""
+        return values
+
     # What it can do
 
     def check_lora(self, method: str) -> None:

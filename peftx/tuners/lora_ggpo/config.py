@@ -89,8 +89,17 @@ class LoRAGGPOConfig(VariantConfig):
         default=True, metadata={"help": "Take statistics by hooks when neither callback nor loop provides them."}
     )
 
+    @property
+    def reaches_experts(self) -> bool:
+        return self.mode == "mgpo"
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target_parameters and not self.reaches_experts:
+            raise ValueError(
+                "mode='ggpo' draws noise for every weight that a step uses, which for fused experts "
+                "(`target_parameters`) costs more than the step. Use mode='mgpo', or leave the experts out."
+            )
         for name, low, high in (
             ("ggpo_sigma", 0, math.inf),
             ("ggpo_beta", 0, math.inf),

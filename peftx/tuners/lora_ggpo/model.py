@@ -24,6 +24,7 @@ from .schedule import Schedule, all_schedules, schedules, update_ggpo_stats
     summary="LoRA under noise shaped by weights and gradients (GGPO), or a step against the momentum (MGPO)",
     lora_export="exact",
     callback=GGPOCallback,
+    experts=True,
     learning_rate=2e-3,
     tiny={"r": 2, "lora_alpha": 2},
     variants={"lora-ggpo": {"auto_update": False}, "lora-mgpo": {"mode": "mgpo", "auto_update": False}},

@@ -17,9 +17,9 @@ BLOCK = 2**22  # elements of the noise that exist at a time
 def gradient_row_norms2(
     A: torch.Tensor, B: torch.Tensor, grad_A: torch.Tensor, grad_B: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """||scale (B grad_A + grad_B A)||^2 of each row, (out_features,): what LoRA's gradients show of the weight's."""
-    U, V = torch.cat([B, grad_B], dim=1), torch.cat([grad_A, A])
-    return (scale**2 * ((U @ (V @ V.T)) * U).sum(dim=1)).clamp(min=0)
+    """||scale (B grad_A + grad_B A)||^2 of each row, (..., out_features): what LoRA's gradients show of a weight's."""
+    U, V = torch.cat([B, grad_B], dim=-1), torch.cat([grad_A, A], dim=-2)
+    return (scale**2 * ((U @ (V @ V.mT)) * U).sum(dim=-1)).clamp(min=0)
 
 
 def draw(seed: int, rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...adapters.lora import Variant, is_plain, low_rank, weight_row_norms2
+from ...adapters.lora import Retrained, Variant, is_plain, low_rank, weight_row_norms2
+from ...adapters.lora_experts import FactoredParamWrapper
 from ...adapters.lora_layers import VariantLinear
 from ...adapters.products import accumulate, at_least_fp32, autocasted, unobserved
 from .config import LoRAGGPOConfig
@@ -48,6 +49,7 @@ class GGPO(Variant):
             return None
         grad_A = torch.zeros_like(A) if A.grad is None else A.grad
         A, B, grad_A, grad_B = (at_least_fp32(tensor) for tensor in (A, B, grad_A, B.grad))
+        (A, B), (grad_A, grad_B) = stacked(module, A, B), stacked(module, grad_A, grad_B)
         return gradient_row_norms2(A, B, grad_A, grad_B, module.scaling[adapter_name])
 
     @torch.no_grad()
@@ -126,11 +128,17 @@ class GGPO(Variant):
             return None
         A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
         M_A, M_B = (moment.to(A.device) for moment in moments if moment is not None)
-        U, V = torch.cat([M_B, B], dim=1), torch.cat([A, M_A])
-        length = scale * ((U.T @ U) * (V @ V.T)).sum().clamp(min=0).sqrt()
+        (A, B), (M_A, M_B) = stacked(module, A, B), stacked(module, M_A, M_B)
+        U, V = torch.cat([M_B, B], dim=-1), torch.cat([A, M_A], dim=-2)
+        length = scale * ((U.mT @ U) * (V @ V.mT)).sum().clamp(min=0).sqrt()  # of a stack as a whole
         mean = torch.ones_like(length) if self.mean_norm is None else self.mean_norm.to(length)
         factor = (1 / (mean + 1e-12)).clamp(max=config.mgpo_max_scale)
         return -config.mgpo_rho * scale * factor / (length + 1e-12) * U, V
+
+    def _steps_aside(self, module: Any, adapter_name: str) -> bool:
+        """Whether the weight is to see MGPO's perturbation."""
+        active = module.training and self.config.mode == "mgpo" and self.schedule.optimizer is not None
+        return active and module.lora_B[adapter_name].weight.requires_grad
 
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
@@ -142,9 +150,7 @@ class GGPO(Variant):
 
     def add(self, module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """`result` with the adapter's contribution and, in mode `"mgpo"`, the perturbation."""
-        active = module.training and self.config.mode == "mgpo" and self.schedule.optimizer is not None
-        active = active and module.lora_B[adapter_name].weight.requires_grad
-        factors = self.direction(module, adapter_name) if active else None
+        factors = self.direction(module, adapter_name) if self._steps_aside(module, adapter_name) else None
         if factors is None:
             return super().forward(module, adapter_name, x, result)
         U, V = factors
@@ -155,6 +161,21 @@ class GGPO(Variant):
             U = torch.cat([U[:, : len(A)] + rule, U[:, len(A) :]], dim=1)
             return low_rank(result, x, A, B, scale, U=U, V=V, rule=rule)
         return super().forward(module, adapter_name, x, accumulate(result, F.linear(x, V.to(x.dtype)), U.T))
+
+    def over_experts(self, layer: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        factors = self.direction(layer, adapter_name) if self._steps_aside(layer, adapter_name) else None
+        if factors is None:
+            return super().over_experts(layer, adapter_name, x, result)
+        (A, B), site, scale = layer.factors(adapter_name), layer.site, layer.scaling[adapter_name]
+        U, V = factors
+        value = scale * site.product(site.reduce(x, A.detach()), B.detach()) + site.product(site.reduce(x, V), U)
+        trained = scale * site.product(site.reduce(x.detach(), A), B)
+        return result + Retrained.apply(value, trained).to(result.dtype)
+
+
+def stacked(module: Any, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What lies as the factors of a layer do; over fused experts, with a leading axis of them."""
+    return module.stacked(A, B) if isinstance(module, FactoredParamWrapper) else (A, B)
 
 
 def _hear(rule_of: Any, module_of: Any, adapter_name: str, parameter: torch.Tensor) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...adapters import Adapter, Site
-from ...adapters.products import accumulate, at_least_fp32
+from ...adapters import Adapter, ExpertsSite, Site
+from ...adapters.products import at_least_fp32
 from .config import TriAdaptLoRAConfig, fixed
 
 STD = 0.02  # of every Gaussian start, from the author's code
@@ -18,12 +18,12 @@ STD = 0.02  # of every Gaussian start, from the author's code
 
 def core(L: torch.Tensor, U: torch.Tensor, r: int) -> torch.Tensor:
     """L + U at rank r, (r, r): of L the lower and of U the upper triangle, both with the diagonal."""
-    return L[:r, :r].tril() + U[:r, :r].triu()
+    return L[..., :r, :r].tril() + U[..., :r, :r].triu()
 
 
 def norm(core: torch.Tensor) -> torch.Tensor:
-    """The normalised Frobenius norm F = ||L + U||_F / r of a core, (1,), in fp32."""
-    return torch.linalg.matrix_norm(core.float())[None] / len(core)
+    """The normalised Frobenius norm F = ||L + U||_F / r of a core, (1,), in fp32; of a stack of cores the mean."""
+    return torch.linalg.matrix_norm(core.float()).mean()[None] / core.shape[-1]
 
 
 class TriAdaptLoRA(Adapter):
@@ -32,7 +32,12 @@ class TriAdaptLoRA(Adapter):
     `since` holds for each rank the optimizer step at which it became active, or -1. `rank` says how many are, as a
     Python int, so that a forward pass never waits for the device; it follows every way by which `since` gets here:
     assignment, `load_state_dict`, and the `setattr` of transformers' loading.
+
+    Of a stack of experts the four factors have a leading axis of experts. One rank is for all of them: they gain it
+    together, by the mean of their F.
     """
+
+    grouped = True
 
     A: nn.Parameter  # (size, in)
     B: nn.Parameter  # (out, size)
@@ -61,6 +66,20 @@ class TriAdaptLoRA(Adapter):
         self.register_buffer("scored", torch.zeros(1, dtype=torch.int64))
         self.rank = r  # also where a tensor on the meta device cannot say it
 
+    @classmethod
+    def over_experts(cls, site: ExpertsSite, config: TriAdaptLoRAConfig) -> Adapter:
+        adapter: Any = super().over_experts(site, config)
+        adapter.since, adapter.scored = adapter.since[0].clone(), adapter.scored[0].clone()
+        adapter.norm = adapter.norm.mean(dim=0)
+        return adapter
+
+    def at(self, expert: int) -> Adapter:
+        factors = {name: tensor[expert] for name, tensor in self._parameters.items() if tensor is not None}
+        return self.with_tensors(expert, factors, self._buffers)
+
+    def prepare_all(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.prepare_load(tensors)
+
     def refresh(self) -> None:
         if not self.since.is_meta:
             self.rank = int((self.since >= 0).sum())
@@ -85,7 +104,7 @@ class TriAdaptLoRA(Adapter):
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and the transpose of B (L + U), (r, out), at the active rank."""
-        return self.A[: self.rank], self.core().T @ self.B[:, : self.rank].T
+        return self.A[..., : self.rank, :], self.core().mT @ self.B[..., : self.rank].mT
 
     @property
     def constant(self) -> float:
@@ -100,7 +119,7 @@ class TriAdaptLoRA(Adapter):
         A, CB = self.factors()
         if self.drops:
             x = F.dropout(x, self.config.lora_dropout)
-        return accumulate(result, F.linear(x, A.to(x.dtype)), CB, self.scale * self.constant)
+        return self.site.accumulate(result, self.site.reduce(x, A), CB.mT, self.scale * self.constant)
 
     def delta_weight(self) -> torch.Tensor:
         A, CB = self.factors()
@@ -111,10 +130,11 @@ class TriAdaptLoRA(Adapter):
         return A, self.scale * self.constant * CB.T
 
     def defects(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """||A A^T - I||_F and ||B^T B - I||_F at the active rank, each (), at least in fp32."""
-        A, B = at_least_fp32(self.A[: self.rank]), at_least_fp32(self.B[:, : self.rank].T)
+        """||A A^T - I||_F and ||B^T B - I||_F at the active rank, each (), at least in fp32; of a stack the means."""
+        A, B = at_least_fp32(self.A[..., : self.rank, :]), at_least_fp32(self.B[..., : self.rank].mT)
         identity = torch.eye(self.rank, dtype=A.dtype, device=A.device)
-        return torch.linalg.matrix_norm(A @ A.T - identity), torch.linalg.matrix_norm(B @ B.T - identity)
+        first, second = (torch.linalg.matrix_norm(factor @ factor.mT - identity).mean() for factor in (A, B))
+        return first, second
 
     # Growth
 
@@ -125,7 +145,7 @@ class TriAdaptLoRA(Adapter):
                 f"{name}: an adapter is merged into the base weight, and would grow into something else than what was "
                 "merged. Call `unmerge_adapter` before `update_and_grow`."
             )
-        if self.A.shape != (self.size, self.site.in_features):
+        if self.A.shape[-2:] != (self.size, self.site.in_features):
             raise RuntimeError(f"{name}: sharded parameters cannot grow. Train with DDP, or with full parameters.")
 
     def core_norm(self) -> torch.Tensor:
@@ -148,10 +168,10 @@ class TriAdaptLoRA(Adapter):
         A, B, L, U = self.A, self.B, self.lower, self.upper
         new, identity = slice(self.rank, self.rank + count), self.config.init == "identity"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        A[new] = STD * torch.randn(count, A.shape[1], generator=generator).to(A)
-        B[:, new] = 0 if identity else STD * torch.randn(len(B), count, generator=generator).to(B)
-        L[new] = torch.eye(self.size)[new].to(L) if identity else 0
-        U[:, new] = 0
+        A[..., new, :] = STD * torch.randn(*A.shape[:-2], count, A.shape[-1], generator=generator).to(A)
+        B[..., new] = 0 if identity else STD * torch.randn(*B.shape[:-1], count, generator=generator).to(B)
+        L[..., new, :] = torch.eye(self.size)[new].to(L) if identity else 0
+        U[..., new] = 0
         self.since[new] = step
         self.rank += count
 
@@ -160,7 +180,8 @@ class TriAdaptLoRA(Adapter):
     def trim(self) -> None:
         """Drops the inactive ranks; the parameters are replaced."""
         r = self.rank
-        trimmed = {"A": self.A[:r], "B": self.B[:, :r], "lower": self.lower[:r, :r], "upper": self.upper[:r, :r]}
+        trimmed = {"A": self.A[..., :r, :], "B": self.B[..., :r]}
+        trimmed |= {"lower": self.lower[..., :r, :r], "upper": self.upper[..., :r, :r]}
         for name, tensor in trimmed.items():
             old = getattr(self, name)
             setattr(self, name, nn.Parameter(tensor.detach().clone(), requires_grad=old.requires_grad))

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...adapters import AdapterLayer, AdapterModel
+from ...adapters.experts import target_key
 from ...adapters.sharding import refuse_shards
 from .adapter import TriAdaptLoRA
 from .config import TriAdaptLoRAConfig
@@ -64,7 +65,8 @@ class GrowingModel(AdapterModel):
 
     def _named(self, adapter_name: str | None) -> tuple[str, dict[str, TriAdaptLoRA]]:
         name = adapter_name or self.active_adapters[0]
-        adapters = {key: layer.adapters[name] for key, layer in self._layers() if name in layer.adapters}
+        layers = ((target_key(layer, key), layer) for key, layer in self._layers())
+        adapters = {key: layer.adapters[name] for key, layer in layers if name in layer.adapters}
         if not adapters:
             raise ValueError(f"There is no TriAdaptLoRA adapter {name!r}; there are: {', '.join(self.peft_config)}.")
         return name, adapters
@@ -92,8 +94,8 @@ class GrowingModel(AdapterModel):
         """Trained values of the active ranks, r (in + out) + r (r + 1) a module, where `print_trainable_parameters`
         counts what is allocated."""
         _, adapters = self._named(adapter_name)
-        ranks = ((a.rank, a.site.in_features + a.site.out_features) for a in adapters.values())
-        return sum(r * widths + r * (r + 1) for r, widths in ranks)
+        sizes = ((a.rank, a.site.in_features + a.site.out_features, a.A[..., 0, 0].numel()) for a in adapters.values())
+        return sum(count * (r * widths + r * (r + 1)) for r, widths, count in sizes)
 
     def finalize(self, adapter_name: str | None = None) -> None:
         """Cuts an adapter (default: the active one) to its active ranks, for a small file; outputs stay the same.
