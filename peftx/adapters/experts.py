@@ -34,7 +34,7 @@ def check_experts(base: nn.Module, name: str) -> None:
         raise TypeError(f"{name} of a {kind} has {parameter.ndim} axes: {SUPPORTED}.")
     if not parameter.is_floating_point():
         raise TypeError(f"{name} of a {kind} is packed as {parameter.dtype}. Load the experts in 16 or 32 bits.")
-    if base._is_expert_parallel:
+    if getattr(base, "_is_expert_parallel", False):
         raise TypeError(f"{name} of a {kind} is split over devices by expert parallelism. Load the model without.")
 
 
@@ -346,10 +346,11 @@ def routed(
                 result = result.index_copy(0, own, contribution(x[own], result[own], part))
         return result
 
-    h = project("gate_up_proj" if experts.has_gate else "up_proj", hidden_states[order // k])
-    h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
+    gated = getattr(experts, "has_gate", True)  # transformers 5.2 has no other experts, and no flags for them
+    h = project("gate_up_proj" if gated else "up_proj", hidden_states[order // k])
+    h = experts._apply_gate(h) if gated else experts.act_fn(h)
     y = project("down_proj", h)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
     y = y * top_k_weights.flatten()[order, None]
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

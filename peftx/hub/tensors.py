@@ -148,8 +148,11 @@ def rank_of(tensors: Mapping[str, AnyTensor], settings: Mapping[str, Any], name:
 
     LoRA's is that of its factors, TriAdaptLoRA stores which of its ranks are at work. For the other methods of peftx it
     is the shortest of the last two axes of all matrices, or the longest of the vectors where there is no matrix
-    (LoLDU); for PEFT's, the config's `r`.
+    (LoLDU); for PEFT's, the config's `r`, and for any with stacks of experts among its modules.
     """
+    stacked = settings.get("target_parameters") and by_pattern(settings.get("rank_pattern"), name, settings.get("r"))
+    if type(stacked) is int:
+        return stacked
     for part in RANKED:
         if part in tensors and tensors[part].ndim:
             return tensors[part].shape[0]

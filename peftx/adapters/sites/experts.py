@@ -44,11 +44,10 @@ def grouped(
     """Each row of x (T, in) times its expert's matrix of weight (E, out, in), or, if it is transposed, (E, in, out),
     plus its row of bias (T, out)."""
     if weight.dtype != torch.float64:
-        return _grouped_linear(x, weight, offsets, bias, transposed)
-    result = torch.ops.transformers.grouped_mm_fallback(
-        x.to(weight.dtype), weight if transposed else weight.mT, offsets
-    )
-    return result if bias is None else result + bias  # torch's own product is for 16 and 32 bits
+        return _grouped_linear(x, weight, bias=bias, offs=offsets, is_transposed=transposed)
+    parts = x.to(weight.dtype).tensor_split(offsets[:-1].tolist())  # torch's own product is for 16 and 32 bits
+    result = torch.cat([part @ matrix for part, matrix in zip(parts, weight if transposed else weight.mT, strict=True)])
+    return result if bias is None else result + bias
 
 
 class ExpertsSite(LinearSite):
