@@ -431,6 +431,7 @@ compress(tiny_model("gpt2"), keep=0.7, method="svd", folder=sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parents[1])], check=False)
     assert run.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 5

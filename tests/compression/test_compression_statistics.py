@@ -693,6 +693,7 @@ def test_batch_estimator_reads_the_gradient_of_weights_that_train(kind: str) -> 
     assert difference(found[0], explicit(model, [samples(kind)[:4], samples(kind)[4:8]])) < 1e-6
 
 
+@pytest.mark.slow
 def test_which_steps_count(tmp_path: Path) -> None:
     def collected(**options: Any) -> int:
         callback = FisherCallback(**options)

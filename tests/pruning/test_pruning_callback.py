@@ -473,6 +473,7 @@ def test_a_loader_of_other_data_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, peftx.DonodCallback(), cls=Stubborn).train()
 
 
+@pytest.mark.slow
 def test_smaller_batches_after_running_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Large(Trainer):
         def training_step(self, model, inputs, *arguments, **settings):

@@ -284,6 +284,7 @@ score_dataset(small("llama"), rows(400), slow, folder={folder!r}, part_rows=16, 
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, room = tmp_path / "scores", Path(__file__).parent
     code = SCORING.format(tests=str(room.parent), room=str(room), folder=str(folder))

@@ -456,6 +456,7 @@ def test_refactorising_a_model_leaves_its_function(tokens, tmp_path, config):
     torch.testing.assert_close(logits(model.merge_and_unload(), tokens), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stock_peft_computes_the_same_after_a_refactorisation(tokens, tmp_path):
     model = fedsvd(tiny_model("bert"), **BERT)
     wanted = logits(model, tokens)
