@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -370,9 +371,8 @@ def writing(place: str | os.PathLike, then: str = "start again") -> Iterator[Non
     except (OSError, SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
         code = error.errno if isinstance(error, OSError) else None
-        if code is None and "os error" in text.lower():  # as safetensors tells it
-            digits = "".join(c for c in text.lower().partition("os error")[2] if c.isdigit())
-            code = int(digits or 0)
+        if code is None and (told := re.search(r"os error (\d+)|Os \{ code: (\d+)", text)):  # as safetensors tells it
+            code = int(told[1] or told[2])
         if code is None and ("writing file" in text or "unexpected pos" in text):  # as torch.save does
             code = errno.ENOSPC
         if code not in FULL:

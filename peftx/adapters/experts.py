@@ -346,7 +346,7 @@ def routed(
                 result = result.index_copy(0, own, contribution(x[own], result[own], part))
         return result
 
-    gated = getattr(experts, "has_gate", True)  # transformers 5.2 has no other experts, and no flags for them
+    gated = getattr(experts, "has_gate", True)  # older transformers have no other experts, and no flags for them
     h = project("gate_up_proj" if gated else "up_proj", hidden_states[order // k])
     h = experts._apply_gate(h) if gated else experts.act_fn(h)
     y = project("down_proj", h)

@@ -88,9 +88,12 @@ class LowRankQuantizer(HfQuantizer):
 
         Raises:
             ValueError: the checkpoint lacks factors.
+            RuntimeError: it has tensors of other sizes than its config.json says.
         """
         self.remove_quantization_config(model)
         model.config.quantization_config = self.quantization_config
+        if wrong := next(_mismatched(model), None):
+            raise RuntimeError(f"size mismatch: {wrong}, and its config.json says otherwise")
         if missing := list(_not_loaded(model)):
             raise ValueError(
                 f"the checkpoint has no {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}: {len(missing)} factors "
@@ -104,6 +107,13 @@ class LowRankQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _mismatched(model: PreTrainedModel) -> Iterator[str]:
+    """Weights whose sizes are not those of their layers: some releases of transformers load these without a word."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
+            yield f"the checkpoint's {name}.weight has the sizes {tuple(module.weight.shape)}"
 
 
 def _not_loaded(model: PreTrainedModel) -> Iterator[str]:

@@ -255,7 +255,7 @@ def test_native_loading_restores_every_saved_tensor(
         for name in ("default", "another"):
             loaded = tiny_model(kind)
             info = loaded.load_adapter(tmp_path / folder, adapter_name=name)
-            assert not info.missing_keys and not info.unexpected_keys
+            assert info is None or (not info.missing_keys and not info.unexpected_keys)  # None of older transformers
             assert torch.equal(logits(loaded, tokens), wanted)
         assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(kind), tmp_path / folder), tokens), wanted)
     bare, ours = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("native", "peft"))
