@@ -302,8 +302,7 @@ class OverExperts(Routed):
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The deltas of all experts in the layout of the parameter, at least in fp32."""
         self.check_delta()  # type: ignore[attr-defined]
-        adapter = self.adapters[adapter_name]  # type: ignore[attr-defined]
-        ones = (adapter.at(expert) for expert in range(self.site.experts))
+        ones = (self._one(adapter_name, expert) for expert in range(self.site.experts))
         return self.site.laid_out(torch.stack([one.scale * at_least_fp32(one.delta_weight()) for one in ones]))
 
 

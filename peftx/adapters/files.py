@@ -95,12 +95,13 @@ class Opened:
                 self._layers.setdefault(layer, {})[name] = tensor
         self._trials: dict[tuple, tuple[Any, nn.Module]] = {}
 
-    def fits(self, key: str, adapter_cls: Any, site: Any, config: Any) -> bool:
-        """Whether the adapter that a config declares has the file's shapes in the layer `key`; made without memory."""
+    def fits(self, key: str, make: Any, site: Any, config: Any) -> bool:
+        """Whether the adapter that `make` makes of a site and a config has the file's shapes in the layer `key`; it
+        takes no memory."""
         shape = id(config), type(site), site.shape
         if shape not in self._trials:
             with torch.device("meta"):
-                self._trials[shape] = config, adapter_cls(site, config)  # the config stays, or its id may be another's
+                self._trials[shape] = config, make(site, config)  # the config stays, or its id may be another's
         trial, found = self._trials[shape][1], {**self._layers.get(PREFIX + key, {})}
         try:
             trial.prepare_all(found)  # type: ignore[operator]

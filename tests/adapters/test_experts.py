@@ -66,10 +66,9 @@ class Block(nn.Module):
         return [name for name, parameter in self.experts.named_parameters() if parameter.ndim == 3]
 
 
-def adapt(block: Block, case: Case, std: float = 0.2, **config: Any) -> Any:
-    wanted = {"target_modules": [], "target_parameters": [f"experts.{name}" for name in block.names], **config}
-    model = peft.get_peft_model(block, case.config(**wanted))
-    return model
+def adapt(block: Block, case: Case) -> Any:
+    names = [f"experts.{name}" for name in block.names]
+    return peft.get_peft_model(block, case.config(target_modules=[], target_parameters=names))
 
 
 def spread(model: nn.Module, std: float = 0.2) -> None:
@@ -292,9 +291,9 @@ def experts_of(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
 
 
-def over(model: nn.Module, case: Case | None = None, **config: Any) -> dict[str, Any]:
+def over(model: nn.Module) -> dict[str, Any]:
     names = sorted({name.split(".", 3)[-1] for name in experts_of(model)})
-    return {"target_modules": [], "target_parameters": names, "task_type": "CAUSAL_LM", **config}
+    return {"target_modules": [], "target_parameters": names, "task_type": "CAUSAL_LM"}
 
 
 FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
@@ -440,7 +439,6 @@ def test_exports_are_stock_lora(one: Case, ids: torch.Tensor, tmp_path: Any) -> 
     model = peft.get_peft_model(copy.deepcopy(base), one.config(**over(base)))
     spread(model)
     wanted = model(input_ids=ids).logits
-    errors = {}
     if one.info.lora_export == "svd":
         with pytest.raises(NotImplementedError, match="no exact LoRA form"):
             peftx.export_lora(model, tmp_path / "lora")
@@ -554,9 +552,6 @@ def test_mgpo_steps_against_the_momentum_of_the_stack() -> None:
     d = torch.stack([M_B[e] @ A[e] + B[e] @ M_A[e] for e in range(E)])
     f = min(1 / float(rule.mean_norm), config.mgpo_max_scale)
     eps = -0.3 * f * d / d.norm()
-    moved = copy.deepcopy(block.experts.base_layer)
-    with torch.no_grad():
-        moved.down_proj += eps
     base = layer.base_layer
     plain = model.eval()()
     model.train()

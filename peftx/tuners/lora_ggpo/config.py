@@ -97,8 +97,8 @@ class LoRAGGPOConfig(VariantConfig):
         super().__post_init__()
         if self.target_parameters and not self.reaches_experts:
             raise ValueError(
-                "mode='ggpo' draws noise for every weight that a step uses, which for fused experts "
-                "(`target_parameters`) costs more than the step. Use mode='mgpo', or leave the experts out."
+                "mode='ggpo' draws noise for all of a weight, and of fused experts (`target_parameters`) that is the "
+                "stack of all of them. Use mode='mgpo', or leave the experts out."
             )
         for name, low, high in (
             ("ggpo_sigma", 0, math.inf),
