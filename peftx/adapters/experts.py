@@ -17,7 +17,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .products import at_least_fp32, onloaded
-from .sites.experts import ExpertsSite, Routing, grouped
+from .sites.experts import ExpertsSite, Routing, grouped, segments
 
 SUPPORTED = (
     "`target_parameters` names stacked parameters (3-D) of experts that transformers decorates by "
@@ -259,12 +259,8 @@ class OverExperts(Routed):
         if adapter.grouped:
             with self.site.routed(routing):
                 return adapter(x, result)
-        parts, start = [], 0  # its formula takes no stack of factors
-        with onloaded(adapter):
-            for expert, end in enumerate(routing.offsets.tolist()):
-                if end > start:
-                    parts.append(adapter.at(expert)(x[start:end], result[start:end]))
-                start = end
+        with onloaded(adapter):  # its formula takes no stack of factors
+            parts = [adapter.at(expert)(x[rows], result[rows]) for expert, rows in segments(routing.offsets)]
         return torch.cat(parts) if parts else result
 
     # Merging

@@ -111,9 +111,11 @@ class ALLoRA(Variant):
         (A, B), site, scale = layer.factors(adapter_name), layer.site, layer.scaling[adapter_name]
         with torch.no_grad():
             s = self._slowing(at_least_fp32(A), at_least_fp32(B), scale)
-        value = site.product(site.reduce(x, A.detach()), B.detach())
-        trained = site.product(site.reduce(x.detach(), A), B)
-        return result + (Retrained.apply(value, trained, site.per_row(s)) * scale).to(result.dtype)
+            s = s[..., None].to(B.dtype)
+        h = site.reduce(x, A.detach())
+        silent = Retrained.apply(torch.zeros_like(h), site.reduce(x.detach(), A))  # for A's gradient alone
+        slowed = torch.cat([Retrained.apply(B.detach(), B, s), s * B.detach()], dim=-1)
+        return site.accumulate(result, torch.cat([h, silent], dim=-1), slowed, scale)
 
     @staticmethod
     def _embed(module: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import _grouped_linear
 
-from ..products import onloaded
+from ..products import accumulate, onloaded, would_round
 from .linear import LinearSite
 
 ALIGNED = 16  # bytes: torch's grouped product wants rows that are a multiple
@@ -43,11 +43,23 @@ def grouped(
 ) -> torch.Tensor:
     """Each row of x (T, in) times its expert's matrix of weight (E, out, in), or, if it is transposed, (E, in, out),
     plus its row of bias (T, out)."""
-    if weight.dtype != torch.float64:
+    # Torch's own product is for 16 and 32 bits; on CPUs it spends as much on an expert without rows as on one with few.
+    idle = x.device.type == "cpu" and len(x) < len(offsets) and not torch.compiler.is_compiling()
+    if weight.dtype != torch.float64 and not (idle and len(x)):
         return _grouped_linear(x, weight, bias=bias, offs=offsets, is_transposed=transposed)
-    parts = x.to(weight.dtype).tensor_split(offsets[:-1].tolist())  # torch's own product is for 16 and 32 bits
-    result = torch.cat([part @ matrix for part, matrix in zip(parts, weight if transposed else weight.mT, strict=True)])
+    x, matrices = x.to(weight.dtype), weight if transposed else weight.mT
+    parts = [x[rows] @ matrices[expert] for expert, rows in segments(offsets)]
+    result = torch.cat(parts) if parts else x @ matrices[0]
     return result if bias is None else result + bias
+
+
+def segments(offsets: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, with those."""
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
 
 
 class ExpertsSite(LinearSite):
@@ -107,13 +119,19 @@ class ExpertsSite(LinearSite):
             self.routing = before
 
     def per_row(self, values: torch.Tensor) -> torch.Tensor:
-        return values[self.routing.experts]  # type: ignore[union-attr]
+        return values.index_select(0, self.routing.experts)  # type: ignore[union-attr]
+
+    def few(self, x: torch.Tensor) -> bool:
+        """Whether to take the matrices of the rows x alone, as in decoding, and not to lay out all of them anew."""
+        return len(x) < self.experts
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Each row of x (T, in) times its expert's matrix of weight (E, out, in), or times one of all (out, in)."""
         weight = weight.to(x.dtype)
         if weight.ndim == 2:
             return x @ weight.T
+        if self.few(x):
+            return torch.bmm(self.per_row(weight), x[..., None])[..., 0]
         rows, columns = (-size % (ALIGNED // x.element_size()) for size in weight.shape[1:])
         if rows or columns:
             weight, x = F.pad(weight, (0, columns, 0, rows)), F.pad(x, (0, columns))
@@ -134,7 +152,12 @@ class ExpertsSite(LinearSite):
     def accumulate(
         self, result: torch.Tensor, h: torch.Tensor, factor: torch.Tensor, scale: float = 1.0
     ) -> torch.Tensor:
-        return result + (scale * self.product(h, factor)).to(result.dtype)
+        if factor.ndim == 2:
+            return accumulate(result, h, factor.T, scale)
+        if not self.few(h) or would_round(result):
+            return result + self.product(scale * h, factor).to(result.dtype)
+        h, factor = h.to(result.dtype), self.per_row(factor).to(result.dtype)
+        return torch.baddbmm(result[..., None], factor, h[..., None], alpha=scale)[..., 0]
 
 
 class ExpertSite(LinearSite):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...adapters.lora import Retrained, Variant, is_plain, low_rank, weight_row_norms2
+from ...adapters.lora import Variant, is_plain, low_rank, weight_row_norms2
 from ...adapters.lora_experts import FactoredParamWrapper
 from ...adapters.lora_layers import VariantLinear
 from ...adapters.products import accumulate, at_least_fp32, autocasted, unobserved
@@ -168,9 +168,8 @@ class GGPO(Variant):
             return super().over_experts(layer, adapter_name, x, result)
         (A, B), site, scale = layer.factors(adapter_name), layer.site, layer.scaling[adapter_name]
         U, V = factors
-        value = scale * site.product(site.reduce(x, A.detach()), B.detach()) + site.product(site.reduce(x, V), U)
-        trained = scale * site.product(site.reduce(x.detach(), A), B)
-        return result + Retrained.apply(value, trained).to(result.dtype)
+        h = torch.cat([site.reduce(x, A), site.reduce(x, V)], dim=-1)
+        return site.accumulate(result, h, torch.cat([scale * B, U.to(B.dtype)], dim=-1))
 
 
 def stacked(module: Any, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

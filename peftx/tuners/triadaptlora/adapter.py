@@ -116,10 +116,11 @@ class TriAdaptLoRA(Adapter):
         return self.training and self.config.lora_dropout > 0
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        A, CB = self.factors()
+        A, B = self.A[..., : self.rank, :], self.B[..., : self.rank]
         if self.drops:
             x = F.dropout(x, self.config.lora_dropout)
-        return self.site.accumulate(result, self.site.reduce(x, A), CB.mT, self.scale * self.constant)
+        h = self.site.reduce(self.site.reduce(x, A), self.core())
+        return self.site.accumulate(result, h, B, self.scale * self.constant)
 
     def delta_weight(self) -> torch.Tensor:
         A, CB = self.factors()
