@@ -197,11 +197,21 @@ class Routed:
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         for expert in range(self.site.experts if self.merged_adapters else 0):
-            weight = at_least_fp32(self.site.at(expert).weight())
+            self._write_expert(expert, self.unmerged(slice(expert, expert + 1))[0])
+        self.merged_adapters.clear()
+
+    def unmerged(self, experts: slice) -> torch.Tensor:
+        """The weights (n, out_features, in_features) of some experts without the adapters merged into them, as stored
+        or, if there are such, at least in fp32."""
+        stack = self.site.weight()[experts]
+        if not self.merged_adapters:
+            return stack
+        ones = []
+        for expert, weight in zip(range(experts.start, experts.stop), at_least_fp32(stack), strict=True):
             for name in reversed(self.merged_adapters):
                 weight = self.restored(name, expert, weight)
-            self._write_expert(expert, weight)
-        self.merged_adapters.clear()
+            ones.append(weight)
+        return torch.stack(ones)
 
     @torch.no_grad()
     def check_finite(self, adapter_names: Sequence[str]) -> None:

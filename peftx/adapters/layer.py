@@ -156,7 +156,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         adapters = [self.adapters[name] for name in self.present(self.active_adapters)]
         if self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
-        if self._is_plain and is_dense(adapters, self.site.tokens(x)):
+        if not is_dense(adapters, self.site.tokens(x)):
+            return added(adapters, x, self.base_layer(x, *args, **kwargs))
+        if self._is_plain:
             weight = adapted(adapters, self.site.weight())
             return self.site.project(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         return self._adapt(adapters, x, self.base_layer(x, *args, **kwargs))
@@ -171,9 +173,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if is_dense(adapters, self.site.tokens(x)):
             weight = at_least_fp32(self.site.weight())
             return self.site.add_dense(adapted(adapters, weight) - weight, x, result)
-        for adapter in adapters:
-            result = adapter(x, result)
-        return result
+        return added(adapters, x, result)
 
     def _check_mixed_batch(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -285,6 +285,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "peftx." + super().__repr__()
+
+
+def added(adapters: Sequence[Adapter], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """The base layer's output `result` for `x` with the contributions of the adapters, one after the other."""
+    for adapter in adapters:
+        result = adapter(x, result)
+    return result
 
 
 def adapted(adapters: Sequence[Adapter], weight: torch.Tensor) -> torch.Tensor:

@@ -118,8 +118,12 @@ class Variant(LoraVariant):
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """The output with the adapter's contribution. Shapes: x (..., in_features), result (..., out_features)."""
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        x, scale = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
+        return self._add(module, active_adapter, module.lora_dropout[active_adapter](x), result)
+
+    @staticmethod
+    def _add(module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """`result` with s B A x."""
+        lora_A, lora_B, scale = module.lora_A[adapter_name], module.lora_B[adapter_name], module.scaling[adapter_name]
         if is_plain(lora_A, lora_B):
             return low_rank(result, x, lora_A.weight, lora_B.weight, scale)
         return result + lora_B(lora_A(x)) * scale
@@ -129,6 +133,18 @@ class Variant(LoraVariant):
     ) -> torch.Tensor:
         """As `forward`, on rows x (T, in_features) and result (T, out_features) sorted by expert."""
         return add_low_rank(layer, adapter_name, x, result)
+
+    def change_expert(
+        self, layer: FactoredParamWrapper, adapter_name: str, expert: int, weight: torch.Tensor, delta: torch.Tensor
+    ) -> torch.Tensor:
+        """The weight (out_features, in_features) of one expert with the adapter, whose s B A is `delta`, merged in."""
+        return weight + delta
+
+    def restore_expert(
+        self, layer: FactoredParamWrapper, adapter_name: str, expert: int, weight: torch.Tensor, delta: torch.Tensor
+    ) -> torch.Tensor:
+        """Inverse of `change_expert`."""
+        return weight - delta
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
@@ -285,8 +301,8 @@ def is_plain(*modules: nn.Module) -> bool:
 def weight_row_norms2(
     base: torch.Tensor, cross: torch.Tensor | float, A: torch.Tensor, B: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """||W + scale B A||^2 of each row, (out_features,), from ||W||^2 and W A^T (out_features, r; 0: left out)."""
-    return (base + scale * (B * (2 * cross + scale * (B @ (A @ A.T)))).sum(dim=1)).clamp(min=0)
+    """||W + scale B A||^2 of each row (..., out_features), from ||W||^2 and W A^T (..., out_features, r) or 0."""
+    return (base + scale * (B * (2 * cross + scale * (B @ (A @ A.mT)))).sum(dim=-1)).clamp(min=0)
 
 
 def low_rank(
@@ -317,6 +333,8 @@ def low_rank(
         rule: (out_features, r); default: U.
     """
     x = autocasted(x)
+    if not torch.is_grad_enabled() and U is None and isinstance(scale, int | float):
+        return accumulate(result, F.linear(x, (A if V is None else V).to(x.dtype)), B.T, scale)
     with torch.no_grad():
         V = (A.detach() if V is None else V).to(x.dtype)  # dynamo refuses the same tensor twice
         U = scale * B if U is None else U

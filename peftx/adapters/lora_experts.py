@@ -32,11 +32,15 @@ class FactoredParamWrapper(Routed, ParamWrapper):
         """Views (E, r, in) and (E, out, r) of what lies as PEFT's factors do, (E r, in) and (out, r E)."""
         return A.unflatten(0, (self.num_experts, -1)), B.unflatten(1, (-1, self.num_experts)).movedim(-1, 0)
 
+    def rule(self, adapter_name: str) -> Any:
+        """The adapter's training rule, a `Variant`, or None."""
+        return self.lora_variant.get(adapter_name)
+
     def contribution(self, adapter_name: str) -> Contribution | None:
         return partial(self._contribute, adapter_name) if adapter_name in self.lora_A else None
 
     def _contribute(self, adapter_name: str, x: torch.Tensor, result: torch.Tensor, routing: Routing) -> torch.Tensor:
-        rule: Any = self.lora_variant.get(adapter_name)
+        rule = self.rule(adapter_name)
         with self.site.routed(routing), onloaded(self.lora_A[adapter_name], self.lora_B[adapter_name]):
             if rule is not None:
                 return rule.over_experts(self, adapter_name, x, result)
@@ -46,10 +50,12 @@ class FactoredParamWrapper(Routed, ParamWrapper):
         return [name for name in adapter_names if name in self.lora_A]
 
     def changed(self, adapter_name: str, expert: int, weight: torch.Tensor) -> torch.Tensor:
-        return weight + self._delta(adapter_name, expert)
+        rule, delta = self.rule(adapter_name), self._delta(adapter_name, expert)
+        return rule.change_expert(self, adapter_name, expert, weight, delta) if rule else weight + delta
 
     def restored(self, adapter_name: str, expert: int, weight: torch.Tensor) -> torch.Tensor:
-        return weight - self._delta(adapter_name, expert)
+        rule, delta = self.rule(adapter_name), self._delta(adapter_name, expert)
+        return rule.restore_expert(self, adapter_name, expert, weight, delta) if rule else weight - delta
 
     def _delta(self, adapter_name: str, expert: int) -> torch.Tensor:
         with onloaded(self.lora_A[adapter_name], self.lora_B[adapter_name]):

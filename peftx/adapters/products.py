@@ -17,8 +17,9 @@ def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scal
     """
     if would_round(result):
         return result + (scale * (h @ weight)).to(result.dtype)
-    # Autograd takes the layout of its two products from that of `weight`; skinny ones are up to 3x faster row-major.
-    h, weight = h.to(result.dtype), weight.to(result.dtype).contiguous()
+    h, weight = h.to(result.dtype), weight.to(result.dtype)
+    if torch.is_grad_enabled():  # whose products take their layout from that of `weight`; row-major is up to 3x faster
+        weight = weight.contiguous()
     flat = result.reshape(-1, result.shape[-1])
     return torch.addmm(flat, h.reshape(-1, h.shape[-1]), weight, alpha=scale).view(result.shape)
 
@@ -37,6 +38,8 @@ def would_round(result: torch.Tensor) -> bool:
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, in fp32 where its own dtype is narrower."""
+    if tensor.dtype == torch.float32:
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

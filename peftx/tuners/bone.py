@@ -44,7 +44,8 @@ class BoneConfig(AdapterConfig):
 
 def fold(x: torch.Tensor, r: int) -> torch.Tensor:
     """Sums the entries of the last axis whose index is equal modulo r: (..., n) -> (..., r)."""
-    x = F.pad(x, (0, -x.shape[-1] % r))
+    if x.shape[-1] % r:
+        x = F.pad(x, (0, -x.shape[-1] % r))
     return x.unflatten(-1, (-1, r)).sum(-2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -222,7 +223,12 @@ class Flora(Adapter):
     def prefers_dense(self, tokens: int) -> bool:
         # Multiply-adds of a training step: each factored product and the two products of its gradient; when dense,
         # the gradient of the weight, and to build the delta and contract its gradient.
+        return tokens > self._dense_from
+
+    @cached_property
+    def _dense_from(self) -> float:
         if self.site.backend is not None or isinstance(self.site, EmbeddingSite):
-            return False
-        size, r = math.prod(self.site.modes), self.B.shape[1]
-        return 3 * tokens * self.site.cost(self.G.shape) > size * (tokens + 3 * r)
+            return math.inf
+        size = math.prod(self.site.modes)
+        gain = 3 * self.site.cost(self.G.shape) - size  # for each token
+        return 3 * self.B.shape[1] * size / gain if gain > 0 else math.inf

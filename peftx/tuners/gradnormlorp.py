@@ -15,17 +15,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..adapters import Number, register
+from ..adapters.experts import Routed
 from ..adapters.lora import (
     Variant,
     VariantConfig,
     VariantModel,
-    is_plain,
-    low_rank,
     weight_row_norms2,
     with_rules,
 )
 from ..adapters.lora_layers import VariantLayer
 from ..adapters.products import at_least_fp32, onloaded
+from ..adapters.sites.experts import segments
 
 
 @dataclass
@@ -77,7 +77,6 @@ class GradNormLoRPConfig(VariantConfig):
     """
 
     inherent = ("use_dora",)
-    excluded = ("lora_bias", "target_parameters")
 
     use_dora: bool = field(
         default=True,
@@ -128,20 +127,23 @@ class GradNormLoRPConfig(VariantConfig):
         }
 
 
+BLOCK = 2**22  # elements of a stack of experts whose norms are made at a time
+
+
 class _Cross(torch.autograd.Function):
-    """W A^T, (out_features, r). W is read `again` for the backward, if that is given, and otherwise kept."""
+    """W A^T, (..., out_features, r). W is read `again` for the backward, if that is given, and otherwise kept."""
 
     @staticmethod
     def forward(ctx, A: torch.Tensor, weight: torch.Tensor, again: Callable[[], torch.Tensor] | None):
         ctx.again = again
         ctx.save_for_backward(*(() if again else (weight,)))
-        return F.linear(A, weight.to(A.dtype)).T
+        return weight.to(A.dtype) @ A.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g: torch.Tensor):
         weight = ctx.again() if ctx.again else ctx.saved_tensors[0]
-        return g.T @ weight.to(g.dtype), None, None
+        return g.mT @ weight.to(g.dtype), None, None
 
 
 def unmerged_weight(module: Any) -> torch.Tensor:
@@ -154,44 +156,64 @@ def unmerged_weight(module: Any) -> torch.Tensor:
 
 
 def row_norms2(weight: torch.Tensor) -> torch.Tensor:
-    """||W||^2 of each row (out_features,)."""
+    """||W||^2 of each row (..., out_features)."""
     # The sum is five times slower where rows lie in memory one after the other, the norm ten times where columns do.
-    return torch.linalg.vector_norm(weight, dim=1).square() if weight.stride(1) == 1 else weight.square().sum(dim=1)
+    if weight.stride(-1) == 1:
+        return torch.linalg.vector_norm(weight, dim=-1).square()
+    return weight.square().sum(dim=-1)
 
 
 class GradNormLoRP(Variant):
-    """W' = c (W + s B A) for one adapter in one linear layer; c = m / ||W + s B A||, a factor for each row."""
+    """W' = c (W + s B A) for one adapter in one linear layer, or in each expert of a stack; c = m / ||W + s B A||, a
+    factor for each row."""
 
     _base: tuple[Any, torch.Tensor] | None = None  # of a quantised layer: what its weight was like, and ||W||^2
     _cross: tuple[torch.Tensor, torch.Tensor] | None = None  # and A and W A^T, in evaluation
-    _merged: tuple[torch.Tensor, torch.Tensor] | None = None  # c, and the rows of the weight that it made zero
+
+    def __init__(self, config: GradNormLoRPConfig, name: str) -> None:
+        super().__init__(config, name)
+        # By expert (None: a linear layer): c, and the rows of the weight that it made zero.
+        self._merged: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
     # Norms
 
-    def row_norms(self, module: Any, adapter_name: str) -> torch.Tensor:
-        """||W + s B A|| of each row (out_features,), at least fp32; with gradients if they are wanted."""
-        # Copies: matrix products round as their operands are aligned in memory, and those from a file lie anywhere.
+    def row_norms(self, module: Any, adapter_name: str, experts: slice | None = None) -> torch.Tensor:
+        """||W + s B A|| of each row (out_features,), at least fp32; with gradients if they are wanted.
+
+        Of a stack (E, out_features), or of some of its experts.
+        """
+        if isinstance(module, Routed) and experts is None:
+            site, size = module.site, max(1, BLOCK // (module.site.in_features * module.site.out_features))
+            chunks = [slice(start, min(start + size, site.experts)) for start in range(0, site.experts, size)]
+            return torch.cat([self.row_norms(module, adapter_name, chunk) for chunk in chunks])
         factors = module.lora_A[adapter_name], module.lora_B[adapter_name]
         with onloaded(*factors):
-            A, B = (at_least_fp32(factor.weight).clone() for factor in factors)
+            pair = [factor.weight for factor in factors]
+            if experts is not None:
+                pair = [factor[experts] for factor in module.stacked(*pair)]
+            # Copies: matrix products round as their operands are aligned in memory, and those from a file lie anywhere.
+            A, B = (at_least_fp32(factor).clone(memory_format=torch.contiguous_format) for factor in pair)
         full = self.config.norm_grad == "full" and torch.is_grad_enabled()
         with torch.set_grad_enabled(full), torch.autocast(A.device.type, enabled=False):
-            base, cross = self._products(module, A)
+            base, cross = self._products(module, A, experts)
             norms2 = weight_row_norms2(base, cross, A, B, module.scaling[adapter_name])
             # Below this, W and s B A cancel, and what is left is rounding.
             norms2 = torch.maximum(norms2, torch.finfo(base.dtype).eps * base)
+            if not full:
+                return norms2.sqrt()
             zero = norms2 == 0
             return norms2.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
-    def _products(self, module: Any, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """||W||^2 of each row (out_features,), in A's dtype or a wider one, and W A^T (out_features, r)."""
+    def _products(self, module: Any, A: torch.Tensor, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """||W||^2 of each row (..., out_features), in A's dtype or a wider one, and W A^T (..., out_features, r)."""
 
         def read() -> torch.Tensor:
-            return unmerged_weight(module).detach()
+            weight = unmerged_weight(module) if experts is None else module.unmerged(experts)
+            return weight.detach()
 
         # Whoever writes through `.data`, as PEFT's merge does, leaves no trace, and to look for one costs as much as
         # the norms: they are kept only where reading the weight is what costs.
-        quantized = module.quantization_backend is not None
+        quantized = experts is None and module.quantization_backend is not None
         if not quantized or torch.compiler.is_compiling():
             weight = read()
             wide = weight.to(torch.promote_types(weight.dtype, A.dtype))
@@ -212,9 +234,10 @@ class GradNormLoRP(Variant):
             self._base, self._cross = (state, norms2), None
         return self._base[1]
 
-    def row_factor(self, module: Any, adapter_name: str) -> torch.Tensor:
-        """c (out_features,), at least fp32; 1 for a row of zeros."""
-        magnitude, norms = module.lora_magnitude_vector[adapter_name](), self.row_norms(module, adapter_name)
+    def row_factor(self, module: Any, adapter_name: str, experts: slice | None = None) -> torch.Tensor:
+        """c (out_features,), at least fp32; 1 for a row of zeros. Of a stack as `row_norms`."""
+        magnitude, norms = module.lora_magnitude_vector[adapter_name](), self.row_norms(module, adapter_name, experts)
+        magnitude = magnitude if experts is None else magnitude[experts]
         zero = norms == 0
         # The norm is rounded as the magnitude once was, so that c is 1 at the start in any dtype.
         norms = norms.to(magnitude.dtype).masked_fill(zero, 1)
@@ -225,28 +248,31 @@ class GradNormLoRP(Variant):
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, c = module.lora_dropout[active_adapter], self.row_factor(module, active_adapter)
-        factor, bias = module.scaling[active_adapter] * c, module.site.bias()
-        if isinstance(dropout, nn.Dropout) and module.training:
-            x = dropout(x)
-            dropped = module.base_layer(x.to(result.dtype))
-            result = result + (scale_rows(dropped, c, bias) - dropped)
+        if not (isinstance(dropout, nn.Dropout) and module.training):
+            return scale_rows(super().forward(module, active_adapter, x, result), c, module.site.bias())
+        x = dropout(x)
+        dropped = module.base_layer(x.to(result.dtype))
+        return result + (scale_rows(self._add(module, active_adapter, x, dropped), c, module.site.bias()) - dropped)
+
+    def over_experts(self, layer: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        site = layer.site
+        if site.few(x) and not torch.compiler.is_compiling():  # the norms of the experts that have rows
+            found = segments(site.routing.offsets)
+            parts = [
+                self.row_factor(layer, adapter_name, slice(e, e + 1)).expand(len(x[rows]), -1) for e, rows in found
+            ]
+            c = torch.cat(parts) if parts else result
         else:
-            result = scale_rows(result, c, bias)
-        if is_plain(lora_A, lora_B):
-            return low_rank(result, x, lora_A.weight, factor[:, None] * lora_B.weight, 1.0)
-        return result + lora_B(lora_A(x)) * factor
+            c = site.per_row(self.row_factor(layer, adapter_name))
+        return scale_rows(super().over_experts(layer, adapter_name, x, result), c, site.row_bias())
 
     # Merging
 
     def delta_weight(self, module: Any, adapter_name: str) -> torch.Tensor:
         """W' - W, at least in fp32, in the layout of the base weight."""
-        weight, c = at_least_fp32(unmerged_weight(module)), self.row_factor(module, adapter_name)
-        return module.site.laid_out(self._change(module, weight, c, adapter_name))
-
-    def _change(self, module: Any, weight: torch.Tensor, c: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        return (c - 1)[:, None] * weight + c[:, None] * self._low_rank(module, adapter_name)
+        weight, c = at_least_fp32(unmerged_weight(module)), self.row_factor(module, adapter_name)[:, None]
+        return module.site.laid_out((c - 1) * weight + c * self._low_rank(module, adapter_name))
 
     @staticmethod
     def _low_rank(module: Any, adapter_name: str) -> torch.Tensor:
@@ -255,20 +281,36 @@ class GradNormLoRP(Variant):
 
     @torch.no_grad()
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        c = self.row_factor(module, active_adapter)
-        weight = at_least_fp32(module.site.laid_out(orig_weight))
-        # Kept for `unmerge`: other norms come from the merged weight, and a row that c makes zero has no way back.
-        self._merged = c, weight[c == 0]
-        return module.site.laid_out(weight + self._change(module, weight, c, active_adapter)).to(orig_weight.dtype)
+        weight, delta = at_least_fp32(module.site.laid_out(orig_weight)), self._low_rank(module, active_adapter)
+        merged = self._merge(weight, delta, self.row_factor(module, active_adapter), None)
+        return module.site.laid_out(merged).to(orig_weight.dtype)
 
     @torch.no_grad()
     def unmerge(self, module: Any, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        assert self._merged is not None
-        weight = at_least_fp32(module.site.laid_out(orig_weight))
-        c, lost = (kept.to(weight) for kept in self._merged)
-        weight = weight / c[:, None] - self._low_rank(module, active_adapter)
+        weight, delta = at_least_fp32(module.site.laid_out(orig_weight)), self._low_rank(module, active_adapter)
+        return module.site.laid_out(self._unmerge(weight, delta, None)).to(orig_weight.dtype)
+
+    def change_expert(
+        self, layer: Any, adapter_name: str, expert: int, weight: torch.Tensor, delta: torch.Tensor
+    ) -> torch.Tensor:
+        (c,) = self.row_factor(layer, adapter_name, slice(expert, expert + 1))
+        return self._merge(weight, delta, c, expert)
+
+    def restore_expert(
+        self, layer: Any, adapter_name: str, expert: int, weight: torch.Tensor, delta: torch.Tensor
+    ) -> torch.Tensor:
+        return self._unmerge(weight, delta, expert)
+
+    def _merge(self, weight: torch.Tensor, delta: torch.Tensor, c: torch.Tensor, expert: int | None) -> torch.Tensor:
+        # Kept for `unmerge`: other norms come from the merged weight, and a row that c makes zero has no way back.
+        self._merged[expert] = c, weight[c == 0]
+        return weight + (c - 1)[:, None] * weight + c[:, None] * delta
+
+    def _unmerge(self, weight: torch.Tensor, delta: torch.Tensor, expert: int | None) -> torch.Tensor:
+        c, lost = (kept.to(weight) for kept in self._merged[expert])
+        weight = weight / c[:, None] - delta
         weight[c == 0] = lost
-        return module.site.laid_out(weight).to(orig_weight.dtype)
+        return weight
 
 
 def scale_rows(result: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -295,6 +337,7 @@ class Magnitude(nn.Module):
     summary="DoRA's magnitudes and directions, trained with projected gradients and 8-bit optimizer states",
     lora_export="dora",
     exact_gradient=False,
+    experts=True,
     learning_rate=2e-3,
     tiny={"r": 2},
     variants={"gradnormlorp": {}, "gradnormlorp-full": {"norm_grad": "full"}},
@@ -334,9 +377,10 @@ class GradNormLoRPModel(VariantModel):
 
     def _make_rule(self, config: Any, layer: Any, adapter_name: str, key: str) -> GradNormLoRP:
         rule = GradNormLoRP(config, key)
-        A, empty = layer.lora_A[adapter_name].weight, torch.empty(layer.out_features, device="meta")
+        A, over_experts = layer.lora_A[adapter_name].weight, isinstance(layer, Routed)
+        empty = torch.empty(layer.site.shape[2:] + layer.site.shape[:1], device="meta")
         with torch.no_grad(), gather_params_ctx(layer.get_base_layer().parameters()):
-            if layer.quantization_backend is not None:
+            if not over_experts and layer.quantization_backend is not None:
                 rule.quantized_norms2(layer, at_least_fp32(A).dtype)
             magnitude = empty if A.is_meta else rule.row_norms(layer, adapter_name)
         layer.lora_magnitude_vector[adapter_name] = Magnitude(magnitude, A.requires_grad)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -210,10 +212,15 @@ class LoLDU(Adapter):
         return self.site.accumulate(result, h * c.to(h.dtype), self.PL)
 
     def prefers_dense(self, tokens: int) -> bool:
+        return tokens > self._dense_from
+
+    @cached_property
+    def _dense_from(self) -> float:
         # Multiply-adds of a training step: 2 T r (in + out) factored; T in out for the gradient of the weight and
         # 2 r in out to build and contract it when dense. A quantised base is never replaced by its dequantised copy.
         r, i, o = self.config.r, self.site.in_features, self.site.out_features
-        return self.site.backend is None and 2 * tokens * r * (i + o) > i * o * (tokens + 2 * r)
+        gain = 2 * r * (i + o) - i * o  # for each token
+        return 2 * r * i * o / gain if self.site.backend is None and gain > 0 else math.inf
 
     def delta_weight(self) -> torch.Tensor:
         return (self.PL * self.coefficients()) @ self.U

@@ -121,6 +121,11 @@ class ExpertsSite(LinearSite):
     def per_row(self, values: torch.Tensor) -> torch.Tensor:
         return values.index_select(0, self.routing.experts)  # type: ignore[union-attr]
 
+    def row_bias(self) -> torch.Tensor | None:
+        """The bias of each row's expert (T, out_features)."""
+        bias = getattr(self.base, f"{self.name}_bias", None)
+        return None if bias is None else self.per_row(bias)
+
     def few(self, x: torch.Tensor) -> bool:
         """Whether to take the matrices of the rows x alone, as in decoding, and not to lay out all of them anew."""
         return len(x) < self.experts
