@@ -221,6 +221,12 @@ class Routed:
                 shown = ", ".join(adapter_names)
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {shown} seems to be broken")
 
+    @torch.no_grad()
+    def dense_delta(self, adapter_name: str, expert: int) -> torch.Tensor:
+        """W' - W (out_features, in_features) of one expert, at least in fp32."""
+        (weight,) = at_least_fp32(self.unmerged(slice(expert, expert + 1)))
+        return self.changed(adapter_name, expert, weight) - weight
+
     def _merged(self, expert: int, adapter_names: Sequence[str]) -> torch.Tensor:
         weight = at_least_fp32(self.site.at(expert).weight())
         for name in adapter_names:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, MissConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -81,8 +82,8 @@ def export_lora(
             are not an earlier export's.
         NotImplementedError: the adapter is no weight delta (Compacter), or has no exact LoRA form (Bone's bat,
             some convolutions; the latter none of a given rank either), or is one of PEFT's whose weight delta is not
-            the whole of what it does (`rank` with DoRA or another variant, `lora_bias`, `target_parameters`). Nothing
-            is written then.
+            the whole of what it does (`rank` with DoRA or another variant, `lora_bias`, `target_parameters`), or is
+            GradNormLoRP on experts, and no `rank` is given. Nothing is written then.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
@@ -258,22 +259,36 @@ def _check_known(config: Any) -> None:
 
 @torch.no_grad()
 def _truncated(layer: Any, adapter_name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A (rank, in_features, ...) and B (out_features, rank) nearest to the dense delta, and their relative error."""
+    """A (rank, in_features, ...) and B (out_features, rank) nearest to the dense delta, and their relative error; over
+    experts with a leading axis of those."""
+    if isinstance(layer, Routed):
+        found: Any = [_nearest(layer.dense_delta(adapter_name, expert), rank) for expert in range(layer.site.experts)]
+        lost, norm = (math.hypot(*(one[i] for one in found)) for i in (2, 3))
+        A, B = (torch.stack([one[i] for one in found]) for i in (0, 1))
+        return A, B, lost / norm if norm else 0.0
     base_layer = layer.get_base_layer()
     if isinstance(base_layer, _ConvNd) and base_layer.groups > 1:
         raise NotImplementedError("The delta of a convolution in groups cannot be exported with a given rank.")
     delta = at_least_fp32(layer.get_delta_weight(adapter_name))
     if isinstance(base_layer, (Conv1D, nn.Embedding)):
         delta = delta.T
-    U, S, Vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
-    root, lost = S[:rank].sqrt(), S[rank:].norm() / S.norm() if S.any() else S.new_zeros(())
-    return (root[:, None] * Vh[:rank]).unflatten(1, delta.shape[1:]), U[:, :rank] * root, float(lost)
+    A, B, lost, whole = _nearest(delta.flatten(1), rank)
+    return A.unflatten(1, delta.shape[1:]), B, lost / whole if whole else 0.0
+
+
+def _nearest(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """A (rank, in) and B (out, rank) nearest to `delta`, and the norms of what is lost and of the whole."""
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    root = S[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root, float(S[rank:].norm()), float(S.norm())
 
 
 def _check_delta(config: Any, layer: Any, adapter_name: str) -> None:
     """Raises NotImplementedError unless `get_delta_weight` is all that the adapter does in a layer."""
     rule = getattr(layer, "lora_variant", {}).get(adapter_name)
-    reasons = [name for name in ("lora_bias", "target_parameters") if getattr(config, name, None)]
+    reasons = ["lora_bias"] if getattr(config, "lora_bias", False) else []
+    if isinstance(layer, ParamWrapper) and not isinstance(layer, Routed):  # PEFT's own
+        reasons.append("target_parameters")
     if rule is not None and not isinstance(rule, Variant):
         reasons.append("use_dora" if getattr(config, "use_dora", False) else type(rule).__name__)
     if reasons:
@@ -295,7 +310,16 @@ def _chosen(model: PeftModel, adapter_name: str | None) -> str:
 
 
 def _as_lora(config: LoraConfig) -> LoraConfig:
-    """The plain LoRA config of a config derived from it."""
+    """The LoRA config of a config derived from it.
+
+    Raises:
+        NotImplementedError: PEFT has no such LoRA.
+    """
+    if config.use_dora and config.target_parameters:
+        raise NotImplementedError(
+            "PEFT's DoRA does not reach the experts of `target_parameters`, so a GradNormLoRP adapter on them has no "
+            "exact export. Pass `rank=` (`--rank`) for a LoRA near to it, or merge it into the model."
+        )
     return LoraConfig(
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig) if f.init and f.name != "peft_type"}
     )

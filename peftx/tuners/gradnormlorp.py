@@ -46,18 +46,15 @@ class GradNormLoRPConfig(VariantConfig):
     Any other optimizer trains it as DoRA. What is saved is memory of the optimizer, not of weights and activations.
 
     The norms cost one product of W with A and one pass over W in each forward (and W is dequantised for it, if it is
-    quantised), two passes over the layer's output, and the base layer's output is kept for m's gradient; B A is never
-    built. Only a quantised layer keeps ||W||^2 and, in evaluation, that product, while A stays as it is. With
-    `lora_dropout` the change of the row's scale sees the dropped input too, as in PEFT's DoRA, which calls the base
-    layer twice in training. Several active adapters act one after the other, each with the norms of its own W + s B A,
-    as in PEFT's DoRA.
+    quantised); the output is kept for m's gradient, B A never built. Only a quantised layer keeps ||W||^2 and, in
+    evaluation, that product, while A stays as it is. Of fused experts, few tokens need the norms of their own experts.
+    With `lora_dropout` the change of the row's scale sees the dropped input too, as in PEFT's DoRA, which calls the
+    base layer twice in training. Several active adapters act one after the other, each with the norms of its own
+    W + s B A, as in PEFT's DoRA. A row of zeros has no direction: it stays as it is until B moves it.
 
     The body of the paper could not be read: the formulas follow its public summaries and its authors' code, which is
     stock DoRA under GaLore's AdamW. The summaries write a two-sided projection, the code has a one-sided one, as here.
-    A row of zeros has no direction: it stays as it is until B moves it.
-
-    `r`, `lora_alpha` and `lora_dropout` default to PEFT's 8, 8 and 0; the authors run r = 8 with lora_alpha=16 and
-    lora_dropout=0.1.
+    `r`, `lora_alpha` and `lora_dropout` default to PEFT's 8, 8 and 0; the authors run r = 8 with 16 and 0.1.
 
     Args:
         use_dora: always true; PEFT reads from it how the magnitudes are saved.
@@ -105,8 +102,7 @@ class GradNormLoRPConfig(VariantConfig):
             raise ValueError(f"`proj_scale` must be finite and at least 0, got {self.proj_scale}.")
         ranks = {self.r, *(self.rank_pattern or {}).values()}
         if rotated := sorted(r for r in ranks if r <= (self.proj_rank or 1)):
-            limit = self.proj_rank
-            reason = "rank 1 cannot be projected" if limit is None else f"proj_rank={limit} is not below r"
+            reason = f"proj_rank={self.proj_rank} is not below r" if self.proj_rank else "rank 1 cannot be projected"
             warnings.warn(
                 f"The gradients of A and B of modules of r={', '.join(map(str, rotated))} are rotated, not projected, "
                 f"which saves no memory: {reason}.",
@@ -258,10 +254,8 @@ class GradNormLoRP(Variant):
     def over_experts(self, layer: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         site = layer.site
         if site.few(x) and not torch.compiler.is_compiling():  # the norms of the experts that have rows
-            found = segments(site.routing.offsets)
-            parts = [
-                self.row_factor(layer, adapter_name, slice(e, e + 1)).expand(len(x[rows]), -1) for e, rows in found
-            ]
+            found = [(slice(e, e + 1), len(x[rows])) for e, rows in segments(site.routing.offsets)]
+            parts = [self.row_factor(layer, adapter_name, one).expand(rows, -1) for one, rows in found]
             c = torch.cat(parts) if parts else result
         else:
             c = site.per_row(self.row_factor(layer, adapter_name))

@@ -447,12 +447,14 @@ def test_exports_are_stock_lora(one: Case, ids: torch.Tensor, tmp_path: Any) -> 
     model = peft.get_peft_model(copy.deepcopy(base), one.config(**over(base)))
     spread(model)
     wanted = model(input_ids=ids).logits
-    if one.info.lora_export == "svd":
-        with pytest.raises(NotImplementedError, match="no exact LoRA form"):
+    if one.info.lora_export != "exact":
+        with pytest.raises(NotImplementedError, match=r"no exact (LoRA form|export)"):
             peftx.export_lora(model, tmp_path / "lora")
-        return
-    errors = peftx.export_lora(model, tmp_path / "lora")
-    assert set(errors.values()) == {0.0}
+        assert not (tmp_path / "lora").exists()
+        errors = peftx.export_lora(model, tmp_path / "lora", rank=16)  # the whole of each delta
+    else:
+        errors = peftx.export_lora(model, tmp_path / "lora")
+    assert max(errors.values()) < 1e-6
     stock = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
     assert type(stock.peft_config["default"]) is peft.LoraConfig
     torch.testing.assert_close(stock(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -405,7 +405,6 @@ def test_other_layers_are_refused_and_the_model_left_alone(layer):
         ({"proj_scale": float("nan")}, "`proj_scale` must be finite"),
         ({"optim_bits": 4}, "`optim_bits` must be of type"),
         ({"lora_bias": True}, "cannot be combined|not supported for DoRA"),
-        ({"target_parameters": ["w"]}, "cannot be combined"),
         ({"use_bdlora": peft.tuners.lora.config.BdLoraConfig()}, "cannot be combined"),
     ],
 )
