@@ -10,7 +10,7 @@ from .layer import AdapterLayer
 from .lora_experts import fast_experts
 from .method import register
 from .scale import rescale_adapter_scale
-from .sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, Site
+from .sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, MixtureSite, Site
 from .tuner import AdapterModel
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "EmbeddingSite",
     "ExpertsSite",
     "LinearSite",
+    "MixtureSite",
     "Number",
     "Site",
     "fast_experts",

@@ -17,7 +17,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .products import at_least_fp32, onloaded
-from .sites.experts import ExpertsSite, Routing, grouped, segments
+from .sites.experts import ExpertsSite, Routing, grouped, is_experts, segments
 
 SUPPORTED = (
     "`target_parameters` names stacked parameters (3-D) of experts that transformers decorates by "
@@ -28,7 +28,7 @@ SUPPORTED = (
 def check_experts(base: nn.Module, name: str) -> None:
     """Raises TypeError where a parameter is no stack of experts that can be adapted."""
     parameter, kind = getattr(base, name), type(base).__name__
-    if not hasattr(base, "is_transposed") or not hasattr(base, "_apply_gate"):
+    if not is_experts(base):
         raise TypeError(f"{name} of a {kind} is no parameter of fused experts: {SUPPORTED}.")
     if parameter.ndim != 3:
         raise TypeError(f"{name} of a {kind} has {parameter.ndim} axes: {SUPPORTED}.")
@@ -89,7 +89,7 @@ def fused_experts(model: nn.Module) -> list[str]:
     """Names of the stacked weights of all fused experts in a model, as `target_parameters` takes them."""
     found: dict[str, None] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "is_transposed") and hasattr(module, "_apply_gate"):
+        if is_experts(module):
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3:
                     found[re.sub(r"^.*\.\d+\.", "", f"{name}.{key}".lstrip("."))] = None

@@ -146,6 +146,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         if adapter_names is not None:
+            adapter_names = self.site.samples(adapter_names, x)
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters:
             if self.merged:

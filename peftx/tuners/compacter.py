@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapters import Adapter, AdapterConfig, AdapterModel, Number, Site, register
+from ..adapters import Adapter, AdapterConfig, AdapterModel, LinearSite, MixtureSite, Number, Site, register
 from ..adapters.products import accumulate, at_least_fp32
+from ..adapters.sites.experts import is_experts
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -39,6 +41,11 @@ TARGETS: list[tuple[str, list[str] | str, list[str] | str]] = [
         "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3",
         ["self_attn.o_proj", "mlp.down_proj"],
         ["mlp.down_proj"],
+    ),
+    (  # fused experts, and the dense layers between
+        "mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v2 deepseek_v3",
+        ["self_attn.o_proj", "mlp.experts", "mlp.down_proj"],
+        ["mlp.experts", "mlp.down_proj"],
     ),
     ("gpt2", ["attn.c_proj", "mlp.c_proj"], ["mlp.c_proj"]),
     ("gptj", ["attn.out_proj", "mlp.fc_out"], ["mlp.fc_out"]),
@@ -186,6 +193,11 @@ class SharedRuleModel(AdapterModel):
             peft_config.modules_to_save = sorted(norms.union(peft_config.modules_to_save or ()))
         return peft_config
 
+    def _find_experts(self, model: nn.Module, config: Any) -> None:
+        modules = [name for name, module in model.named_modules() if is_experts(module)]
+        if config.target_modules and not any(check_target_module_exists(config, name) for name in modules):
+            super()._find_experts(model, config)
+
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, *args: Any, **kwargs: Any
     ) -> None:
@@ -267,11 +279,13 @@ def _is_norm(module: nn.Module) -> bool:
     paper="arXiv:2106.04647",
     tuner=SharedRuleModel,
     lora_export="none",
+    layer_types=("Linear", "Conv1D", "fused experts"),
     exact_start=False,
     tiny={"phm_dim": 2, "reduction_factor": 1},
     learning_rate=1e-2,
 )
 class Compacter(Adapter):
+    sites = (LinearSite, MixtureSite)
     no_delta = "its nonlinear bottleneck reads the module's output, so no change of the weight equals it"
 
     down_rule: nn.Parameter

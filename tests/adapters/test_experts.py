@@ -3,6 +3,7 @@
 import copy
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import CASES, Case, tuner_layers
+from processes import join, leave
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -677,3 +679,96 @@ def test_methods_without_experts_say_so(case: Case) -> None:
     base = mixture("mixtral")
     with pytest.raises((NotImplementedError, ValueError), match=r"target_parameters|init_weights='bat'"):
         peft.get_peft_model(base, case.config(**over(base)))
+
+
+# Behind fused experts
+
+FULL = {"phm_dim": 2, "reduction_factor": 2, "init_weights": False}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_compacter_sits_behind_the_experts(kind: str) -> None:
+    block = Block(kind)
+    config = peftx.CompacterConfig(**FULL, target_modules=["experts"])
+    model = peft.get_peft_model(block, config).double()
+    output = model()
+    with model.disable_adapter():
+        h = model()
+    adapter = block.experts.adapters["default"]
+    A, own = model.base_model.compacter_rule["default"].weight, dict(adapter.named_parameters())
+    down, up = (sum(torch.kron(A[i], own[f"{w}_s"][i] @ own[f"{w}_t"][i]) for i in range(2)) for w in ("down", "up"))
+    inner = F.gelu(h @ down + own["down_bias"], approximate="tanh")
+    torch.testing.assert_close(output, h + inner @ up + own["up_bias"])
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        model.merge_adapter()
+    assert type(model.unload().experts) is MODULES[kind]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_compacters_own_targets_in_a_mixture(kind: str, ids: torch.Tensor, tmp_path: Any) -> None:
+    base = mixture(kind)
+    model = peft.get_peft_model(copy.deepcopy(base), peftx.CompacterConfig(**FULL, task_type="CAUSAL_LM")).eval()
+    assert sum(name.endswith("mlp.experts") for name in model.targeted_module_names) == (2 - (kind == "deepseek_v3"))
+    model.add_adapter("other", peftx.CompacterConfig(**FULL, task_type="CAUSAL_LM"))
+    wanted = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        wanted[name] = model(input_ids=ids).logits
+    names = ["default", "__base__", "other"]
+    mixed = model(input_ids=ids, adapter_names=names).logits
+    for row, name in enumerate(names):
+        expected = base(input_ids=ids).logits if name == "__base__" else wanted[name]
+        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "other")
+    torch.testing.assert_close(loaded(input_ids=ids).logits, wanted["other"])
+
+
+def test_transformers_own_loading(one: Case, ids: torch.Tensor, tmp_path: Any) -> None:
+    base = mixture("qwen3_moe")
+    model = peft.get_peft_model(copy.deepcopy(base), one.config(**over(base))).eval()
+    spread(model)
+    model.save_pretrained(tmp_path)
+    base.load_adapter(tmp_path)
+    torch.testing.assert_close(base(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_other_implementations_of_the_base(one: Case, implementation: str, ids: torch.Tensor) -> None:
+    base = mixture("qwen3_moe")
+    model = peft.get_peft_model(copy.deepcopy(base), one.config(**over(base))).eval()
+    spread(model)
+    wanted = model(input_ids=ids).logits
+    model.base_model.model.set_experts_implementation(implementation)
+    torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+# Two processes
+
+
+def train_alone(rank: int, folder: Path) -> None:
+    join(rank, folder)
+    rows = torch.randint(0, 64, (4, 7), generator=torch.Generator().manual_seed(0))
+    for case in REACHING:
+        model = peft.get_peft_model(mixture("qwen3_moe"), case.config(**over(mixture("qwen3_moe"))))
+        spread(model)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        part = rows[2 * rank : 2 * rank + 2]
+        parallel(input_ids=part, labels=part).loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        if rank == 0:
+            model.zero_grad()
+            model(input_ids=rows, labels=rows).loss.backward()
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=f"{case.name}: {name}")
+    Path(folder, f"done{rank}").touch()
+    leave()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_alone, args=(tmp_path,), nprocs=2)
+    assert {path.name for path in tmp_path.glob("done*")} == {"done0", "done1"}

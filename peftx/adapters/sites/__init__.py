@@ -2,8 +2,8 @@
 
 from .conv import ConvSite
 from .embedding import EmbeddingSite
-from .experts import ExpertsSite
+from .experts import ExpertsSite, MixtureSite
 from .linear import LinearSite
 from .site import Site, site_of
 
-__all__ = ["ConvSite", "EmbeddingSite", "ExpertsSite", "LinearSite", "Site", "site_of"]
+__all__ = ["ConvSite", "EmbeddingSite", "ExpertsSite", "LinearSite", "MixtureSite", "Site", "site_of"]

@@ -13,6 +13,7 @@ from transformers.integrations.moe import _grouped_linear
 
 from ..products import accumulate, onloaded, would_round
 from .linear import LinearSite
+from .site import Site
 
 ALIGNED = 16  # bytes: torch's grouped product wants rows that are a multiple
 
@@ -163,6 +164,38 @@ class ExpertsSite(LinearSite):
             return result + self.product(scale * h, factor).to(result.dtype)
         h, factor = h.to(result.dtype), self.per_row(factor).to(result.dtype)
         return torch.baddbmm(result[..., None], factor, h[..., None], alpha=scale)[..., 0]
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers' `use_experts_implementation` decorates the module's class."""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+
+
+class MixtureSite(Site):
+    """Fused experts as one block, which adapters sit behind. It has no weight."""
+
+    shown = "fused experts"
+
+    def __init__(self, base: nn.Module, backend: Any = None) -> None:
+        self.base: Any = base
+        self.backend = None
+        self.merged: list[Any] = []
+        self.in_features = self.out_features = base.down_proj.shape[-1 if base.is_transposed else -2]  # type: ignore
+
+    @classmethod
+    def takes(cls, base: nn.Module, backend: Any) -> bool:
+        return is_experts(base)
+
+    @property
+    def _stored(self) -> torch.Tensor:
+        return self.base.down_proj
+
+    def tokens(self, x: torch.Tensor) -> int:
+        return len(x)
+
+    def samples(self, adapter_names: list[str], x: torch.Tensor) -> list[str]:
+        repeats, rest = divmod(len(x), len(adapter_names))
+        return adapter_names if rest else [name for name in adapter_names for _ in range(repeats)]
 
 
 class ExpertSite(LinearSite):

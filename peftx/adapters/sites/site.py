@@ -109,6 +109,10 @@ class Site:
         """What the layer computes with this weight and bias."""
         raise NotImplementedError
 
+    def samples(self, adapter_names: list[str], x: torch.Tensor) -> list[str]:
+        """The adapter of each row of `x`, in a batch whose samples have those named."""
+        return adapter_names
+
     def tokens(self, x: torch.Tensor) -> int:
         """How many times the input `x` makes the layer use its weight."""
         raise NotImplementedError
