@@ -25,22 +25,24 @@ SOURCES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 
 def load(name: str) -> Any:
     """The module `name` of this folder, which is no package."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    full = f"docs_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, DOCS / f"{name}.py")
         assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+        sys.modules[full] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
 
 
 def outside() -> dict[str, str]:
     """Files of the repository that are part of the site: their place there by their path here."""
     found = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+    found["benchmarks/README.md"] = "benchmarks/how.md"  # benchmarks.md is a page of its own
     for folder in ("examples", "benchmarks", "model_cards"):
         for path in sorted((ROOT / folder).rglob("*")):
             here = path.relative_to(ROOT).as_posix()
             if path.suffix in {".md", ".png"}:
-                found[here] = here.replace("README.md", "index.md")
+                found.setdefault(here, here.replace("README.md", "index.md"))
             elif path.suffix in SOURCES and "__pycache__" not in here:
                 found[here] = f"{here.removesuffix(path.suffix)}{path.suffix.replace('.', '-')}.md"
     return found

@@ -123,7 +123,7 @@ def abilities(name: str) -> str:
     bits = {variant: ", ".join(f"`{k}={v!r}`" for k, v in kwargs.items()) for variant, kwargs in info.variants.items()}
     variants = ", ".join(f"`{variant}`" + (f" ({text})" if text else "") for variant, text in bits.items())
     return rows(
-        ("", ""),
+        ("", TITLES[name]),
         ("config", f"[`peftx.{info.config.__name__}`](../reference/configs.md#peftx.{info.config.__name__})"),
         ("peft type", f"`{info.peft_type.value}`"),
         ("variants in `peftx train` and `compare`", variants),
@@ -141,33 +141,40 @@ def abilities(name: str) -> str:
 def settings(name: str) -> str:
     """The fields of a config: its own in a table, those that it shares with others folded away."""
     config = getattr(peftx, name)
-    shared: list[type] = [peftx.AdapterConfig] if issubclass(config, peftx.AdapterConfig) else [peft.LoraConfig]
-    named = {f.name for base in shared for f in dataclasses.fields(base)}
-    above = set(vars(config).get("__annotations__", {}))
-    refused = set(getattr(config, "excluded", ())) | set(getattr(config, "inherent", ()))
-    own = [f for f in dataclasses.fields(config) if f.name in above or f.name not in named]
-    others = [f for f in dataclasses.fields(config) if f not in own and f.name in _helped(config) - refused]
-    text = _fields(own)
-    whose = "every method of this kind" if shared == [peftx.AdapterConfig] else "`peft.LoraConfig`"
+    base: Any = peftx.AdapterConfig if issubclass(config, peftx.AdapterConfig) else peft.LoraConfig
+    unsaid = {f.name for f in dataclasses.fields(peft.PeftConfig)} - {"task_type"}  # filled in by PEFT
+    fields = {f.name: f for f in dataclasses.fields(config) if f.name not in unsaid and f.metadata.get("help")}
+    own = set(vars(config).get("__annotations__", {})) | (fields.keys() - {f.name for f in dataclasses.fields(base)})
+    refused = _refused(config)
+    others = [f for field, f in fields.items() if field not in own | refused]
+    whose = "every method of this kind" if base is peftx.AdapterConfig else "`peft.LoraConfig`"
     folded = "\n".join(f"    {line}" for line in _fields(others).splitlines())
-    return f'{text}\n\n??? note "Fields of {whose}"\n\n{folded}\n'
+    text = (
+        f'{_fields([f for field, f in fields.items() if field in own])}\n\n??? note "Fields of {whose}"\n\n{folded}\n'
+    )
+    if refused:
+        listed = ", ".join(f"`{field}`" for field in sorted(refused))
+        text += f"\nRefused, since the method is a training rule of its own for plain LoRA: {listed}.\n"
+    return text
 
 
-def _helped(config: Any) -> set[str]:
-    return {f.name for f in dataclasses.fields(config) if f.metadata.get("help") and f.init}
+def _refused(config: Any) -> set[str]:
+    """Fields of LoRA that a training rule cannot be combined with."""
+    if not issubclass(config, peft.LoraConfig):
+        return set()
+    variants = {f.name for f in dataclasses.fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")}
+    return ({*config.excluded} | variants).difference(config.inherent)
 
 
 def _fields(fields: list[Any]) -> str:
     lines: list[Any] = [("field", "type", "default", "meaning")]
     for f in sorted(fields, key=lambda f: f.name != "r"):
-        if not f.init or f.name in ("peft_type", "auto_mapping"):
-            continue
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         kind = str(f.type)
         for alias, meaning in ALIASES.items():
             kind = re.sub(rf"\b{alias}\b", meaning, kind)
         help = _sentence(f.metadata.get("help", ""))
-        lines.append((f"`{f.name}`", f"`{cell(kind)}`", f"`{cell(repr(default))}`", cell(help)))
+        lines.append((f"`{f.name}`", f"`{kind}`", f"`{default!r}`", cell(help)))
     return rows(*lines)
 
 
@@ -284,6 +291,8 @@ def commands() -> str:
 
     group = typer.main.get_command(app)
     text = get_docs_for_click(obj=group, ctx=typer.Context(group, info_name="peftx"), name="peftx")
+    for name, command in group.commands.items():  # Typer cuts their summaries to half a line
+        text = re.sub(rf"^\* `{name}`: .*$", f"* `{name}`: {command.get_short_help_str(200)}", text, flags=re.MULTILINE)
     return re.sub(r"^# `peftx`\n", "", text)
 
 
@@ -303,3 +312,7 @@ def figure(name: str, *words: str) -> str:
     text = " ".join(words)
     images = "\n".join(f"![{text}](/docs/figures/{name}-{kind}.svg#only-{kind})" for kind in ("light", "dark"))
     return f'<figure class="drawn" markdown>\n{images}\n<figcaption>{text}</figcaption>\n</figure>'
+
+
+if __name__ == "__main__":
+    print(short_methods())

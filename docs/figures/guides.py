@@ -12,18 +12,19 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 def road(s: Sheet) -> None:
     """What happens to an adapter, from left to right."""
-    steps = [("get_peft_model", "peftx config"), ("Trainer, TRL", "as with LoRA"), ("save, push", "safetensors")]
+    steps = [("get_peft_model", "a peftx config"), ("Trainer, TRL", "as with LoRA"), ("save, push", "safetensors")]
     for i, (title, under) in enumerate(steps):
-        x = 0.1 + i * 1.95
-        s.box(x, 0.55, 1.5, 0.62, "shade" if i == 0 else "made", title, size=9)
-        s.note(x + 0.75, 0.38, under)
-        s.arrow((x + 1.5, 0.86), (x + 1.95, 0.86)) if i < 2 else None
-    ends = [("PeftModel", "with peftx"), ("plain LoRA", "stock PEFT, engines"), ("merged model", "no adapter at all")]
+        x = 0.05 + i * 1.72
+        s.box(x, 0.55, 1.42, 0.62, "shade" if i == 0 else "made", title, size=10.5)
+        s.note(x + 0.71, 0.36, under, size=9.5)
+        if i < 2:
+            s.arrow((x + 1.42, 0.86), (x + 1.72, 0.86))
+    ends = [("PeftModel", "with peftx"), ("plain LoRA", "stock PEFT, engines"), ("merged model", "nothing attached")]
     for i, (title, under) in enumerate(ends):
         y = 1.32 - i * 0.62
-        s.box(6.05, y, 1.25, 0.38, "made", title, size=9)
-        s.note(7.4, y + 0.19, under, ha="left")
-        s.arrow((5.5, 0.86), (6.05, y + 0.19))
+        s.box(5.3, y, 1.3, 0.38, "made", title, size=10.5)
+        s.note(6.68, y + 0.19, under, size=9.5, ha="left")
+        s.arrow((4.91, 0.86), (5.3, y + 0.19))
 
 
 def pruning(s: Sheet) -> None:
@@ -116,10 +117,10 @@ def accuracy(s: Sheet) -> None:
     s.note(left + 0.1, probe + 0.1, "frozen encoder, logistic regression", ha="left")
     s.note(left + width / 2, 0.12, "trained values of the adapter, log scale")
     s.note(left - 0.1, bottom + height + 0.12, "accuracy", ha="left")
-    beside = {"lora": (0, 0.13, "center"), "lora-mgpo": (-0.1, 0.0, "right"), "gradnormlorp": (0.1, -0.02, "left")}
-    beside |= {"lora-ggpo": (-0.1, 0.06, "right"), "allora": (0.1, -0.05, "left"), "flora": (0.1, 0.04, "left")}
+    beside = {"lora": (0, 0.13, "center"), "lora-mgpo": (-0.1, 0.05, "right"), "gradnormlorp": (-0.12, -0.1, "right")}
+    beside |= {"lora-ggpo": (-0.1, 0.06, "right"), "allora": (0.1, -0.05, "left"), "flora": (0.1, -0.06, "left")}
     beside |= {"fedsvd": (-0.1, -0.06, "right"), "bone": (0.1, -0.06, "left"), "bone-bat": (0.1, 0.07, "left")}
-    beside |= {"triadaptlora": (-0.02, 0.13, "left")}
+    beside |= {"triadaptlora": (0.1, 0.09, "left")}
     for row in demo["results"]:
         x, y = place(row["adapter_parameters"], row["accuracy"])
         kind = "frozen" if row["name"] == "lora" else "trained"
@@ -129,7 +130,7 @@ def accuracy(s: Sheet) -> None:
 
 
 DRAWINGS = {
-    "road": (road, (9.0, 1.85)),
+    "road": (road, (8.15, 1.8)),
     "pruning": (pruning, (5.6, 1.8)),
     "compression": (compression, (4.6, 1.75)),
     "experts": (experts, (5.6, 1.7)),
