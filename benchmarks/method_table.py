@@ -1,4 +1,4 @@
-"""The documentation's table of measured numbers: step time, memory, size and accuracy of every method, and what it exports to.
+"""The documentation's table of measured numbers: step time, memory, size, accuracy and export of every method.
 
     python benchmarks/step_time.py --aa --reference --save             # results/amd-epyc-fp32.json, or another device's
     peftx demo --epochs 2 --methods all                                # peftx-demo/results.json; all, or some

@@ -241,7 +241,8 @@ def real_data() -> str:
 def result(name: str) -> str:
     """The tables of benchmarks/results/<name>.md, which their benchmark wrote; headings are made bold."""
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
-    return re.sub(r"^#+ (.*)$", r"**\1**", text, flags=re.MULTILINE)
+    text = re.sub(r"^#+ (.*)$", r"**\1**", text, flags=re.MULTILINE)
+    return re.sub(r"^((?:Settings\(|torch \d|device ).*)$", r"<small>\1</small>", text, flags=re.MULTILINE)
 
 
 def value(name: str, path: str, form: str = "", factor: str = "1") -> str:
@@ -249,7 +250,7 @@ def value(name: str, path: str, form: str = "", factor: str = "1") -> str:
     found: Any = load(name)
     for key in path.split("/"):
         found = found[int(key)] if isinstance(found, list) else found[key if key in found else key.replace("_", " ")]
-    return format(found * float(factor) if form else found, form)
+    return format(found if factor == "1" else found * float(factor), form)
 
 
 def tabbed(name: str) -> str:
@@ -311,7 +312,7 @@ def figure(name: str, *words: str) -> str:
     """A drawing of docs/figures in the colours of the page, with the words below it."""
     text = " ".join(words)
     images = "\n".join(f"![{text}](/docs/figures/{name}-{kind}.svg#only-{kind})" for kind in ("light", "dark"))
-    return f'<figure class="drawn" markdown>\n{images}\n<figcaption>{text}</figcaption>\n</figure>'
+    return f'<figure class="drawn{" wide" * (name == "overview")}" markdown>\n{images}\n<figcaption>{text}</figcaption>\n</figure>'
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ NAMES = ["ALLoRA", "Bone", "Compacter", "FedSVD", "FLoRA", "GradNormLoRP", "LoLD
 def overview(s: Sheet) -> None:
     """All methods, three in a row."""
     for i, (drawing, name) in enumerate(zip(SINGLE.values(), NAMES, strict=True)):
-        part = s.at(0.15 + (i % 3) * 3.55, 3.25 - (i // 3) * 1.6, 0.66)
+        part = s.at(0.15 + (i % 3) * 3.55, 3.62 - (i // 3) * 1.62, 0.66)
         part.word(2.5, 1.98, name, 14, weight="bold")
         drawing(part)
     s.block(3.45, 0.06, 0.2, 0.13, "frozen")
@@ -193,4 +193,4 @@ def overview(s: Sheet) -> None:
     s.note(6.35, 0.12, "follows from it", ha="left")
 
 
-DRAWINGS = {name: (drawing, SIZE) for name, drawing in SINGLE.items()} | {"overview": (overview, (10.7, 4.75))}
+DRAWINGS = {name: (drawing, SIZE) for name, drawing in SINGLE.items()} | {"overview": (overview, (10.7, 5.1))}
