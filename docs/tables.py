@@ -138,6 +138,12 @@ def abilities(name: str) -> str:
     )
 
 
+def rates() -> str:
+    """The learning rate of each method, as the registry has it."""
+    lines = [(f"[{TITLES[slug(info)]}](../methods/{slug(info)}.md)", f"{info.learning_rate:g}") for info in ours()]
+    return rows(("method", "learning rate:"), *lines)
+
+
 def settings(name: str) -> str:
     """The fields of a config: its own in a table, those that it shares with others folded away."""
     config = getattr(peftx, name)
@@ -312,7 +318,8 @@ def figure(name: str, *words: str) -> str:
     """A drawing of docs/figures in the colours of the page, with the words below it."""
     text = " ".join(words)
     images = "\n".join(f"![{text}](/docs/figures/{name}-{kind}.svg#only-{kind})" for kind in ("light", "dark"))
-    return f'<figure class="drawn{" wide" * (name == "overview")}" markdown>\n{images}\n<figcaption>{text}</figcaption>\n</figure>'
+    kind = "drawn wide" if name == "overview" else "drawn"
+    return f'<figure class="{kind}" markdown>\n{images}\n<figcaption>{text}</figcaption>\n</figure>'
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ that takes a `Sheet`; its size is that of the drawing, in inches.
 from __future__ import annotations
 
 import argparse
+import io
+import re
 import sys
 from pathlib import Path
 
@@ -34,8 +36,10 @@ def draw(name: str, out: Path = HERE) -> list[Path]:
         with matplotlib.rc_context(settings(kind)):
             sheet = Sheet(width, height, kind)
             drawing(sheet)
+            text = io.StringIO()
+            sheet.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
             paths.append(out / f"{name}-{kind}.svg")
-            sheet.figure.savefig(paths[-1], transparent=True, metadata={"Date": None, "Creator": None})
+            paths[-1].write_text(re.sub(r" +$", "", text.getvalue(), flags=re.MULTILINE), encoding="utf-8")
     return paths
 
 
