@@ -18,7 +18,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [^}]+?)?) \}\}")
+DIRECTIVE = re.compile(r"\{\{ (\w+)((?:\s[^}]+?)?) \}\}")
 LINK = re.compile(r"(\]\()([^)\s:#]+)(#[^)\s]*)?(\))")
 SOURCES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 

@@ -73,6 +73,16 @@ def test_every_page_is_in_the_navigation_and_every_name_in_the_reference():
     assert not [name for name in peftx.__all__ if f"::: peftx.{name}\n" not in reference]
 
 
+BY_HAND = {"0.011", "0.026", "0.047"}  # of a binomial, of the paper's table of sizes
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_measured_numbers_are_not_written_by_hand(page):
+    text = re.sub(r"^```.*?^```|\{\{.*?\}\}|`[^`]*`|\]\([^)]*\)", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"(PEFT|Python) \d\.\d+( to \d\.\d+)?", "", text)
+    assert set(re.findall(r"(?<![\d.])\d\.\d\d+", text)) - BY_HAND <= {"5.23", "1.15"}, "use `{{ value ... }}`"
+
+
 def messages():
     """The texts of the package, with `…` for what is put in."""
     found = []
