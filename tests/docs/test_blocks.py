@@ -17,7 +17,7 @@ import torch
 import transformers
 from conftest import words
 from peft import get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft import mapping as peft_mapping
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 import peftx
@@ -75,8 +75,8 @@ def runner(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield run
     for name in set(registry._METHODS) - known:
         info = registry._METHODS.pop(name)
-        for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
-            mapping.pop(info.peft_type, None)
+        for kind in ("CONFIG", "TUNER", "MIXED_MODEL", "PREFIX"):
+            getattr(peft_mapping, f"PEFT_TYPE_TO_{kind}_MAPPING").pop(info.peft_type, None)
 
 
 def blocks(page: str) -> list[str]:
