@@ -1,11 +1,11 @@
-"""The README's table of measured numbers: step time, memory, size and accuracy of every method, and what it exports to.
+"""The documentation's table of measured numbers: step time, memory, size, accuracy and export of every method.
 
     python benchmarks/step_time.py --aa --reference --save             # results/amd-epyc-fp32.json, or another device's
     peftx demo --epochs 2 --methods all                                # peftx-demo/results.json; all, or some
     python benchmarks/method_table.py --keep peftx-demo/results.json   # copies what it needs to results/demo.json
     python benchmarks/method_table.py                                  # prints the table
 
-A test compares what this prints with the README.
+The site takes it from here when it is built.
 """
 
 import argparse

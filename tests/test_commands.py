@@ -72,6 +72,8 @@ STANDS |= {"folder-of-all-MiniLM-L6-v2": "bert"}
 # What cannot run here, and where it does.
 ELSEWHERE = {
     "peftx train --config run.yaml --prune-keep 0.3 --load-in-4bit": "test_train.py: test_quantised_bases",
+    "peftx train --config run.yaml --load-in-4bit": "test_train.py: test_quantised_bases",
+    "peftx train --config run.yaml --experts": "test_train.py, on a mixture of experts",
     "peftx export me/my-adapter plain-lora --revision v1.0": "test_hub.py, on a stand-in of the Hub",
     "python benchmarks/step_time.py --device cuda": "needs a GPU",
     "python benchmarks/method_table.py --keep": "needs the results of a whole demo",

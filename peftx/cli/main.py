@@ -42,7 +42,7 @@ def main(
 
 @app.command("methods")
 def list_methods(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the table of the README.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
 ) -> None:
     """List the methods that peftx adds to PEFT, and what each can do."""
     import peftx

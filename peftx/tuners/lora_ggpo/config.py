@@ -52,7 +52,7 @@ class LoRAGGPOConfig(VariantConfig):
         cheap_norms: leave out the cross term of W and B A in ||W'_i||^2, a product of W with A at each update.
         mgpo_rho: length of the MGPO step where g is 1; at the factor's bound the step is mgpo_max_scale times as long.
             Negative: along the momentum, not against it. Default 0.005, a step of 0.05 at the bound, with which small
-            encoders learn at LoRA's usual rates (README); the authors pass 0.05 for T5-base and 0.01 for LLaMA-2, with
+            encoders learn at LoRA's usual rates; the authors pass 0.05 for T5-base and 0.01 for LLaMA-2, with
             the same factor and bound.
         mgpo_ema: decay of g. Default 0.9 (the authors: 0.9 for T5-base, 0.8 for LLaMA-2).
         mgpo_max_scale: bound of the factor 1 / g. Default 10, the authors'.
