@@ -16,6 +16,7 @@ from .adapters import (
     AdapterModel,
     Site,
     fast_experts,
+    inference,
     register,
     rescale_adapter_scale,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "TriAdaptLoRAConfig",
     "export_lora",
     "fast_experts",
+    "inference",
     "methods",
     "plot_ranks",
     "register",

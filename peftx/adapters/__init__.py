@@ -6,6 +6,7 @@ written once: the layer that holds the adapters, the tuner that puts layers into
 
 from .adapter import Adapter
 from .config import AdapterConfig, Number
+from .inference import inference
 from .layer import AdapterLayer
 from .lora_experts import fast_experts
 from .method import register
@@ -26,6 +27,7 @@ __all__ = [
     "Number",
     "Site",
     "fast_experts",
+    "inference",
     "register",
     "rescale_adapter_scale",
 ]

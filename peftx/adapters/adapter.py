@@ -38,6 +38,7 @@ class Adapter(nn.Module):
 
     sites: ClassVar[tuple[type[Site], ...]] = (LinearSite,)
     no_delta: ClassVar[str] = ""
+    kept: dict[Any, Any] | None = None  # what is made of the tensors, within `peftx.inference`
     grouped: ClassVar[bool] = False  # whether `add_delta` takes tensors with a leading axis of experts too
 
     def __init__(self, site: Site, config: Any) -> None:

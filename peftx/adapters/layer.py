@@ -13,7 +13,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
 from .adapter import Adapter, is_dense
-from .products import at_least_fp32, onloaded, unobserved, unpack
+from .products import at_least_fp32, kept, onloaded, unobserved, unpack
 from .sites import Site, site_of
 
 PORTING = (
@@ -43,6 +43,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     experts_cls: ClassVar[Any] = None  # the class of a layer over fused experts, where the method has linear ones
 
     base_layer: nn.Module
+    kept: dict[Any, Any] | None = None  # what is made of the weights, within `peftx.inference`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -160,8 +161,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not is_dense(adapters, self.site.tokens(x)):
             return added(adapters, x, self.base_layer(x, *args, **kwargs))
         if self._is_plain:
-            weight = adapted(adapters, self.site.weight())
-            return self.site.project(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            weight = kept(self, (*adapters, x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype))
+            return self.site.project(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         return self._adapt(adapters, x, self.base_layer(x, *args, **kwargs))
 
     @property
@@ -172,9 +173,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _adapt(self, adapters: Sequence[Adapter], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """The base layer's output `result` for `x`, with the contributions of the adapters."""
         if is_dense(adapters, self.site.tokens(x)):
-            weight = at_least_fp32(self.site.weight())
-            return self.site.add_dense(adapted(adapters, weight) - weight, x, result)
+            return self.site.add_dense(kept(self, (*adapters,), lambda: self._change(adapters)), x, result)
         return added(adapters, x, result)
+
+    def _change(self, adapters: Sequence[Adapter]) -> torch.Tensor:
+        weight = at_least_fp32(self.site.weight())
+        return adapted(adapters, weight) - weight
 
     def _check_mixed_batch(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

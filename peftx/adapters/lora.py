@@ -109,6 +109,7 @@ class Variant(LoraVariant):
     """
 
     config: Any
+    kept: dict[Any, Any] | None = None  # what is made of the weights, within `peftx.inference`
 
     def __init__(self, config: VariantConfig, name: str) -> None:
         self.config = config
@@ -296,13 +297,6 @@ def with_rules(layer: Any) -> Any:
 def is_plain(*modules: nn.Module) -> bool:
     """Whether the modules compute nothing but their products and nobody (Opacus, tensor parallelism) watches."""
     return all(type(module) is nn.Linear and unobserved(module) for module in modules)
-
-
-def weight_row_norms2(
-    base: torch.Tensor, cross: torch.Tensor | float, A: torch.Tensor, B: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """||W + scale B A||^2 of each row (..., out_features), from ||W||^2 and W A^T (..., out_features, r) or 0."""
-    return (base + scale * (B * (2 * cross + scale * (B @ (A @ A.mT)))).sum(dim=-1)).clamp(min=0)
 
 
 def low_rank(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -41,6 +42,15 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.float32:
         return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def kept(owner: Any, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` returns; made once where `owner.kept` is a dictionary, as within `peftx.inference`."""
+    if owner.kept is None or torch.is_grad_enabled():
+        return make()
+    if key not in owner.kept:
+        owner.kept[key] = make()
+    return owner.kept[key]
 
 
 def unobserved(module: nn.Module) -> bool:

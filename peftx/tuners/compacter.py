@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapters import Adapter, AdapterConfig, AdapterModel, LinearSite, MixtureSite, Number, Site, register
-from ..adapters.products import accumulate, at_least_fp32
+from ..adapters.products import accumulate, at_least_fp32, kept
 from ..adapters.sites.experts import is_experts
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -137,20 +137,17 @@ class CompacterConfig(AdapterConfig):
 # side's factor, n^2 k values for each of its columns. Shapes: rule (n, n, n), s (n, p/n, k), t (n, k, q/n).
 
 
-def contract(
-    x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor, t: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x H + bias where p is the wide side: (..., p) -> (..., q), in the dtype of the rule."""
-    wide = s.transpose(1, 2).flatten(0, 1)  # row-major (n k, p/n): three times as fast as its transpose
-    z = F.linear(x.unflatten(-1, (len(rule), -1)), wide.to(x.dtype)).flatten(-2)
-    narrow = torch.einsum("iab,irv->bvair", rule, t).reshape(-1, z.shape[-1])
-    return F.linear(z.to(rule.dtype), narrow, bias)
+def down_factors(rule: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where p is the wide side: `wide` (n k, p/n) and `narrow` (q, n n k), with which x H is, for the n parts of x,
+    `wide` times each, and `narrow` times all of these."""
+    wide = s.transpose(1, 2).flatten(0, 1)  # row-major: three times as fast as its transpose
+    return wide, torch.einsum("iab,irv->bvair", rule, t).flatten(2).flatten(0, 1)
 
 
-def expand(x: torch.Tensor, rule: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """z (..., n, n k), with which x H is `z @ t.flatten(0, 1)`, flattened, where q is the wide side."""
-    narrow = torch.einsum("iab,iur->aubir", rule, s).reshape(x.shape[-1], -1)
-    return (x @ narrow).unflatten(-1, (len(rule), -1))
+def up_factor(rule: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """Where q is the wide side: `narrow` (p, n n k), with which x H is the n parts of `x @ narrow`, each times
+    t.flatten(0, 1), side by side."""
+    return torch.einsum("iab,iur->aubir", rule, s).flatten(2).flatten(0, 1)
 
 
 class Rule(nn.Module):
@@ -332,19 +329,27 @@ class Compacter(Adapter):
         rule = at_least_fp32(self.shared()).to(device)
         return rule, rule
 
-    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        config, (down, up) = self.config, self.rules(result.device)
-        n = config.phm_dim
-        k = self.bottleneck // n
-        own = {name: parameter.to(down.dtype) for name, parameter in self.named_parameters()}
+    def projections(self, device: torch.device) -> tuple[Any, ...]:
+        """`wide`, `narrow` and the bias of down, or None; `narrow` and `wide` of up, here with its bias below."""
+        config, (down, up) = self.config, self.rules(device)
+        n, k = config.phm_dim, self.bottleneck // config.phm_dim
+        own: dict[str, Any] = {name: parameter.to(down.dtype) for name, parameter in self.named_parameters()}
         if not config.factorized_phm:
             own["down_t"] = own["up_s"] = torch.eye(k, dtype=down.dtype, device=down.device).expand(n, k, k)
+        wide = own["up_t"].flatten(0, 1)
+        if config.phm_bias:
+            wide = torch.cat([wide, own["up_bias"].view(n, -1)])
+        return *down_factors(down, own["down_s"], own["down_t"]), own.get("down_bias"), up_factor(up, own["up_s"]), wide
+
+    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        config, n = self.config, self.config.phm_dim
         with torch.autocast(result.device.type, enabled=False):  # the rule's products are too small for fp16
-            g = contract(result, down, own["down_s"], own["down_t"], own.get("down_bias"))
-            z, wide = expand(ACTIVATIONS[config.non_linearity](g), up, own["up_s"]), own["up_t"].flatten(0, 1)
+            wide, narrow, bias, up, out = kept(self, result.device, lambda: self.projections(result.device))
+            z = F.linear(result.unflatten(-1, (n, -1)), wide.to(result.dtype)).flatten(-2)
+            g = ACTIVATIONS[config.non_linearity](F.linear(z.to(narrow.dtype), narrow, bias))
+            z, wide = (g @ up).unflatten(-1, (n, -1)), out
             if config.phm_bias:  # n more coefficients, the same for all rows, instead of a further pass over the output
                 z = torch.cat([z, torch.eye(n, dtype=z.dtype, device=z.device).expand(*z.shape[:-2], n, n)], dim=-1)
-                wide = torch.cat([wide, own["up_bias"].view(n, -1)])
             drop = config.dropout if self.training else 0.0
             start = torch.zeros_like(result) if drop else result
             y = accumulate(start.unflatten(-1, (n, -1)), z, wide, self.scale).flatten(-2)

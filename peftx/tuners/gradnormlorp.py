@@ -20,11 +20,11 @@ from ..adapters.lora import (
     Variant,
     VariantConfig,
     VariantModel,
-    weight_row_norms2,
     with_rules,
 )
 from ..adapters.lora_layers import VariantLayer
-from ..adapters.products import at_least_fp32, onloaded
+from ..adapters.norms import row_norms2, weight_row_norms2
+from ..adapters.products import at_least_fp32, kept, onloaded
 from ..adapters.sites.experts import segments
 
 
@@ -151,14 +151,6 @@ def unmerged_weight(module: Any) -> torch.Tensor:
     return module.site.laid_out(weight)
 
 
-def row_norms2(weight: torch.Tensor) -> torch.Tensor:
-    """||W||^2 of each row (..., out_features)."""
-    # The sum is five times slower where rows lie in memory one after the other, the norm ten times where columns do.
-    if weight.stride(-1) == 1:
-        return torch.linalg.vector_norm(weight, dim=-1).square()
-    return weight.square().sum(dim=-1)
-
-
 class GradNormLoRP(Variant):
     """W' = c (W + s B A) for one adapter in one linear layer, or in each expert of a stack; c = m / ||W + s B A||, a
     factor for each row."""
@@ -232,6 +224,11 @@ class GradNormLoRP(Variant):
 
     def row_factor(self, module: Any, adapter_name: str, experts: slice | None = None) -> torch.Tensor:
         """c (out_features,), at least fp32; 1 for a row of zeros. Of a stack as `row_norms`."""
+        if self.kept is not None and not torch.is_grad_enabled() and experts is not None:
+            return self.row_factor(module, adapter_name)[experts]
+        return kept(self, adapter_name, lambda: self._row_factor(module, adapter_name, experts))
+
+    def _row_factor(self, module: Any, adapter_name: str, experts: slice | None) -> torch.Tensor:
         magnitude, norms = module.lora_magnitude_vector[adapter_name](), self.row_norms(module, adapter_name, experts)
         magnitude = magnitude if experts is None else magnitude[experts]
         zero = norms == 0

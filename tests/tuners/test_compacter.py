@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 import peftx
-from peftx.tuners.compacter import ACTIVATIONS, COMPACTER, COMPACTER_PLUS_PLUS, CompacterLayer, contract, expand
+from peftx.tuners.compacter import ACTIVATIONS, COMPACTER, COMPACTER_PLUS_PLUS, CompacterLayer, down_factors, up_factor
 
 TARGETS = ["lin0", "lin1"]
 TINY = {"phm_dim": 2, "reduction_factor": 2, "target_modules": TARGETS}
@@ -80,8 +80,11 @@ def test_both_ends_equal_the_kronecker_sum(n, p, q, k, batch):
     rule, s, t = (torch.randn(n, *shape, dtype=torch.float64) for shape in ((n, n), (p, k), (k, q)))
     x = torch.randn(*batch, n * p, dtype=torch.float64)
     wanted = x @ H(rule, s, t)
-    torch.testing.assert_close(contract(x, rule, s, t), wanted, rtol=0, atol=1e-10)
-    torch.testing.assert_close((expand(x, rule, s) @ t.flatten(0, 1)).flatten(-2), wanted, rtol=0, atol=1e-10)
+    wide, narrow = down_factors(rule, s, t)
+    inner = (x.unflatten(-1, (n, -1)) @ wide.T).flatten(-2)
+    torch.testing.assert_close(inner @ narrow.T, wanted, rtol=0, atol=1e-10)
+    outer = (x @ up_factor(rule, s)).unflatten(-1, (n, -1))
+    torch.testing.assert_close((outer @ t.flatten(0, 1)).flatten(-2), wanted, rtol=0, atol=1e-10)
 
 
 MODES = {

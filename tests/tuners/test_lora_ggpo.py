@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import peftx
-from peftx.adapters.lora import weight_row_norms2
+from peftx.adapters.norms import weight_row_norms2
 from peftx.tuners import lora_ggpo
 from peftx.tuners.lora_ggpo import schedules
 from peftx.tuners.lora_ggpo.noise import draw, gradient_row_norms2

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...adapters.lora import Variant, is_plain, low_rank, weight_row_norms2
+from ...adapters.lora import Variant, is_plain, low_rank
 from ...adapters.lora_experts import FactoredParamWrapper
 from ...adapters.lora_layers import VariantLinear
+from ...adapters.norms import row_norms2, weight_row_norms2
 from ...adapters.products import accumulate, at_least_fp32, autocasted, unobserved
 from .config import LoRAGGPOConfig
 from .noise import NoisyLinear, gradient_row_norms2, noisy_output
@@ -76,7 +77,7 @@ class GGPO(Variant):
         if self.base_norms2 is None or not self.config.cheap_norms:
             weight = at_least_fp32(module.site.weight())
             if self.base_norms2 is None:
-                self.base_norms2 = weight.square().sum(dim=1)
+                self.base_norms2 = row_norms2(weight)
             if not self.config.cheap_norms:
                 cross = F.linear(A, weight).T.to(A.dtype)
         return weight_row_norms2(self.base_norms2.to(A.device), cross, A, B, module.scaling[adapter_name])
