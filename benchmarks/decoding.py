@@ -46,7 +46,7 @@ VIEWS = {
     *("narrow", "new_empty", "new_empty_strided", "permute", "resolve_conj", "resolve_neg", "select", "slice", "split"),
     *("split_with_sizes", "squeeze", "t", "to", "transpose", "unfold", "unsqueeze", "view", "view_as", "_unsafe_view"),
     *("lift_fresh", "_reshape_alias", "item", "_local_scalar_dense", "is_nonzero", "result_type", "set_", "unbind"),
-    *("flatten", "mT", "movedim", "numpy_T", "promote_types", "reshape", "unflatten"),
+    *("flatten", "mT", "movedim", "numpy_T", "promote_types", "reshape", "unflatten", "fill_", "zero_"),
 }
 
 
@@ -160,8 +160,7 @@ def operations(config: Any) -> int:
     with profile(activities=[ProfilerActivity.CPU]) as found:
         step()
     leaves = [event for event in found.events() if event.name.startswith("aten::") and is_leaf(event)]
-    own = {"ones", "fill_", "zero_"}  # of this step, not of the layer
-    return sum(event.name.removeprefix("aten::") not in VIEWS | own for event in leaves)
+    return sum(event.name.removeprefix("aten::") not in {*VIEWS, "ones"} for event in leaves)
 
 
 def is_leaf(event: Any) -> bool:

@@ -331,11 +331,19 @@ def low_rank(
         return accumulate(result, F.linear(x, (A if V is None else V).to(x.dtype)), B.T, scale)
     with torch.no_grad():
         V = (A.detach() if V is None else V).to(x.dtype)  # dynamo refuses the same tensor twice
-        U = scale * B if U is None else U
+        U = times(B, scale) if U is None else U
         wide = torch.cat([U.T] if rule is None else [U.T, rule.T]).to(result.dtype)
     if torch.is_grad_enabled():
         return _LowRank.apply(result, x, A, B, scale, V, wide)
     return accumulate(result, F.linear(x, V), wide[: len(V)])
+
+
+def times(B: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """diag(`scale`) B, row-major; `scale` is a number or (out_features,)."""
+    rows = scale[:, None].to(B.dtype) if isinstance(scale, torch.Tensor) else scale
+    if isinstance(rows, float | int) and rows == 1:
+        return B.contiguous()
+    return torch.mul(B, rows, out=torch.empty_like(B, memory_format=torch.contiguous_format))
 
 
 class Retrained(torch.autograd.Function):
@@ -377,5 +385,5 @@ class _LowRank(torch.autograd.Function):
                 grad_A = (inner[:, -ctx.r :].T @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
             if ctx.needs_input_grad[3]:
                 grad_B = h.reshape(-1, ctx.r).to(g.dtype).T @ flat
-                grad_B = (grad_B.to(ctx.dtypes[1]) * ctx.scale).T
+                grad_B = times(grad_B.to(ctx.dtypes[1]).T, ctx.scale)
         return g, grad_x, grad_A, grad_B, None, None, None

@@ -17,4 +17,11 @@ def weight_row_norms2(
     base: torch.Tensor, cross: torch.Tensor | float, A: torch.Tensor, B: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """||W + scale B A||^2 of each row (..., out_features), from ||W||^2 and W A^T (..., out_features, r) or 0."""
-    return (base + scale * (B * (2 * cross + scale * (B @ (A @ A.mT)))).sum(dim=-1)).clamp(min=0)
+    gram = A @ A.mT
+    if not isinstance(cross, torch.Tensor):
+        inner = scale * (B @ gram)
+    elif B.ndim == 2:
+        inner = torch.addmm(cross, B, gram, beta=2, alpha=scale)
+    else:
+        inner = torch.baddbmm(cross, B, gram, beta=2, alpha=scale)
+    return torch.add(base, (B * inner).sum(dim=-1), alpha=scale).clamp(min=0)

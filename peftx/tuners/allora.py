@@ -82,7 +82,8 @@ class ALLoRA(Variant):
         if self.config.norm_of == "b":
             norm = B.norm(dim=-1)
         else:  # ||B_i A||^2 = B_i (A A^T) B_i^T
-            norm = ((B @ (A @ A.mT)) * B).sum(dim=-1).clamp(min=0).sqrt() * abs(scale)
+            norm = ((B @ (A @ A.mT)) * B).sum(dim=-1).clamp(min=0).sqrt()
+            norm = norm if scale == 1 else norm * abs(scale)
         return (norm + self.config.eta**-2).rsqrt()
 
     def forward(  # type: ignore[override]
@@ -97,8 +98,8 @@ class ALLoRA(Variant):
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         A, B, x = lora_A.weight, lora_B.weight, module.lora_dropout[active_adapter](x)
         if is_plain(lora_A, lora_B):
-            U = scale * B.detach()
-            return low_rank(result, x, A, B, scale * s, U=U, rule=s[:, None] * U)
+            U, s = (B.detach(), s) if scale == 1 else (scale * B.detach(), scale * s)
+            return low_rank(result, x, A, B, s, U=U, rule=s[:, None] * B.detach())
         # One pass gives x its gradient, another one of equal value gives A and B theirs.
         h = functional_call(lora_A, {"weight": A.detach()}, (x,))
         value = functional_call(lora_B, {"weight": B.detach()}, (h,))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -179,6 +178,7 @@ class Flora(Adapter):
         else:
             default = 4.0 if isinstance(site, ConvSite) else 1.0
             self.constant = default if config.scale is None else config.scale
+        self._dense_from = self._most_factored()
 
     @classmethod
     def over_experts(cls, site: ExpertsSite, config: FloraConfig) -> Flora:
@@ -225,8 +225,8 @@ class Flora(Adapter):
         # the gradient of the weight, and to build the delta and contract its gradient.
         return tokens > self._dense_from
 
-    @cached_property
-    def _dense_from(self) -> float:
+    def _most_factored(self) -> float:
+        """The number of tokens up to which the factored product is the cheaper one."""
         if self.site.backend is not None or isinstance(self.site, EmbeddingSite):
             return math.inf
         size = math.prod(self.site.modes)

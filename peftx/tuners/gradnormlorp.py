@@ -188,7 +188,7 @@ class GradNormLoRP(Variant):
             # Below this, W and s B A cancel, and what is left is rounding.
             norms2 = torch.maximum(norms2, torch.finfo(base.dtype).eps * base)
             if not full:
-                return norms2.sqrt()
+                return norms2.sqrt_()
             zero = norms2 == 0
             return norms2.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 

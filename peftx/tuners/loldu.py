@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -196,6 +195,7 @@ class LoLDU(Adapter):
         self.register_buffer("U", U.to(wide), persistent=config.save_projection)
         if not config.train_sigma:
             self.freeze("sigma")
+        self._dense_from = self._most_factored()
 
     def _factorised(self, rows: torch.Tensor | None = None) -> LDU:
         weight = self.site.unmerged_weight() if self.site.merged else self.site.weight()
@@ -214,8 +214,8 @@ class LoLDU(Adapter):
     def prefers_dense(self, tokens: int) -> bool:
         return tokens > self._dense_from
 
-    @cached_property
-    def _dense_from(self) -> float:
+    def _most_factored(self) -> float:
+        """The number of tokens up to which the factored product is the cheaper one."""
         # Multiply-adds of a training step: 2 T r (in + out) factored; T in out for the gradient of the weight and
         # 2 r in out to build and contract it when dense. A quantised base is never replaced by its dequantised copy.
         r, i, o = self.config.r, self.site.in_features, self.site.out_features
