@@ -112,6 +112,7 @@ def nested_keys(key: str, base: nn.Module) -> list[str]:
 
 
 Contribution = Callable[[torch.Tensor, torch.Tensor, Routing], torch.Tensor]
+Product = Callable[[str, torch.Tensor, Routing], torch.Tensor]
 
 
 class Routed:
@@ -313,19 +314,23 @@ def routed(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     names: list[str] | None = None,
+    product: Product | None = None,
 ) -> torch.Tensor:
     """What the experts give, with adapters on their parameters: grouped products over the rows sorted by expert.
 
     Args:
-        experts: the module, with transformers' flags of layout.
+        experts: the module, with transformers' flags of layout. Where it has an attribute `observe`, that is called
+            with each parameter's name, its rows, what the adapted stack makes of them, their routing, and their tokens.
         contributions: by the parameter's name: those of adapters, with their names.
         hidden_states: (T, hidden).
         top_k_index, top_k_weights: (T, k).
         names: of the adapter of each token, in a batch of several adapters.
+        product: of the parameter of that name and rows, without the bias; default: the stack that is there.
     """
     k = top_k_index.shape[-1]
     chosen, order = top_k_index.flatten().sort()
     routing = Routing.of(chosen, experts.num_experts)
+    observe = vars(experts).get("observe")
     rows: dict[str, torch.Tensor] = {}
     if names is not None:
         tokens = (order // k).tolist()
@@ -335,7 +340,11 @@ def routed(
 
     def project(name: str, x: torch.Tensor) -> torch.Tensor:
         bias = getattr(experts, f"{name}_bias")[chosen] if experts.has_bias else None
-        result = grouped(x, getattr(experts, name), routing.offsets, bias, experts.is_transposed)
+        if product is None:
+            result = grouped(x, getattr(experts, name), routing.offsets, bias, experts.is_transposed)
+        else:
+            result = product(name, x, routing)
+            result = result if bias is None else result + bias
         x = x.to(result.dtype)
         for adapter_name, contribution in contributions.get(name, ()):
             if names is None:
@@ -343,6 +352,8 @@ def routed(
             elif len(own := rows[adapter_name]):
                 part = Routing.of(chosen[own], experts.num_experts)
                 result = result.index_copy(0, own, contribution(x[own], result[own], part))
+        if observe is not None:
+            observe(name, x, result, routing, order // k)
         return result
 
     gated = getattr(experts, "has_gate", True)  # older transformers have no other experts, and no flags for them

@@ -95,8 +95,21 @@ class Batch:
                 return [part.reshape(self.rows, -1, part.shape[-1])]
             if part.ndim == 2 and len(part) in {self.rows * length for length in (1, *self.lengths)}:
                 return [part.reshape(self.rows, -1, part.shape[-1])]
-        raise ValueError(
-            f"{name} takes activations {tuple(part.shape)} in a batch of {self.sequences} samples, and nothing tells "
+        raise self._mixed(name, part.shape)
+
+    def samples_of(self, tokens: Tensor, name: str) -> Tensor:
+        """The sample of each of these tokens, counted through the batch; all of its tokens are among them."""
+        count = int(tokens.max()) + 1 if len(tokens) else 0
+        if self.segments is not None and count == self.segments.numel():
+            return self.segments.reshape(-1).to(tokens.device)[tokens]
+        length, rest = divmod(count, self.rows)
+        if self.segments is None and not rest and (self.rows == 1 or length in {0, 1, *self.lengths}):
+            return tokens // max(1, length)
+        raise self._mixed(name, (count,))
+
+    def _mixed(self, name: str, shape: Sequence[int]) -> ValueError:
+        return ValueError(
+            f"{name} takes activations {tuple(shape)} in a batch of {self.sequences} samples, and nothing tells "
             "which belong to which: use estimator='per_batch', or batches of 1, or leave it out with exclude_modules"
         )
 

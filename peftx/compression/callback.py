@@ -16,8 +16,9 @@ from ..files import LIST, check_free, written
 from ..utils import columns_of, trainer_above
 from .checks import SEEDS, check_choice, check_count, check_file_name, check_modules, check_whole
 from .collection import SAMPLES, chosen, gather
-from .hooks import Collector, check_settings
+from .hooks import Collector
 from .layers import target_layers
+from .settings import check_settings
 from .statistics import FILE_NAME, Statistics
 from .trainers import check_head, check_own_loss, check_trainer
 

@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from ..utils import IGNORE, is_packed, is_stream, undisturbed
 from .checks import SEEDS, check_callable, check_count, check_flag, check_modules, check_whole
-from .hooks import Collector, check_settings
+from .hooks import Collector
 from .layers import target_layers
+from .settings import check_settings
 from .statistics import Statistics
 
 SAMPLES = 1024  # enough for row sums, which are means over many entries

@@ -43,9 +43,10 @@ def grouped(
 ) -> torch.Tensor:
     """Each row of x (T, in) times its expert's matrix of weight (E, out, in), or, if it is transposed, (E, in, out),
     plus its row of bias (T, out)."""
-    if weight.dtype != torch.float64:
+    if weight.dtype != torch.float64 and not weight.shape[-1] * weight.itemsize % ALIGNED:
         return _grouped_linear(x, weight, bias=bias, offs=offsets, is_transposed=transposed)
-    parts = x.to(weight.dtype).tensor_split(offsets[:-1].tolist())  # torch's own product is for 16 and 32 bits
+    # torch's own product is for 16 and 32 bits, and aligned rows
+    parts = x.to(weight.dtype).tensor_split(offsets[:-1].tolist())
     result = torch.cat([part @ matrix for part, matrix in zip(parts, weight if transposed else weight.mT, strict=True)])
     return result if bias is None else result + bias
 
