@@ -100,9 +100,8 @@ def card_of(model: Any, name: str, base_model: str = "") -> str:
         base_model: of the model that was compressed.
     """
     config = model.config.quantization_config
-    layers: list[Any] = [model.get_submodule(name) for name in config.ranks]
     after = sum(parameter.numel() for parameter in model.parameters())
-    less = sum(low.in_features * low.out_features - low.rank * (low.in_features + low.out_features) for low in layers)
+    less = sum(_saved(low) for low in (_low(model, name) for name in config.ranks))
     return page(
         name=name,
         base_model=base_model,
@@ -110,8 +109,21 @@ def card_of(model: Any, name: str, base_model: str = "") -> str:
         parameters=(after + less, after),
         method=config.method or "",
         keep=config.keep,
-        layers=len(layers),
+        layers=len(config.ranks),
     )
+
+
+def _low(model: Any, name: str) -> Any:
+    """The factors of a layer, or of a stack of experts, which their module keeps by the name of the parameter."""
+    parent, _, key = name.rpartition(".")
+    experts = model.get_submodule(parent)
+    return experts.factors[key] if hasattr(experts, "factors") else model.get_submodule(name)
+
+
+def _saved(low: Any) -> int:
+    """Entries that factors have less than the dense weights."""
+    one = low.in_features * low.out_features - low.rank * (low.in_features + low.out_features)
+    return getattr(low, "experts", 1) * one
 
 
 def page(

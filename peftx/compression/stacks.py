@@ -45,13 +45,13 @@ class Stack(ExpertsSite):
 
 
 def stacks_in(outer: nn.Module, name: str) -> Iterator[tuple[str, Stack]]:
-    """Those of an experts module, under adapters or not, by name; none of another module.
+    """Those of an experts module, under adapters or not, by name; none of another module, or of a compressed one.
 
     Args:
         name: of `outer` in the model.
     """
     base = innermost(outer)
-    if hasattr(base, "is_transposed") and hasattr(base, "_apply_gate"):
+    if hasattr(base, "is_transposed") and hasattr(base, "_apply_gate") and not hasattr(base, "factors"):
         for key, parameter in base.named_parameters(recurse=False):
             if parameter.ndim == 3:
                 yield f"{name}.{key}", Stack(outer, key)

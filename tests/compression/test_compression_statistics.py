@@ -459,7 +459,11 @@ def test_target_layers() -> None:
     assert len(target_layers(model, exclude_modules=r".*layers\.0\..*")) == 7
     assert "lm_head" in target_layers(model, ["lm_head"])
     assert all(shape_of(layer) == (16, 64) for layer in target_layers(tiny_model("gpt2"), ["mlp.c_proj"]).values())
-    assert not any("gate" in name or "lora" in name for name in target_layers(small("mixtral")))
+    found = target_layers(small("mixtral"))
+    assert not any(name.endswith(".gate") or "lora" in name for name in found)
+    assert [name for name in found if "experts" in name] == [
+        f"model.layers.{i}.mlp.experts.{part}" for i in (0, 1) for part in ("gate_up_proj", "down_proj")
+    ]
     tied = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True))
     tied.tie_weights()
     with pytest.raises(ValueError, match="lm_head shares its weight with model.embed_tokens.weight"):
