@@ -157,6 +157,8 @@ def compress(
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
     for table in [report.table()] * layers + [f"| | {metric} |\n| --- | ---: |\n{rows}"]:
         Console().print(Markdown(table))
+    for told in report.told_of_experts() if layers else ():
+        typer.echo(told)
     typer.echo(f"{report.summary()}: {out}")
 
 

@@ -147,8 +147,11 @@ def compress(
         keep_card(base, str(getattr(config, "_name_or_path", "")))
     _log(skipped)
     report = Report(method, keep, allocation, rows, (before, count(base)), skipped)
-    for told in report.told_of_experts():
-        logger.warning(told)
+    if lacking := sum(len(row.unseen) for row in rows.values()):
+        logger.warning(
+            f"{lacking} experts got no token in the statistics, and are decomposed by the mean of the others of their "
+            "stack: print(report) has their numbers"
+        )
     logger.info(report.summary())
     return base, report
 

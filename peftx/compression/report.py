@@ -169,6 +169,7 @@ def card(
         method=report.method,
         keep=report.keep,
         layers=len(report.layers),
+        stacks=sum(len(row.shape) > 2 for row in report.layers.values()),
         results=[f"| | {score} |\n| --- | ---: |\n{rows}"],
         details=f", {report.allocation} ranks. Calibration: {calibration}",
     )
