@@ -542,7 +542,9 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(input_ids=tokens).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "gpt_oss" else ()) for kind in KINDS]
+)
 def test_a_compressed_mixture_loads_bit_for_bit(kind: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     model = mixture(kind)
     before = count(model)
@@ -645,8 +647,8 @@ def adapted(how: str) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*target_parameters.*")
 @pytest.mark.parametrize("how", ["none", "bone", "lora", "fast"])
 def test_training_gives_the_sums_of_the_merged_model(how: str, tmp_path: Path) -> None:
     """Of the weight that an adapter changes the gradient is that of the merged one."""
@@ -668,6 +670,7 @@ def test_training_gives_the_sums_of_the_merged_model(how: str, tmp_path: Path) -
     Statistics.load(tmp_path / "fisher.safetensors").check(mixture("qwen3_moe"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False], ids=["adapters", "all weights"])
 def test_what_is_trained_is_the_same_bit_for_bit(frozen: bool, tmp_path: Path) -> None:
     trained = []
@@ -679,6 +682,32 @@ def test_what_is_trained_is_the_same_bit_for_bit(frozen: bool, tmp_path: Path) -
     assert all(torch.equal(part, second[name]) for name, part in first.items())
 
 
+def test_packed_rows_are_their_samples() -> None:
+    model = mixture("qwen3_moe")
+    texts = [
+        torch.randint(1, 64, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 5, 7, 4)
+    ]
+
+    def packed(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        places = torch.cat([torch.arange(len(row)) for row in rows])
+        ids = torch.cat(rows)
+        return {
+            "input_ids": ids[None],
+            "labels": ids.where(places > 0, -100)[None],
+            "position_ids": places[None],
+        }
+
+    what = ("fisher", "gram")
+    wanted = collect(model, texts, packed, what=what, batch_size=1)
+    found = collect(model, texts, packed, what=what, batch_size=2)
+    for name, layer in wanted.items():
+        for field in ("fisher_in", "fisher_out", "gram"):
+            mine, theirs = getattr(found[name], field), getattr(layer, field)
+            assert (mine - theirs).abs().max() < 1e-5 * theirs.max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_compressed_mixture_trains_generates_and_compiles(tokens: torch.Tensor, tmp_path: Path) -> None:
     small, _ = compress(mixture("mixtral"), keep=0.6, method="svd")
     assert small.generate(tokens, max_new_tokens=3, do_sample=False).shape == (3, 10)
@@ -688,6 +717,30 @@ def test_a_compressed_mixture_trains_generates_and_compiles(tokens: torch.Tensor
     moved = [name for name, part in small.state_dict().items() if not torch.equal(part, before[name])]
     assert "model.layers.0.mlp.experts.factors.gate_up_proj.up" in moved
     assert any(isinstance(module, LowRankLinear) for module in small.modules())
-    with pytest.raises(ValueError):
-        names = ["mlp.experts.gate_up_proj"]
-        peft.get_peft_model(small, peft.LoraConfig(target_modules=[], target_parameters=names))
+    wanted = logits(small, tokens)
+    torch.testing.assert_close(logits(torch.compile(small, backend="eager", fullgraph=True), tokens), wanted)
+    torch._dynamo.reset()
+
+
+def test_adapters_sit_on_factors_of_linear_layers_and_peft_own_lora_on_those_of_stacks(tokens: torch.Tensor) -> None:
+    small, _ = compress(mixture("mixtral"), keep=0.6, method="svd")
+    wanted = logits(small, tokens)
+
+    def config(kind: Any, name: str) -> Any:
+        return kind(target_modules=[], target_parameters=[name])
+
+    with pytest.raises(ValueError, match="no `target_parameters` found"):  # there is no stack any more
+        peft.get_peft_model(small, config(peft.LoraConfig, "experts.gate_up_proj"))
+    with pytest.raises(TypeError, match="up of a LowRankStack is no parameter of fused experts"):
+        peft.get_peft_model(small, config(peftx.ALLoRAConfig, "factors.gate_up_proj.up"))
+    small, _ = compress(mixture("mixtral"), keep=0.6, method="svd")
+    model = peft.get_peft_model(small, config(peft.LoraConfig, "factors.gate_up_proj.up"))
+    assert torch.equal(logits(model, tokens), wanted)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    moved = logits(model, tokens)
+    assert (moved - wanted).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="merge the adapter first"):
+        materialize(model.get_base_model())
+    torch.testing.assert_close(logits(materialize(model.merge_and_unload()), tokens), moved, rtol=1e-4, atol=1e-4)

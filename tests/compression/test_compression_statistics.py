@@ -823,7 +823,7 @@ def test_loss_scaling_of_fp16() -> None:
 
 # Two processes
 
-SHARES = [("llama", "train"), ("bert", "train"), ("bert", "calibration")]
+SHARES = [("llama", "train"), ("mixtral", "train"), ("bert", "train"), ("bert", "calibration")]
 
 
 def process(rank: int, folder: Path) -> None:
@@ -831,7 +831,7 @@ def process(rank: int, folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     for kind, when in SHARES:
         callback = FisherCallback("per_sample", when, what=("fisher", "gram"), directions=None, max_samples=None)
-        model = without_dropout(tiny_model(kind))
+        model = without_dropout(small(kind))
         options = {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
         trainer(folder / f"{kind} {when}", callback, model=model, kind=kind, count=8, **options).train()
         callback.statistics.save(folder / f"{kind} {when} {rank}")
@@ -842,7 +842,7 @@ def process(rank: int, folder: Path) -> None:
 def test_two_processes_add_up(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, args=(tmp_path,), nprocs=2)
     for kind, when in SHARES:
-        model = without_dropout(tiny_model(kind))
+        model = without_dropout(small(kind))
         wanted = collect(model, samples(kind, 8), pad, what=("fisher", "gram"), progress=False)
         first, second = (Statistics.load(tmp_path / f"{kind} {when} {rank}") for rank in range(2))
         assert difference(first, second) == 0
