@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..utils import IGNORE, is_packed
+from ..utils import IGNORE, base_of, is_packed
 
 
 @dataclass(eq=False)
@@ -138,6 +138,22 @@ def segments_of(inputs: Mapping[str, Any], first: Tensor) -> Tensor | None:
     else:
         return None
     return starts.view(-1).cumsum(0).view(shape) - 1
+
+
+def check_packed(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: nothing keeps the attention of transformers from going across the samples of a row.
+    """
+    config: Any = getattr(base_of(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cached = inputs.get("use_cache")
+    cached = getattr(text, "use_cache", True) if cached is None else cached
+    flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+    if inputs.get("attention_mask") is not None or (cached and not flash):
+        raise ValueError(
+            "the rows of the batch are not the samples (packing, or padding_free), and attend to one another: "
+            "pass use_cache=False and no attention_mask, or use estimator='per_batch'"
+        )
 
 
 class Keep(torch.autograd.Function):

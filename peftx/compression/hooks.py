@@ -5,7 +5,7 @@ backward pass, whether or not W trains, so the row sums of G_n^2 need neither `.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -18,13 +18,13 @@ from ..adapters.sites.experts import Routing
 from ..losses import shifts_labels
 from ..utils import base_of, innermost
 from .activations import Activations
-from .batch import Batch, Keep, divisor_of, scale_of
+from .batch import Batch, Keep, check_packed, divisor_of, scale_of
 from .layers import describe
-from .routed import Observed, by_expert
+from .routed import Observed, squares_by_expert
 from .settings import check_settings
 from .stacks import Layer, Stack, called
 from .statistics import Statistics
-from .sums import FISHER, exact_zeros, square_sums, weight_squares
+from .sums import FISHER, square_sums, weight_squares
 from .totals import Totals
 
 
@@ -153,22 +153,7 @@ class Collector:
         self._forwarding = counts
         batch = self._current
         if batch and batch.segments is not None and self.estimator == "per_sample" and self.sides:
-            self._check_packed(inputs)
-
-    def _check_packed(self, inputs: Mapping[str, Any]) -> None:
-        """Raises:
-        ValueError: nothing keeps the attention of transformers from going across the samples of a row.
-        """
-        config: Any = getattr(base_of(self.model), "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        cached = inputs.get("use_cache")
-        cached = getattr(text, "use_cache", True) if cached is None else cached
-        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
-        if inputs.get("attention_mask") is not None or (cached and not flash):
-            raise ValueError(
-                "the rows of the batch are not the samples (packing, or padding_free), and attend to one another: "
-                "pass use_cache=False and no attention_mask, or use estimator='per_batch'"
-            )
+            check_packed(self.model, inputs)
 
     def _after(self, model: nn.Module, args: tuple, inputs: dict[str, Any], outputs: Any) -> None:
         self._forwarding, batch = False, self._current
@@ -305,24 +290,29 @@ class Collector:
         self._store(name, batch, sums)
 
     def _squares_of_experts(self, stack: Stack, batch: Batch, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-        x, g, experts, samples = (torch.cat(side) for side in zip(*parts, strict=True))
-        sizes = {"fisher_in": stack.in_features, "fisher_out": stack.out_features}
-        sums = {side: exact_zeros(sizes[side], x.device).repeat(stack.experts, 1) for side in self.sides}
+        x, g, experts, samples = (torch.cat(side) if len(parts) > 1 else side[0] for side in zip(*parts, strict=True))
         exact = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
-        for expert, some, of_some in by_expert(x, g, experts, samples):
-            for side, found in self._squares(batch, some.to(exact), of_some.to(exact)).items():
-                sums[side][expert] = found
-        return sums
+        x, g, where = x.to(exact), g.to(exact), (experts, samples, stack.experts)
+        if self.directions is None:
+            return squares_by_expert(x, g, *where, self.sides)
+        return {
+            side: squares_by_expert(here, mixed, *where, ("fisher_in",), 2**20)["fisher_in"]
+            for side, here, mixed in self._mixed(batch, x, g)
+        }
 
     def _squares(self, batch: Batch, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         if self.directions is None:
             return square_sums(x, g, self.sides)
-        found = {}
+        return {
+            side: square_sums(here, mixed, ("fisher_in",), block=2**20)["fisher_in"]
+            for side, here, mixed in self._mixed(batch, x, g)
+        }
+
+    def _mixed(self, batch: Batch, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each side, and random combinations of the other one."""
         for side, (here, other) in {"fisher_in": (x, g), "fisher_out": (g, x)}.items():
             if side in self.sides:
-                mixed = other @ self._signs(batch, other)
-                found[side] = square_sums(here, mixed, ["fisher_in"], block=2**20)["fisher_in"]
-        return found
+                yield side, here, other @ self._signs(batch, other)
 
     def _square_weight(self, name: str, batch: Batch, parts: Sequence[Tensor]) -> None:
         (gradient,) = parts

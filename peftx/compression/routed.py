@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters.experts import routed
+from .sums import FISHER, exact_zeros, square_sums
 
 Observer = Callable[..., None]  # of a parameter's name, its rows, what it makes of them, their routing and their tokens
 
@@ -56,21 +56,48 @@ class Observed:
                 own["forward"] = before
 
 
-def by_expert(x: Tensor, g: Tensor, experts: Tensor, samples: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Rows (T, in) and (T, out) as (N, L, in) and (N, L, out) of each expert that has some: one of its samples each,
-    filled up with zeros, which add nothing to a gradient.
+def squares_by_expert(
+    x: Tensor,
+    g: Tensor,
+    experts: Tensor,
+    samples: Tensor,
+    count: int,
+    sides: Collection[str] = FISHER,
+    block: int | None = None,
+) -> dict[str, Tensor]:
+    """`square_sums` of the rows of each expert.
 
     Args:
+        x, g: (T, in_features) and (T, out_features), of the same dtype.
         experts, samples: (T,), of each row.
+        count: E, the number of experts.
+
+    Returns:
+        Side to (E, in_features) or (E, out_features) in float64.
     """
-    order = samples.argsort(stable=True)
-    order = order[experts[order].argsort(stable=True)]
-    pairs, lengths = torch.stack([experts, samples])[:, order].unique_consecutive(return_counts=True, dim=1)
-    sizes = lengths.tolist()
+    sizes = {"fisher_in": x.shape[1], "fisher_out": g.shape[1]}
+    sums = {side: exact_zeros(sizes[side], x.device).repeat(count, 1) for side in sides}
+    for expert, some, of_some in by_expert(x, g, experts, samples):
+        for side, found in square_sums(some, of_some, sides, block=block).items():
+            sums[side][expert] = found
+    return sums
+
+
+def by_expert(x: Tensor, g: Tensor, experts: Tensor, samples: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Rows (T, in) and (T, out) as (N, L, in) and (N, L, out) of each expert that has some: one of its samples each,
+    filled up with zeros, which add nothing to a gradient."""
+    if not len(x):
+        return
+    several = int(samples.max()) + 1
+    keys = experts * several + samples
+    if bool((keys.diff() < 0).any()):
+        order = keys.argsort(stable=True)
+        x, g, keys = x[order], g[order], keys[order]
+    found, lengths = (part.tolist() for part in keys.unique_consecutive(return_counts=True))
     start = 0
-    for expert, group in groupby(range(len(sizes)), pairs[0].tolist().__getitem__):
-        own = [sizes[i] for i in group]
-        rows = order[start : start + sum(own)]
-        start += len(rows)
-        some, of_some = (pad_sequence(part[rows].split(own), batch_first=True) for part in (x, g))
+    for expert, group in groupby(zip(found, lengths, strict=True), lambda pair: pair[0] // several):
+        own = [length for _, length in group]
+        parts = [part[start : start + sum(own)] for part in (x, g)]
+        start += sum(own)
+        some, of_some = (pad_sequence(part.split(own), True) if len(own) > 1 else part[None] for part in parts)
         yield expert, some, of_some
