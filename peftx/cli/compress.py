@@ -67,7 +67,8 @@ def compress(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
-    """Make a fine-tuned model smaller: linear layers become products of two thin ones, weighted by Fisher information.
+    """Make a fine-tuned model smaller: linear layers become products of two thin ones, weighted by Fisher information;
+    so do the stacked experts of a mixture.
 
     Three numbers are printed and written into the card: dense, compressed, and recovered by fine-tuning. Programs load
     the result with AutoModel*.from_pretrained after `import peftx`.

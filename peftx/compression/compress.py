@@ -28,13 +28,14 @@ from .loader import LowRankConfig
 from .ranks import allocate, largest, price_of, rank_for, saves
 from .report import LayerReport, Report
 from .shelf import Shelf, shelf
-from .stacks import Layer, Stack, called
+from .stacks import Layer, Stack, called, other_stacks
 from .statistics import Statistics
 from .weightings import Piece, Weightings, naming, pieces_of
 
 logger = logging.get_logger(__name__)
 
 ALLOCATIONS = ("uniform", "global")
+UNDECORATED = "experts that transformers does not decorate by `use_experts_implementation`"
 
 
 def compress(
@@ -316,7 +317,8 @@ def _choose(
     Raises:
         ValueError: a layer is quantised; none becomes smaller.
     """
-    chosen, skipped = [], {}
+    chosen: list[str] = []
+    skipped = {} if target_modules else dict.fromkeys(other_stacks(model), UNDECORATED)
     for name, target in target_layers(model, target_modules, exclude_modules).items():
         layer = innermost(called(target))
         shape = shape_of(target)[-2:]

@@ -18,7 +18,7 @@ OWN = frozenset(vars(nn.Module())) | {"forward", "observe", "_hf_hook", "_old_fo
 class LowRankStack(nn.Module):
     """`down` (E, rank, in_features) and `up` (E, rank, out_features): y = x down^T up for each row's expert.
 
-    The rank is nowhere the last axis: that is what grouped products want to be aligned, and any rank will do.
+    The rank is nowhere the last axis, which grouped products want to be aligned, so that any rank will do.
     """
 
     down: nn.Parameter
@@ -54,7 +54,8 @@ class LowRankStack(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (T, in_features), sorted by expert; (T, out_features)."""
-        return grouped(grouped(x, self.down, routing.offsets), self.up, routing.offsets, transposed=True)
+        h = grouped(x, self.down, routing.offsets, inner=True)
+        return grouped(h, self.up, routing.offsets, transposed=True, inner=True)
 
     @torch.no_grad()
     def dense(self) -> Tensor:

@@ -57,6 +57,16 @@ def stacks_in(outer: nn.Module, name: str) -> Iterator[tuple[str, Stack]]:
                 yield f"{name}.{key}", Stack(outer, key)
 
 
+def other_stacks(model: nn.Module) -> Iterator[str]:
+    """Names of what looks like stacks of experts in a module that transformers does not decorate as such."""
+    for name, module in model.named_modules():
+        count = getattr(module, "num_experts", None)
+        if isinstance(count, int) and not hasattr(module, "_apply_gate"):
+            for key, parameter in module.named_parameters(name, recurse=False):
+                if parameter.ndim == 3 and len(parameter) == count:
+                    yield key
+
+
 Layer = nn.Module | Stack  # what `target_layers` finds
 
 

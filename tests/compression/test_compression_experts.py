@@ -505,6 +505,32 @@ def test_stacks_that_cannot_be_read_are_left_out_or_refused(how: str, caplog: py
             compress(model, keep=0.5, method="svd", target_modules=[name])
 
 
+def test_experts_of_another_kind_are_named() -> None:
+    config = transformers.Llama4TextConfig(
+        **SMALL | {"num_hidden_layers": 1}, intermediate_size_mlp=32, num_key_value_heads=4, head_dim=8,
+        num_local_experts=4, pad_token_id=0, interleave_moe_layer_step=1,
+    )  # fmt: skip
+    _, report = compress(transformers.Llama4ForCausalLM(config), keep=0.6, method="svd")
+    name = "model.layers.0.feed_forward.experts.gate_up_proj"
+    assert "does not decorate" in report.skipped[name] and f"left as it is: {name}" in str(report)
+
+
+def test_sizes_that_grouped_products_do_not_take() -> None:
+    """The eager way of transformers takes them, and so does what collects on it, and what replaces it."""
+    sizes = {"hidden_size": 10, "moe_intermediate_size": 7, "num_attention_heads": 2, "intermediate_size": 14}
+    config = transformers.Qwen3MoeConfig(
+        **SMALL | sizes, head_dim=8, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    statistics = collect(model, samples(), None)
+    small, _ = compress(model, statistics, keep=0.6)
+    assert isinstance(small.model.layers[0].mlp.experts, LowRankExperts)
+    tokens = samples()[0]["input_ids"][None]
+    small(input_ids=tokens, labels=tokens).loss.backward()
+    assert small.model.layers[0].mlp.experts.factors["down_proj"].up.grad.isfinite().all()
+
+
 # --- models of transformers ------------------------------------------------------------------------------------------
 
 
@@ -558,6 +584,14 @@ def test_a_compressed_mixture_loads_bit_for_bit(kind: str, tokens: torch.Tensor,
     assert len(stacks) == (2 if kind == "deepseek_v3" else 4)
     assert set(report.layers) == set(again.config.quantization_config.ranks)
     assert sum(isinstance(module, LowRankExperts) for module in again.modules()) == len(stacks) / 2
+    body = transformers.AutoModel.from_pretrained(tmp_path / "small", device_map={"": "cpu"})  # without the head
+    with torch.no_grad():
+        assert torch.equal(
+            body(input_ids=tokens).last_hidden_state, small.get_decoder()(input_ids=tokens).last_hidden_state
+        )
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
+    assert {part.dtype for name, part in half.named_parameters() if "experts" in name} == {torch.bfloat16}
+    assert logits(half, tokens).isfinite().all()
     card = (tmp_path / "small" / "README.md").read_text()
     assert f"{before:,} parameters became {count(small):,}" in card and f"{len(stacks)} stacks of experts" in card
     again.save_pretrained(tmp_path / "twice")

@@ -40,10 +40,16 @@ def grouped(
     offsets: torch.Tensor,
     bias: torch.Tensor | None = None,
     transposed: bool = False,
+    inner: bool = False,
 ) -> torch.Tensor:
     """Each row of x (T, in) times its expert's matrix of weight (E, out, in), or, if it is transposed, (E, in, out),
-    plus its row of bias (T, out)."""
-    if weight.dtype != torch.float64 and not weight.shape[-1] * weight.itemsize % ALIGNED:
+    plus its row of bias (T, out).
+
+    Args:
+        inner: whether the axis of weight before the last one is between two such products, which align their results.
+    """
+    odd = any(size * weight.itemsize % ALIGNED for size in weight.shape[2 if inner else 1 :])
+    if weight.dtype != torch.float64 and not odd:
         return _grouped_linear(x, weight, bias=bias, offs=offsets, is_transposed=transposed)
     # torch's own product is for 16 and 32 bits, and aligned rows
     parts = x.to(weight.dtype).tensor_split(offsets[:-1].tolist())
