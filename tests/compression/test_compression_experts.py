@@ -1,6 +1,7 @@
 """Fused experts of a mixture: sums, decompositions and factored products against loops over tokens and experts."""
 
 import copy
+import json
 import logging
 import math
 import threading
@@ -14,14 +15,16 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import SMALL
+from conftest import SMALL, words
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
 
 import peftx
+from peftx.cli import app
 from peftx.compression import (
     METHODS,
     LowRankLinear,
@@ -778,3 +781,29 @@ def test_adapters_sit_on_factors_of_linear_layers_and_peft_own_lora_on_those_of_
     with pytest.raises(ValueError, match="merge the adapter first"):
         materialize(model.get_base_model())
     torch.testing.assert_close(logits(materialize(model.merge_and_unload()), tokens), moved, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_command_compresses_a_mixture(tokens: torch.Tensor, tmp_path: Path) -> None:
+    mixture("qwen3_moe").save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"text": f"w{i % 60 + 1} w{i * 7 % 60 + 1} w{i % 3 + 60}"}) for i in range(20)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    for out in ("small", "again"):
+        outcome = CliRunner().invoke(
+            app,
+            [
+                *("compress", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "lines.jsonl")),
+                *("--out", str(tmp_path / out), "--keep", "0.6", "--method", "svd-llm", "--layers"),
+                *("--resume", str(tmp_path / "work"), "--recover-epochs", "0.5"),
+            ],
+            env={"COLUMNS": "200"},
+        )
+        assert outcome.exit_code == 0, outcome.output
+    assert "model.layers.1.mlp.experts.down_proj" in outcome.output and "6 x 16 x 8" in outcome.output
+    assert len(list((tmp_path / "work").glob("*.experts.*.safetensors"))) == 4 * 6
+    first, second = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / out) for out in ("small", "again"))
+    assert torch.equal(logits(first, tokens), logits(second, tokens))
+    assert sum(isinstance(module, LowRankExperts) for module in first.modules()) == 2
+    assert "4 stacks of experts among them" in (tmp_path / "small" / "README.md").read_text()
