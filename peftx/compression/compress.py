@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..cards.compressed import keep_card
-from ..utils import innermost
+from ..utils import base_of, innermost
 from .checks import check_choice, check_flag, check_folder, check_number, check_whole, shown
 from .experts import LowRankExperts, LowRankStack, put_thin
 from .factorize import METHODS, SIDES, Factors, solve
@@ -318,7 +318,7 @@ def _choose(
         ValueError: a layer is quantised; none becomes smaller.
     """
     chosen: list[str] = []
-    skipped = {} if target_modules else dict.fromkeys(other_stacks(model), UNDECORATED)
+    skipped = {} if target_modules else dict.fromkeys(other_stacks(base_of(model)), UNDECORATED)
     for name, target in target_layers(model, target_modules, exclude_modules).items():
         layer = innermost(called(target))
         shape = shape_of(target)[-2:]

@@ -96,7 +96,7 @@ class Weightings:
         lacking: set[int] = set()
         for field in self._fields():
             if (part := getattr(known, field)) is not None:
-                lacking |= {expert for expert, there in enumerate(self._seen(layer, field, part)[0]) if not there}
+                lacking.update(self._seen(layer, field, part)[0].logical_not().nonzero().flatten().tolist())
         return tuple(sorted(lacking))
 
     def _fields(self) -> list[str]:

@@ -168,6 +168,12 @@ def test_sums_of_each_expert_are_those_of_a_loop(kind: str, estimator: str, froz
             for start in range(0, len(ROWS), 2):
                 model(**stacked(ROWS[start : start + 2])).loss.backward()
         found = collector.statistics()
+        with Collector(model, target_layers(model), estimator=estimator) as collector:  # where nothing is looked at
+            for start in range(0, len(ROWS), 2):
+                model(**stacked(ROWS[start : start + 2])).loss.backward()
+        for name, layer in collector.statistics().items():
+            torch.testing.assert_close(layer.fisher_in, found[name].fisher_in)
+            torch.testing.assert_close(layer.fisher_out, found[name].fisher_out)
     weights, given = weights_of(model), {}
     squares = {name: [torch.zeros_like(one) for one in ones] for name, ones in weights.items()}
     size = 1 if estimator == "per_sample" else 2

@@ -639,12 +639,13 @@ ROADS: dict[str, dict[str, Any]] = {
     [
         *(("llama", road) for road in ROADS),
         *((kind, road) for kind in ("bert", "t5") for road in ("plain", "accumulation")),
+        *(pytest.param("mixtral", road, marks=pytest.mark.slow) for road in ("accumulation", "checkpointing", "bf16")),
     ],
 )
 def test_training_gives_what_a_pass_does(kind: str, road: str, tmp_path: Path) -> None:
     """With a learning rate of 0 and no dropout the sums of an epoch are those of the model as it is."""
     options = ROADS[road]
-    model = without_dropout(tiny_model(kind))
+    model = without_dropout(small(kind))
     wanted = collect(model, samples(kind), pad, progress=False)
     callback = FisherCallback("per_sample", what="fisher", directions=None, max_samples=None)
     trainer(tmp_path, callback, model=model, kind=kind, **options).train()
