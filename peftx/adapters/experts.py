@@ -112,7 +112,6 @@ def nested_keys(key: str, base: nn.Module) -> list[str]:
 
 
 Contribution = Callable[[torch.Tensor, torch.Tensor, Routing], torch.Tensor]
-Product = Callable[[str, torch.Tensor, Routing], torch.Tensor]
 
 
 class Routed:
@@ -314,23 +313,23 @@ def routed(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     names: list[str] | None = None,
-    product: Product | None = None,
 ) -> torch.Tensor:
     """What the experts give, with adapters on their parameters: grouped products over the rows sorted by expert.
 
     Args:
-        experts: the module, with transformers' flags of layout. Where it has an attribute `observe`, that is called
-            with each parameter's name, its rows, what the adapted stack makes of them, their routing, and their tokens.
+        experts: the module, with transformers' flags of layout. Where it has a method `product` of a parameter's
+            name, rows and their routing, that makes the product without bias, instead of the stack of that name. Where
+            it has an attribute `observe`, that is called with the parameter's name, its rows, what the adapted stack
+            makes of them, their routing, and their tokens.
         contributions: by the parameter's name: those of adapters, with their names.
         hidden_states: (T, hidden).
         top_k_index, top_k_weights: (T, k).
         names: of the adapter of each token, in a batch of several adapters.
-        product: of the parameter of that name and rows, without the bias; default: the stack that is there.
     """
     k = top_k_index.shape[-1]
     chosen, order = top_k_index.flatten().sort()
     routing = Routing.of(chosen, experts.num_experts)
-    observe = vars(experts).get("observe")
+    product, observe = getattr(experts, "product", None), getattr(experts, "observe", None)
     rows: dict[str, torch.Tensor] = {}
     if names is not None:
         tokens = (order // k).tolist()

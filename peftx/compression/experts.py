@@ -100,9 +100,10 @@ class LowRankExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Shapes: hidden_states (T, hidden), top_k_index and top_k_weights (T, k); (T, hidden)."""
-        return routed(self, {}, hidden_states, top_k_index, top_k_weights, product=self._product)
+        return routed(self, {}, hidden_states, top_k_index, top_k_weights)
 
-    def _product(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+    def product(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+        """Of rows x (T, in_features), sorted by expert, with the stack that was or is a parameter of this name."""
         if name in self.factors:
             return self.factors[name](x, routing)
         return grouped(x, getattr(self, name), routing.offsets, transposed=self.is_transposed)

@@ -540,6 +540,31 @@ def test_sizes_that_grouped_products_do_not_take() -> None:
     assert small.model.layers[0].mlp.experts.factors["down_proj"].up.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["ours", "PEFT's"])
+def test_an_adapter_sits_on_a_stack_that_stayed_dense(own: bool) -> None:
+    """Beside factors: the output is that of a loop with the delta, before and after merging."""
+    small, _ = compress(Mixture(), keep=0.6, method="svd", target_modules=["down_proj"])
+    factors = [block.experts.factors["down_proj"] for block in small.blocks]
+    kind = peftx.BoneConfig if own else peft.LoraConfig
+    model: Any = peft.get_peft_model(small, kind(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    model = model.to(f64)
+    inputs = stacked(ROWS[:1])
+    found = model(**inputs)
+    found.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    merged = model.merge_and_unload()
+    weights = {}
+    for i, (block, low) in enumerate(zip(merged.blocks, factors, strict=True)):
+        weights[f"blocks.{i}.experts.gate_up_proj"] = list(block.experts.gate_up_proj)
+        weights[f"blocks.{i}.experts.down_proj"] = [up.T @ down for up, down in zip(low.up, low.down, strict=True)]
+    wanted = by_loop(merged, ROWS[0]["x"], weights)
+    torch.testing.assert_close(found.y[0], wanted)
+    torch.testing.assert_close(merged(**inputs).y[0], wanted)
+
+
 # --- models of transformers ------------------------------------------------------------------------------------------
 
 
