@@ -602,6 +602,13 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model(input_ids=tokens).logits
 
 
+def same(found: Any, wanted: Any, tokens: torch.Tensor) -> bool:
+    """Bit for bit in every tensor; where these lie in memory may change how products round."""
+    first, second = found.state_dict(), wanted.state_dict()
+    torch.testing.assert_close(logits(found, tokens), logits(wanted, tokens), rtol=0, atol=1e-5)
+    return first.keys() == second.keys() and all(torch.equal(part, second[name]) for name, part in first.items())
+
+
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "gpt_oss" else ()) for kind in KINDS]
 )
@@ -613,16 +620,15 @@ def test_a_compressed_mixture_loads_bit_for_bit(kind: str, tokens: torch.Tensor,
     small.save_pretrained(tmp_path / "small")
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not any(info.values()), info
-    assert torch.equal(logits(again, tokens), wanted) and count(again) == count(small)
+    assert same(again, small, tokens) and count(again) == count(small)
     stacks = [name for name, row in report.layers.items() if len(row.shape) > 2]
     assert len(stacks) == (2 if kind == "deepseek_v3" else 4)
     assert set(report.layers) == set(again.config.quantization_config.ranks)
     assert sum(isinstance(module, LowRankExperts) for module in again.modules()) == len(stacks) / 2
     body = transformers.AutoModel.from_pretrained(tmp_path / "small", device_map={"": "cpu"})  # without the head
     with torch.no_grad():
-        assert torch.equal(
-            body(input_ids=tokens).last_hidden_state, small.get_decoder()(input_ids=tokens).last_hidden_state
-        )
+        found = body(input_ids=tokens).last_hidden_state
+        torch.testing.assert_close(found, small.get_decoder()(input_ids=tokens).last_hidden_state, rtol=0, atol=1e-5)
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.bfloat16)
     assert {part.dtype for name, part in half.named_parameters() if "experts" in name} == {torch.bfloat16}
     assert logits(half, tokens).isfinite().all()
@@ -630,7 +636,7 @@ def test_a_compressed_mixture_loads_bit_for_bit(kind: str, tokens: torch.Tensor,
     assert f"{before:,} parameters became {count(small):,}" in card and f"{len(stacks)} stacks of experts" in card
     again.save_pretrained(tmp_path / "twice")
     twice = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
-    assert torch.equal(logits(twice, tokens), wanted)
+    assert same(twice, small, tokens)
     materialize(twice).save_pretrained(tmp_path / "dense")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "dense")
     assert not hasattr(config, "quantization_config")
@@ -650,7 +656,7 @@ def test_a_guard_stands_before_random_experts(tokens: torch.Tensor, tmp_path: Pa
     with pytest.raises(RuntimeError, match="mismatch"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(again, tokens), logits(small, tokens))
+    assert same(again, small, tokens)
 
 
 @pytest.mark.parametrize(
