@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from peftx.compression.hooks import Collector
-from peftx.compression.layers import base_layer, target_layers
+from peftx.compression.layers import target_layers
+from peftx.utils import innermost
 
 RESULTS = Path(__file__).parent / "results"
 TRAINING = {
@@ -51,7 +52,7 @@ class FullSquares:
     """The contender: squared gradients of whole weights in fp32, which have to get gradients for it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.weights = [base_layer(layer).weight for layer in target_layers(model).values()]
+        self.weights = [innermost(layer).weight for layer in target_layers(model).values()]
         self.trained = [weight.requires_grad for weight in self.weights]
         self.sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in self.weights]
 

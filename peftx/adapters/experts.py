@@ -329,7 +329,10 @@ def routed(
     """What the experts give, with adapters on their parameters: grouped products over the rows sorted by expert.
 
     Args:
-        experts: the module, with transformers' flags of layout.
+        experts: the module, with transformers' flags of layout. Where it has a method `product` of a parameter's
+            name, rows and their routing, that makes the product without bias, instead of the stack of that name. Where
+            it has an attribute `observe`, that is called with the parameter's name, its rows, what the adapted stack
+            makes of them, their routing, and their tokens.
         contributions: by the parameter's name: those of adapters, with their names.
         hidden_states: (T, hidden).
         top_k_index, top_k_weights: (T, k).
@@ -338,6 +341,7 @@ def routed(
     k = top_k_index.shape[-1]
     chosen, order = top_k_index.flatten().sort()
     routing = Routing.of(chosen, experts.num_experts)
+    product, observe = getattr(experts, "product", None), getattr(experts, "observe", None)
     rows: dict[str, torch.Tensor] = {}
     if names is not None:
         tokens = (order // k).tolist()
@@ -347,7 +351,11 @@ def routed(
 
     def project(name: str, x: torch.Tensor) -> torch.Tensor:
         bias = getattr(experts, f"{name}_bias")[chosen] if experts.has_bias else None
-        result = grouped(x, getattr(experts, name), routing.offsets, bias, experts.is_transposed)
+        if product is None:
+            result = grouped(x, getattr(experts, name), routing.offsets, bias, experts.is_transposed)
+        else:
+            result = product(name, x, routing)
+            result = result if bias is None else result + bias
         x = x.to(result.dtype)
         for adapter_name, contribution in contributions.get(name, ()):
             if names is None:
@@ -355,6 +363,8 @@ def routed(
             elif len(own := rows[adapter_name]):
                 part = Routing.of(chosen[own], experts.num_experts)
                 result = result.index_copy(0, own, contribution(x[own], result[own], part))
+        if observe is not None:
+            observe(name, x, result, routing, order // k)
         return result
 
     gated = getattr(experts, "has_gate", True)  # older transformers have no other experts, and no flags for them

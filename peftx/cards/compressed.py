@@ -100,9 +100,9 @@ def card_of(model: Any, name: str, base_model: str = "") -> str:
         base_model: of the model that was compressed.
     """
     config = model.config.quantization_config
-    layers: list[Any] = [model.get_submodule(name) for name in config.ranks]
     after = sum(parameter.numel() for parameter in model.parameters())
-    less = sum(low.in_features * low.out_features - low.rank * (low.in_features + low.out_features) for low in layers)
+    layers = [_low(model, name) for name in config.ranks]
+    less = sum(_saved(low) for low in layers)
     return page(
         name=name,
         base_model=base_model,
@@ -111,7 +111,21 @@ def card_of(model: Any, name: str, base_model: str = "") -> str:
         method=config.method or "",
         keep=config.keep,
         layers=len(layers),
+        stacks=sum(hasattr(low, "experts") for low in layers),
     )
+
+
+def _low(model: Any, name: str) -> Any:
+    """The factors of a layer, or of a stack of experts, which their module keeps by the name of the parameter."""
+    parent, _, key = name.rpartition(".")
+    experts = model.get_submodule(parent)
+    return experts.factors[key] if hasattr(experts, "factors") else model.get_submodule(name)
+
+
+def _saved(low: Any) -> int:
+    """Entries that factors have less than the dense weights."""
+    one = low.in_features * low.out_features - low.rank * (low.in_features + low.out_features)
+    return getattr(low, "experts", 1) * one
 
 
 def page(
@@ -123,6 +137,7 @@ def page(
     method: str,
     keep: float | None,
     layers: int,
+    stacks: int = 0,
     results: Sequence[str] = (),
     details: str = "",
 ) -> str:
@@ -131,6 +146,7 @@ def page(
     Args:
         loader: the class of transformers that loads it.
         parameters: before and after.
+        layers: that were factorised, of which so many are `stacks` of experts.
         results: paragraphs after the code.
         details: after the method's sentence.
     """
@@ -144,15 +160,16 @@ def page(
     paper = PAPERS.get(method, "")
     cited = f" ([{paper}]({paper.replace('arXiv:', 'https://arxiv.org/abs/')}))" if paper else ""
     share = "" if keep is None else f", keep {keep:g}"
+    counted = f"{layers} layers" + (f" ({stacks} stacks of experts among them)" if stacks else "")
     parts = [
         f"---\n{metadata.to_yaml().rstrip()}\n---",
         f"# {' '.join(name.split())}",
         f"{shown} with its linear layers as products of two thin ones: {before:,} parameters became {after:,} "
         f"({1 - after / before:.1%} fewer).",
         loading(loader, name),
-        "Without `import peftx` loading stops with an error about sizes of `weight`.\n"
+        "Without `import peftx` loading stops with an error about sizes of weights.\n"
         "`peftx.compression.materialize(model)` makes ordinary dense layers again.",
         *results,
-        f"Method: {method or 'not told'}{cited}{share} of {layers} layers{details}.",
+        f"Method: {method or 'not told'}{cited}{share} of {counted}{details}.",
     ]
     return "\n\n".join(parts) + "\n"

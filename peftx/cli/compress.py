@@ -67,7 +67,8 @@ def compress(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
-    """Make a fine-tuned model smaller: linear layers become products of two thin ones, weighted by Fisher information.
+    """Make a fine-tuned model smaller: linear layers become products of two thin ones, weighted by Fisher information;
+    so do the stacked experts of a mixture.
 
     Three numbers are printed and written into the card: dense, compressed, and recovered by fine-tuning. Programs load
     the result with AutoModel*.from_pretrained after `import peftx`.
@@ -157,6 +158,8 @@ def compress(
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
     for table in [report.table()] * layers + [f"| | {metric} |\n| --- | ---: |\n{rows}"]:
         Console().print(Markdown(table))
+    for told in report.told_of_experts() if layers else ():
+        typer.echo(told)
     typer.echo(f"{report.summary()}: {out}")
 
 

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .compress import compress
+from .experts import LowRankExperts
 from .factorize import METHODS, SIDES, Factors, factorize
 from .layers import target_layers
 from .linear import LowRankLinear
@@ -32,6 +33,7 @@ __all__ = [
     "LayerReport",
     "LayerStatistics",
     "LowRankConfig",
+    "LowRankExperts",
     "LowRankLinear",
     "Report",
     "Statistics",

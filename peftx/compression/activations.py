@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..adapters.sites.experts import Routing
 from .batch import Batch
 from .sums import widest
 from .totals import Totals
@@ -41,6 +42,32 @@ class Activations:
         self._seen: Seen | None = None
 
     @torch.no_grad()
+    def add_routed(self, name: str, x: Tensor, routing: Routing, tokens: Tensor, batch: Batch) -> None:
+        """Counts the rows x (T, in) of a stack of experts, each with the token that it is of."""
+        mask = batch.masks["decoder" if name in self.decoding else "encoder"]
+        count = int(tokens.max()) + 1 if len(tokens) else 0
+        chosen = None
+        if mask is not None and mask.numel() == count and not mask.all():
+            chosen, count = mask.reshape(-1).to(tokens.device)[tokens], int(mask.sum())
+        start = 0
+        for expert, end in enumerate(routing.offsets.tolist()):
+            rows = x[start:end] if chosen is None else x[start:end][chosen[start:end]]
+            start = end
+            for part, found in self._sums(rows).items():
+                self.totals.add_expert(name, part, expert, found)
+        self.totals.positions[name] += count
+
+    def _sums(self, rows: Tensor) -> dict[str, Tensor]:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        sums = {}
+        if "abs_mean" in self.totals.fields:
+            sums["abs_mean"] = rows.abs().sum(0, dtype=widest(rows.device))
+        if "gram" in self.totals.fields:
+            with torch.autocast(rows.device.type, enabled=False):
+                sums["gram"] = rows.T @ rows
+        return sums
+
+    @torch.no_grad()
     def add(self, name: str, x: Tensor, batch: Batch) -> None:
         crossed = batch.encoded is not None and x.data_ptr() == batch.encoded.data_ptr()
         side = "decoder" if name in self.decoding and not crossed else "encoder"
@@ -48,17 +75,11 @@ class Activations:
             self._seen.names.append(name)
             return
         self.settle()
-        rows = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
         mask = batch.masks[side]
         if mask is not None and mask.numel() == len(rows) and not mask.all():
             rows = rows[mask.reshape(-1)]
-        sums = {}
-        if "abs_mean" in self.totals.fields:
-            sums["abs_mean"] = rows.abs().sum(0, dtype=widest(x.device))
-        if "gram" in self.totals.fields:
-            with torch.autocast(x.device.type, enabled=False):
-                sums["gram"] = rows.T @ rows
-        self._seen = Seen(x, x._version, side, len(rows), sums, [name])
+        self._seen = Seen(x, x._version, side, len(rows), self._sums(rows), [name])
 
     def settle(self) -> None:
         """Counts the last input, when it is known which layers were given it."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..utils import IGNORE, is_packed
+from ..utils import IGNORE, base_of, is_packed
 
 
 @dataclass(eq=False)
@@ -95,8 +95,21 @@ class Batch:
                 return [part.reshape(self.rows, -1, part.shape[-1])]
             if part.ndim == 2 and len(part) in {self.rows * length for length in (1, *self.lengths)}:
                 return [part.reshape(self.rows, -1, part.shape[-1])]
-        raise ValueError(
-            f"{name} takes activations {tuple(part.shape)} in a batch of {self.sequences} samples, and nothing tells "
+        raise self._mixed(name, part.shape)
+
+    def samples_of(self, tokens: Tensor, name: str) -> Tensor:
+        """The sample of each of these tokens, counted through the batch; all of its tokens are among them."""
+        count = int(tokens.max()) + 1 if len(tokens) else 0
+        if self.segments is not None and count == self.segments.numel():
+            return self.segments.reshape(-1).to(tokens.device)[tokens]
+        length, rest = divmod(count, self.rows)
+        if self.segments is None and not rest and (self.rows == 1 or length in {0, 1, *self.lengths}):
+            return tokens // max(1, length)
+        raise self._mixed(name, (count,))
+
+    def _mixed(self, name: str, shape: Sequence[int]) -> ValueError:
+        return ValueError(
+            f"{name} takes activations {tuple(shape)} in a batch of {self.sequences} samples, and nothing tells "
             "which belong to which: use estimator='per_batch', or batches of 1, or leave it out with exclude_modules"
         )
 
@@ -125,6 +138,22 @@ def segments_of(inputs: Mapping[str, Any], first: Tensor) -> Tensor | None:
     else:
         return None
     return starts.view(-1).cumsum(0).view(shape) - 1
+
+
+def check_packed(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: nothing keeps the attention of transformers from going across the samples of a row.
+    """
+    config: Any = getattr(base_of(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cached = inputs.get("use_cache")
+    cached = getattr(text, "use_cache", True) if cached is None else cached
+    flash = "flash" in str(getattr(config, "_attn_implementation", ""))
+    if inputs.get("attention_mask") is not None or (cached and not flash):
+        raise ValueError(
+            "the rows of the batch are not the samples (packing, or padding_free), and attend to one another: "
+            "pass use_cache=False and no attention_mask, or use estimator='per_batch'"
+        )
 
 
 class Keep(torch.autograd.Function):

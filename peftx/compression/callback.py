@@ -16,8 +16,9 @@ from ..files import LIST, check_free, written
 from ..utils import columns_of, trainer_above
 from .checks import SEEDS, check_choice, check_count, check_file_name, check_modules, check_whole
 from .collection import SAMPLES, chosen, gather
-from .hooks import Collector, check_settings
+from .hooks import Collector
 from .layers import target_layers
+from .settings import check_settings
 from .statistics import FILE_NAME, Statistics
 from .trainers import check_head, check_own_loss, check_trainer
 
@@ -46,6 +47,9 @@ class FisherCallback(TrainerCallback):
     first one, so that what cannot be collected on is found before hours of training. What is trained is the same, bit
     for bit. In DDP every process collects on its share, and sums are added at the end.
 
+    Of fused experts of a mixture each is a layer, of the tokens that are routed to it. While the hooks are on they are
+    computed by grouped products, transformers' default; with another `experts_implementation` they round otherwise.
+
     `callback.statistics` is there when training has ended, and so is the file in `output_dir`. If they cannot be made
     then, an error is logged and they are None: the trained model is not lost to it.
 
@@ -55,8 +59,8 @@ class FisherCallback(TrainerCallback):
 
     Sums are not part of checkpoints: a run that is resumed inside the steps that count starts them anew, and says so.
 
-    Memory: one vector a layer and side. In the steps that count, frozen layers hold their inputs until the backward
-    pass, which plain frozen layers need not do (an adapter's do anyway).
+    Memory: one vector a layer, or expert, and side. In the steps that count, frozen layers hold their inputs until the
+    backward pass, which plain frozen layers need not do (an adapter's do anyway).
 
     Args:
         estimator: `"per_batch"` squares the gradient of a micro-batch, packed or not. Where a weight trains, it reads

@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from ..utils import IGNORE, is_packed, is_stream, undisturbed
 from .checks import SEEDS, check_callable, check_count, check_flag, check_modules, check_whole
-from .hooks import Collector, check_settings
+from .hooks import Collector
 from .layers import target_layers
+from .settings import check_settings
 from .statistics import Statistics
 
 SAMPLES = 1024  # enough for row sums, which are means over many entries
@@ -34,7 +35,8 @@ def collect(
     seed: int = 0,
     progress: bool = False,
 ) -> Statistics:
-    """Statistics of the linear layers of `model` as it is, in eval mode; nothing about the model is changed.
+    """Statistics of the linear layers of `model` as it is, in eval mode; nothing about the model is changed. Of fused
+    experts of a mixture each is a layer, of the tokens that are routed to it (`LayerStatistics`).
 
     For `"fisher"` every batch goes forward and backward, through the model's own loss, and weights get no gradient: it
     may be frozen or adapted, and existing `.grad` stays. The loss of a sample is the sum over its supervised tokens
@@ -48,7 +50,8 @@ def collect(
         collator: makes a batch, with `labels` for `"fisher"`, from a list of samples. Default: transformers'
             `default_data_collator`.
         what: of `"fisher"` (or `"fisher_in"`, `"fisher_out"` for one side), `"abs"` (mean |x|, ASVD, arXiv:2312.05821)
-            and `"gram"` (mean x x^T, SVD-LLM, arXiv:2403.07378; as large as a square weight each).
+            and `"gram"` (mean x x^T, SVD-LLM, arXiv:2403.07378; as large as a square weight each, and of a stack of
+            experts one for each of them).
         estimator: `"per_sample"`, the definition: squares of each sample's gradient; or `"per_batch"`: of the whole
             batch's, divided by its samples, which is the same in expectation where the mean gradient is 0.
         directions: estimate each sum of squares from so many random combinations; see `Collector`.

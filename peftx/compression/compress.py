@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,24 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..cards.compressed import keep_card
-from ..utils import innermost
+from ..utils import base_of, innermost
 from .checks import check_choice, check_flag, check_folder, check_number, check_whole, shown
-from .factorize import METHODS, SIDES, Factors, Weighting, needs_no_factor, parts_for, scale_for, solve, weighting_for
-from .layers import shape_of, target_layers
+from .experts import LowRankExperts, LowRankStack, put_thin
+from .factorize import METHODS, SIDES, Factors, solve
+from .layers import layers_in, shape_of, target_layers
 from .linear import LowRankLinear
 from .loader import LowRankConfig
-from .ranks import allocate, largest, rank_for, saves
+from .ranks import allocate, largest, price_of, rank_for, saves
 from .report import LayerReport, Report
 from .shelf import Shelf, shelf
+from .stacks import Layer, Stack, called, other_stacks
 from .statistics import Statistics
+from .weightings import Piece, Weightings, naming, pieces_of
 
 logger = logging.get_logger(__name__)
 
 ALLOCATIONS = ("uniform", "global")
+UNDECORATED = "experts that transformers does not decorate by `use_experts_implementation`"
 
 
 def compress(
@@ -50,15 +53,19 @@ def compress(
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> tuple[Any, Report]:
-    """Replaces linear layers of a trained model by products of two thin ones, in place.
+    """Replaces linear layers of a trained model by products of two thin ones, in place; of a mixture also the stacks of
+    its experts, each by two thin stacks, which all experts of the stack have in one rank.
 
     Adapters are merged first, as by `merge_and_unload`: a `PeftModel` is used up, go on with the model returned. The
     factors are trainable; what an adapter's training has frozen beside them stays frozen. Everything is checked and
     computed before a layer is replaced, so an error or an interruption leaves the model as it was (at worst merged,
     where a merged weight is not finite).
 
-    Memory beside the model: one layer's work. Finished factors wait in files, and then replace the weights layer by
-    layer, each of which is freed before the next one is read.
+    Memory beside the model: one layer's work, and of a stack one expert's. Finished factors wait in files, and then
+    replace the weights layer by layer, each of which is freed before the next one is read.
+
+    An expert that no token of the statistics reached is decomposed by the mean of the sums over those of its stack that
+    have some; `LayerReport.unseen` has the numbers of such experts.
 
     Args:
         model: a transformers model or `PeftModel` around one (or any module, without `from_pretrained`); whole, in
@@ -73,7 +80,8 @@ def compress(
             in. That decomposes whole layers exactly.
         side: fwsvd's importances, of inputs ("in", as we recall the paper's), outputs ("out") or "both".
         alpha: asvd's exponent, default 0.5, as we recall the paper's.
-        target_modules, exclude_modules: names or a regex, as in PEFT; default: all linear layers of the blocks.
+        target_modules, exclude_modules: names or a regex, as in PEFT; default: all linear layers of the blocks, and
+            all stacks of experts (`target_layers`).
         randomized: decompose by random projections, see `factorize`; an error about one per cent above the least one.
             Default: for more than 2^22 entries where it takes less than half the operations, as for a square layer
             that keeps a third of its rank. False: never.
@@ -99,121 +107,92 @@ def compress(
     if statistics is not None and not isinstance(statistics, Statistics):
         raise ValueError(f"statistics must be Statistics, as of Statistics.load(path), got {type(statistics).__name__}")
     base = _bare(model)
-    chosen, skipped = _choose(model, base, keep, target_modules, exclude_modules)
+    chosen, skipped = _choose(model, keep, target_modules, exclude_modules)
     if statistics is not None:
         statistics.check(model)
     elif method != "svd":
         raise ValueError(f"{method} needs statistics: peftx.compression.collect(model, ...), or a FisherCallback")
-    shapes = {name: shape_of(base.get_submodule(name)) for name in chosen}
+    layers = layers_in(base)
+    shapes = {name: shape_of(layers[name]) for name in chosen}
     how: dict[str, Any] = {"side": side, "alpha": float(alpha)}
     weightings = Weightings(method, statistics, shapes, how)
     for name in chosen:
-        weightings.check(name)
-        if not all(bool(p.isfinite().all()) for p in base.get_submodule(name).parameters()):
+        for piece in pieces_of(name, shapes[name]):
+            weightings.check(piece)
+        if not all(bool(part.isfinite().all()) for part in _tensors(layers[name])):
             raise ValueError(f"{name}: its weight has NaN or infinity")
 
     if isinstance(model, PeftModel):
         base = model.merge_and_unload(progressbar=False, safe_merge=True)
+    layers = {name: layer for name, layer in layers_in(base).items() if name in shapes}
     before, spread = count(base), allocation == "global"
-    found = {name: largest(*shape) if spread else rank_for(keep, *shape) for name, shape in shapes.items()}
+    found = {name: largest(*shape[-2:]) if spread else rank_for(keep, *shape[-2:]) for name, shape in shapes.items()}
     exact = False if spread else randomized
-    with shelf(folder, sum(_bytes(base, name, rank) for name, rank in found.items())) as done:
+    with shelf(folder, sum(_bytes(layers[name], rank) for name, rank in found.items())) as done:
         with _bar(shapes, method, progress) as bar:
             for name, rank in found.items():
-                _finish(base.get_submodule(name), name, rank, weightings, done, randomized=exact)
-                bar.update(math.prod(shapes[name]))
+                for piece in pieces_of(name, shapes[name]):
+                    weight = _weight(layers[name], piece.expert)
+                    _finish(weight, piece, rank, weightings, done, randomized=exact)
+                    bar.update(weight.numel())
         ranks: dict[str, int | None] = dict(found)
         if spread:
-            budget = sum(rank_for(keep, *shape) * sum(shape) for shape in shapes.values())
-            worth = {name: done.values(name).square() * weightings.scale(name) for name in chosen}
+            budget = sum(rank_for(keep, *shape[-2:]) * price_of(shape) for shape in shapes.values())
+            worth = {name: _worth(pieces_of(name, shape), weightings, done) for name, shape in shapes.items()}
             ranks = allocate(worth, shapes, budget)
-        rows = _replace(base, ranks, shapes, done)
+        del layers, weight  # or a replaced weight would stay
+        rows = _replace(base, ranks, weightings, done)
     if (config := _config(base)) is not None:
         kept = {name: rank for name, rank in ranks.items() if rank is not None}
         config.quantization_config = LowRankConfig(kept, method, keep)
         keep_card(base, str(getattr(config, "_name_or_path", "")))
     _log(skipped)
     report = Report(method, keep, allocation, rows, (before, count(base)), skipped)
+    if lacking := sum(len(row.unseen) for row in rows.values()):
+        logger.warning(
+            f"{lacking} experts got no token in the statistics, and are decomposed by the mean of the others of their "
+            "stack: print(report) has their numbers"
+        )
     logger.info(report.summary())
     return base, report
 
 
-class Weightings:
-    """The weighting of each layer, the last one kept: layers that stand side by side share a Gram matrix.
-
-    Args:
-        shapes: (out, in) of each layer.
-        how: `side` and `alpha`.
-    """
-
-    def __init__(
-        self,
-        method: str,
-        statistics: Statistics | None,
-        shapes: Mapping[str, tuple[int, int]],
-        how: Mapping[str, Any],
-    ) -> None:
-        self.method, self.statistics, self.shapes, self.how = method, statistics, shapes, how
-        self._last: tuple[Tensor | None, torch.device | None, Weighting] = (None, None, Weighting())
-
-    def check(self, name: str) -> dict[str, Tensor]:
-        """What the layer's weighting is made of.
-
-        Raises:
-            ValueError: it is missing or unusable.
-        """
-        known = None if self.statistics is None else self.statistics.get(name)
-        if known is None and self.method != "svd":
-            raise ValueError(f"{name}: no statistics for this layer; collect them with the same target_modules")
-        with _naming(name):
-            return parts_for(self.method, known, self.shapes[name], **self.how)
-
-    def of(self, name: str, device: torch.device, randomized: bool | None) -> Weighting:
-        known = None if self.statistics is None else self.statistics.get(name)
-        gram = None if known is None or self.method != "svd-llm" else known.gram
-        if gram is not None and needs_no_factor(self.shapes[name], randomized):
-            with _naming(name):
-                return weighting_for(self.method, known, self.shapes[name], **self.how, factored=False)
-        if gram is not None and self._last[0] is gram and self._last[1] == device:
-            made = self._last[2]
-        else:
-            self._last = (None, None, Weighting())
-            with _naming(name):
-                made = weighting_for(self.method, known, self.shapes[name], **self.how, device=device)
-            if gram is not None:
-                self._last = (gram, device, made)
-        return made
-
-    def scale(self, name: str) -> float:
-        """What squared singular values of the layer are multiplied by to be comparable."""
-        known = None if self.statistics is None else self.statistics.get(name)
-        return scale_for(self.method, known, self.shapes[name], **self.how)
-
-
-def _finish(layer: Any, name: str, rank: int, weightings: Weightings, done: Shelf, *, randomized: bool | None) -> None:
-    """Makes the factors of a layer, unless they are there."""
-    weight = _weight(layer)
+def _finish(
+    weight: Tensor, piece: Piece, rank: int, weightings: Weightings, done: Shelf, *, randomized: bool | None
+) -> None:
+    """Makes the factors of a weight (out, in), unless they are there."""
+    name = piece.name
     facts = {"method": weightings.method, **weightings.how, "rank": rank, "randomized": randomized, "layer": name}
-    origin = done.made_of(weight, facts, weightings.check(name).values() if done.kept else ())
+    origin = done.made_of(weight, facts, weightings.check(piece).values() if done.kept else ())
     if not done.holds(name, rank, origin):
         device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-        weights = weightings.of(name, device, randomized)
-        with _naming(name):
+        weights = weightings.of(piece, device, randomized)
+        with naming(name):
             done.put(name, solve(weight, rank, weights, randomized=randomized), origin)
 
 
+def _worth(pieces: Sequence[Piece], weightings: Weightings, done: Shelf) -> Tensor:
+    """Of each direction of a layer, or of all experts of a stack together."""
+    first, *others = (done.values(piece.name).square() * weightings.scale(piece) for piece in pieces)
+    return sum(others, first)
+
+
 def _replace(
-    base: nn.Module, ranks: Mapping[str, int | None], shapes: Mapping[str, tuple[int, int]], done: Shelf
+    base: nn.Module, ranks: Mapping[str, int | None], weightings: Weightings, done: Shelf
 ) -> dict[str, LayerReport]:
     """Puts the factors of these ranks in the places of the layers, one after the other."""
     rows: dict[str, LayerReport] = {}
     made = 0
     for name, rank in ranks.items():
-        error = 0.0
+        error, shape = 0.0, weightings.shapes[name]
         if rank is not None:
             try:
-                factors = done.get(name).at(rank)
-                low, error = _layer(base.get_submodule(name), factors), factors.error
+                if len(shape) > 2:
+                    error = _thin(base, name, rank, weightings, done)
+                else:
+                    factors = done.get(name).at(rank)
+                    low, error = _layer(base.get_submodule(name), factors), factors.error
+                    base.set_submodule(name, low)
             except BaseException:
                 if made:
                     logger.error(
@@ -221,20 +200,48 @@ def _replace(
                         "again (finished layers that a folder= holds need not be made again)"
                     )
                 raise
-            base.set_submodule(name, low)
             made += 1
-        rows[name] = LayerReport(shapes[name], rank, error)
+        rows[name] = LayerReport(shape, rank, error, () if rank is None else weightings.unseen(name))
     return rows
 
 
-def _bar(shapes: Mapping[str, tuple[int, int]], method: str, progress: bool) -> Any:
+@torch.no_grad()
+def _thin(base: nn.Module, name: str, rank: int, weightings: Weightings, done: Shelf) -> float:
+    """Puts factors in the place of a stack of experts, and gives the error of all of them together."""
+    parent, _, key = name.rpartition(".")
+    low = LowRankStack.like(Stack(base.get_submodule(parent), key), rank)
+    lost = energy = 0.0
+    for piece in pieces_of(name, weightings.shapes[name]):
+        factors, scale = done.get(piece.name).at(rank), weightings.scale(piece)
+        low.down[piece.expert].copy_(factors.down)
+        low.up[piece.expert].copy_(factors.up.T)
+        lost, energy = lost + scale * factors.error**2 * factors.energy, energy + scale * factors.energy
+    put_thin(base, name, low)
+    return math.sqrt(lost / energy) if energy else 0.0
+
+
+def _bar(shapes: Mapping[str, tuple[int, ...]], method: str, progress: bool) -> Any:
     entries = sum(math.prod(shape) for shape in shapes.values())
     return tqdm(total=entries, desc=method, unit=" entries", unit_scale=True, disable=not progress)
 
 
-def _bytes(base: nn.Module, name: str, rank: int) -> int:
-    layer: Any = base.get_submodule(name)
-    return rank * sum(shape_of(layer)) * layer.weight.itemsize + 2**12
+def _tensors(layer: Layer) -> list[Tensor]:
+    if isinstance(layer, Stack):
+        bias = getattr(layer.base, f"{layer.name}_bias", None)
+        return [layer.parameter] if bias is None else [layer.parameter, bias]
+    return list(layer.parameters())
+
+
+def _weight(layer: Any, expert: int | None) -> Tensor:
+    """(out, in)."""
+    if isinstance(layer, Stack):
+        return layer.weight()[expert]
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def _bytes(layer: Layer, rank: int) -> int:
+    shape = shape_of(layer)
+    return rank * price_of(shape) * _tensors(layer)[0].itemsize + 2**12 * math.prod(shape[:-2])
 
 
 @torch.no_grad()
@@ -292,7 +299,8 @@ def _bare(model: nn.Module) -> nn.Module:
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError("the model has adapters outside a PeftModel: merge or remove them first")
     config = getattr(_config(base), "quantization_config", None)
-    if isinstance(config, LowRankConfig) or any(isinstance(module, LowRankLinear) for module in base.modules()):
+    low = LowRankLinear | LowRankExperts
+    if isinstance(config, LowRankConfig) or any(isinstance(module, low) for module in base.modules()):
         raise ValueError("the model is compressed already: peftx.compression.materialize(model) makes it dense again")
     if config is not None:
         raise ValueError(
@@ -302,24 +310,26 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _choose(
-    model: nn.Module, base: nn.Module, keep: float, target_modules: Any, exclude_modules: Any
+    model: nn.Module, keep: float, target_modules: Any, exclude_modules: Any
 ) -> tuple[list[str], dict[str, str]]:
     """Layers that become smaller, and why the other targets do not.
 
     Raises:
         ValueError: a layer is quantised; none becomes smaller.
     """
-    chosen, skipped = [], {}
-    for name in target_layers(model, target_modules, exclude_modules):
-        layer = innermost(base.get_submodule(name))
-        weight = getattr(layer, "weight", None)
+    chosen: list[str] = []
+    skipped = {} if target_modules else dict.fromkeys(other_stacks(base_of(model)), UNDECORATED)
+    for name, target in target_layers(model, target_modules, exclude_modules).items():
+        layer = innermost(called(target))
+        shape = shape_of(target)[-2:]
+        weight = target.parameter if isinstance(target, Stack) else getattr(layer, "weight", None)
         if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(
                 f"{name} is quantised ({type(layer).__name__}): load the model without quantization and compress that"
             )
-        if type(layer) not in (nn.Linear, Conv1D):
+        if not isinstance(target, Stack) and type(layer) not in (nn.Linear, Conv1D):
             skipped[name] = f"a {type(layer).__name__} is no plain Linear"
-        elif not saves(rank_for(keep, *shape_of(layer)), *shape_of(layer)):
+        elif not saves(rank_for(keep, *shape), *shape):
             skipped[name] = "too small to gain"
         else:
             chosen.append(name)
@@ -327,17 +337,3 @@ def _choose(
         why = f": {'; '.join(f'{name}: {why}' for name, why in list(skipped.items())[:3])}" if skipped else ""
         raise ValueError(f"no layer can be made smaller{why or ': no linear layer was targeted'}")
     return chosen, skipped
-
-
-def _weight(layer: Any) -> torch.Tensor:
-    """(out, in)."""
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Puts the layer's name before an error about it."""
-    try:
-        yield
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        raise ValueError(f"{name}: {error}") from None

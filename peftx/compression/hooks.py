@@ -5,7 +5,7 @@ backward pass, whether or not W trains, so the row sums of G_n^2 need neither `.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.sites.experts import Routing
 from ..losses import shifts_labels
 from ..utils import base_of, innermost
 from .activations import Activations
-from .batch import Batch, Keep, divisor_of, scale_of
-from .checks import check_choice, check_count, shown
+from .batch import Batch, Keep, check_packed, divisor_of, scale_of
 from .layers import describe
-from .statistics import ESTIMATORS, Statistics
-from .sums import BLOCK, FISHER, add_squares, exact_zeros, square_sums
+from .routed import Observed, squares_by_expert
+from .settings import check_settings
+from .stacks import Layer, Stack, called
+from .statistics import Statistics
+from .sums import FISHER, square_sums, weight_squares
 from .totals import Totals
-
-WHAT: dict[str, tuple[str, ...]] = {"fisher": FISHER, "abs": ("abs_mean",), "gram": ("gram",)}
 
 
 class Collector:
@@ -38,7 +39,8 @@ class Collector:
     Scales are undone: a mean over tokens or samples, gradient accumulation, loss scaling of fp16, DDP. For that the
     loss must be the model's own, `outputs.loss`, and inputs must be passed by name. With `"fisher"` a forward pass
     without gradients does not count. Gradient checkpointing of both kinds, autocast and layers that a forward pass
-    calls several times are exact.
+    calls several times are exact. Of a stack of experts each expert is a layer, of the tokens that are routed to it;
+    while the hooks are on, its products are grouped as transformers' `grouped_mm` does (see `Observed`).
 
     Args:
         model: plain, not wrapped by DDP; the one that is called.
@@ -59,7 +61,7 @@ class Collector:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
         *,
         what: Sequence[str] = ("fisher",),
         estimator: str = "per_sample",
@@ -71,6 +73,7 @@ class Collector:
         self.model, self.layers, self.estimator = model, dict(layers), estimator
         self.directions, self.strict = directions, strict
         self.sides = tuple(side for side in FISHER if side in self.fields)
+        self._looks = not {"abs_mean", "gram"}.isdisjoint(self.fields)
         self.totals = Totals(self.layers, self.fields)
         self._generator = torch.Generator().manual_seed(seed)
         self._handles: list[Any] = []
@@ -83,7 +86,7 @@ class Collector:
         self._shifts = shifts_labels(model)
         self._decoder = base.get_decoder() if paired and hasattr(base, "get_decoder") else None
         inside = set(self._decoder.modules()) if self._decoder is not None else set()
-        decoding = {name for name, layer in self.layers.items() if layer in inside}
+        decoding = {name for name, layer in self.layers.items() if called(layer) in inside}
         self._activations = Activations(self.totals, decoding)
         self._honours: bool | None = None  # whether the model divides its loss by `num_items_in_batch`
 
@@ -101,16 +104,22 @@ class Collector:
         if self._decoder is not None:
             self._handles.append(self._decoder.register_forward_pre_hook(self._encoded, **by_name))
         for name, layer in self.layers.items():
-            weight: Any = getattr(layer, "weight", None)
+            module = called(layer)
+            weight: Any = layer.parameter if isinstance(layer, Stack) else getattr(layer, "weight", None)
             # A weight that trains gets the gradient of the batch anyway.
-            if self.sides and self.estimator == "per_batch" and layer is innermost(layer) and weight.requires_grad:
+            if self.sides and self.estimator == "per_batch" and module is innermost(module) and weight.requires_grad:
                 self._handles.append(weight.register_hook(partial(self._weight_gradient, name)))
                 tapped = False
             else:
                 tapped = bool(self.sides)
-            if tapped and not any(parameter.requires_grad for parameter in layer.parameters()):
-                self._handles.append(layer.register_forward_pre_hook(self._require_gradient, **by_name))
-            self._handles.append(layer.register_forward_hook(partial(self._forward, name, tapped), **by_name))
+            if tapped and not any(parameter.requires_grad for parameter in module.parameters()):
+                self._handles.append(module.register_forward_pre_hook(self._require_gradient, **by_name))
+            if not isinstance(layer, Stack):
+                self._handles.append(module.register_forward_hook(partial(self._forward, name, tapped), **by_name))
+            elif tapped or self._looks:
+                self._handles.append(Observed(layer.base, partial(self._routed, name, layer.name, tapped)))
+            else:
+                self._handles.append(module.register_forward_hook(partial(self._count_call, name)))
         return self
 
     def detach(self) -> None:
@@ -144,22 +153,7 @@ class Collector:
         self._forwarding = counts
         batch = self._current
         if batch and batch.segments is not None and self.estimator == "per_sample" and self.sides:
-            self._check_packed(inputs)
-
-    def _check_packed(self, inputs: Mapping[str, Any]) -> None:
-        """Raises:
-        ValueError: nothing keeps the attention of transformers from going across the samples of a row.
-        """
-        config: Any = getattr(base_of(self.model), "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        cached = inputs.get("use_cache")
-        cached = getattr(text, "use_cache", True) if cached is None else cached
-        flash = "flash" in str(getattr(config, "_attn_implementation", ""))
-        if inputs.get("attention_mask") is not None or (cached and not flash):
-            raise ValueError(
-                "the rows of the batch are not the samples (packing, or padding_free), and attend to one another: "
-                "pass use_cache=False and no attention_mask, or use estimator='per_batch'"
-            )
+            check_packed(self.model, inputs)
 
     def _after(self, model: nn.Module, args: tuple, inputs: dict[str, Any], outputs: Any) -> None:
         self._forwarding, batch = False, self._current
@@ -209,12 +203,36 @@ class Collector:
         x = input_of(args, inputs).detach()
         if self._forwarding:  # not when checkpointing does it again
             batch.calls[name] += 1
-            if "abs_mean" in self.fields or "gram" in self.fields:
+            if self._looks:
                 self._activations.add(name, x, batch)
         if tapped and out.requires_grad:
-            # The reason for `Keep`: a closure would hold x against checkpointing's will.
-            kept = [Keep.apply(x, torch.zeros((), device=x.device, requires_grad=True))]
-            out.register_hook(partial(self._gradient, name, batch, kept))
+            self._tap(name, batch, x, out)
+
+    def _count_call(self, name: str, *_: Any) -> None:
+        if self._current is not None and self._forwarding:
+            self._current.calls[name] += 1
+
+    def _routed(
+        self, name: str, key: str, tapped: bool, which: str, x: Tensor, out: Tensor, routing: Routing, tokens: Tensor
+    ) -> None:
+        """Sees what each stack of some experts is given and gives, of which the stack `key` counts here."""
+        batch = self._current
+        if batch is None or which != key:
+            return
+        x = x.detach()
+        if self._forwarding:
+            batch.calls[name] += 1
+            if self._looks:
+                self._activations.add_routed(name, x, routing, tokens, batch)
+        if tapped and out.requires_grad:
+            apart = self.estimator == "per_sample"
+            samples = batch.samples_of(tokens, name) if apart else torch.zeros_like(tokens)
+            self._tap(name, batch, x, out, routing.experts, samples)
+
+    def _tap(self, name: str, batch: Batch, x: Tensor, out: Tensor, *where: Tensor) -> None:
+        # The reason for `Keep`: a closure would hold x against checkpointing's will.
+        kept = [Keep.apply(x, torch.zeros((), device=x.device, requires_grad=True))]
+        out.register_hook(partial(self._gradient, name, batch, kept, where))
 
     # Backward
 
@@ -228,15 +246,15 @@ class Collector:
         batch.scale, self._current = scale_of(gradient, mask), batch
 
     @torch.no_grad()
-    def _gradient(self, name: str, batch: Batch, kept: list[Tensor], g: Tensor) -> None:
+    def _gradient(self, name: str, batch: Batch, kept: list[Tensor], where: tuple[Tensor, ...], g: Tensor) -> None:
         if not kept:
             return  # the graph was kept, and goes backward again
         x = kept.pop().grad_fn.saved_tensors[0]  # type: ignore[union-attr]
         if batch.calls[name] == 1:
-            self._square(name, batch, [(x, g)])
+            self._square(name, batch, [(x, g, *where)])
         else:
             parts = batch.parts.setdefault(name, [])
-            parts.append((x, g))
+            parts.append((x, g, *where))
             if len(parts) == batch.calls[name]:
                 self._square(name, batch, batch.parts.pop(name))
 
@@ -250,9 +268,12 @@ class Collector:
         else:  # re-entrant checkpointing gives the calls one by one
             batch.parts[name] = [sum(batch.parts.get(name, ())) + gradient]
 
-    def _square(self, name: str, batch: Batch, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _square(self, name: str, batch: Batch, parts: Sequence[tuple[Tensor, ...]]) -> None:
         """Squares what the calls of a layer add up to: gradients of one sample are summed before."""
         with torch.autocast(parts[0][0].device.type, enabled=False):
+            if isinstance(stack := self.layers[name], Stack):
+                self._store(name, batch, self._squares_of_experts(stack, batch, parts))
+                return
             sides = []
             for part in parts:
                 exact = torch.promote_types(torch.promote_types(part[0].dtype, part[1].dtype), torch.float32)
@@ -268,24 +289,39 @@ class Collector:
                     sums[side] = sums[side] + found if side in sums else found
         self._store(name, batch, sums)
 
+    def _squares_of_experts(self, stack: Stack, batch: Batch, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        x, g, experts, samples = (torch.cat(side) if len(parts) > 1 else side[0] for side in zip(*parts, strict=True))
+        exact = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
+        x, g, where = x.to(exact), g.to(exact), (experts, samples, stack.experts)
+        if self.directions is None:
+            return squares_by_expert(x, g, *where, self.sides)
+        return {
+            side: squares_by_expert(here, mixed, *where, ("fisher_in",), 2**20)["fisher_in"]
+            for side, here, mixed in self._mixed(batch, x, g)
+        }
+
     def _squares(self, batch: Batch, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         if self.directions is None:
             return square_sums(x, g, self.sides)
-        found = {}
+        return {
+            side: square_sums(here, mixed, ("fisher_in",), block=2**20)["fisher_in"]
+            for side, here, mixed in self._mixed(batch, x, g)
+        }
+
+    def _mixed(self, batch: Batch, x: Tensor, g: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each side, and random combinations of the other one."""
         for side, (here, other) in {"fisher_in": (x, g), "fisher_out": (g, x)}.items():
             if side in self.sides:
-                mixed = other @ self._signs(batch, other)
-                found[side] = square_sums(here, mixed, ["fisher_in"], block=2**20)["fisher_in"]
-        return found
+                yield side, here, other @ self._signs(batch, other)
 
     def _square_weight(self, name: str, batch: Batch, parts: Sequence[Tensor]) -> None:
         (gradient,) = parts
-        rows = gradient.T if isinstance(innermost(self.layers[name]), Conv1D) else gradient
-        sums = {"fisher_in": exact_zeros(rows.shape[1], rows.device), "fisher_out": exact_zeros(len(rows), rows.device)}
-        step = max(1, BLOCK.get(rows.device.type, BLOCK["cuda"]) // rows.shape[1])
-        exact = torch.promote_types(rows.dtype, torch.float32)
-        for start in range(0, len(rows), step):
-            add_squares(sums, rows[start : start + step].to(exact, copy=True), start, self.sides)
+        layer = self.layers[name]
+        if isinstance(layer, Stack):
+            found = [weight_squares(one, self.sides) for one in layer.laid_out(gradient)]
+            sums = {side: torch.stack([one[side] for one in found]) for side in self.sides}
+        else:
+            sums = weight_squares(gradient.T if isinstance(innermost(layer), Conv1D) else gradient, self.sides)
         self._store(name, batch, sums)
 
     def _store(self, name: str, batch: Batch, sums: Mapping[str, Tensor]) -> None:
@@ -350,25 +386,6 @@ class Collector:
     def statistics(self) -> Statistics:
         """See `Totals.statistics`."""
         return self.totals.statistics(self.model, self.estimator)
-
-
-def check_settings(what: Iterable[str], estimator: str, directions: int | None = None) -> tuple[str, ...]:
-    """The fields of `LayerStatistics` that `what` asks for.
-
-    Raises:
-        ValueError: unknown, or nothing.
-    """
-    known = WHAT | {side: (side,) for side in FISHER}
-    if not isinstance(what, str | Iterable) or isinstance(what, bytes | Mapping):
-        raise ValueError(f"what must be some of {', '.join(known)}, got {shown(what)}")
-    asked = [what] if isinstance(what, str) else list(what)
-    if unknown := [name for name in asked if not isinstance(name, str) or name not in known]:
-        raise ValueError(f"what={shown(unknown[0])} cannot be collected: one of {', '.join(known)}")
-    if not asked:
-        raise ValueError(f"what= says what to collect: some of {', '.join(known)}")
-    check_choice("estimator", estimator, ESTIMATORS)
-    check_count("directions", directions, none=True)
-    return tuple(dict.fromkeys(part for name in asked for part in known[name]))
 
 
 def input_of(args: tuple, inputs: Mapping[str, Any]) -> Tensor:

@@ -21,7 +21,10 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..cards.compressed import QUANT_METHOD, keep_card
+from .experts import LowRankExperts, LowRankStack, put_thin
+from .layers import layers_in
 from .linear import LowRankLinear, shape_of
+from .stacks import Stack, stacks_in
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +83,10 @@ class LowRankQuantizer(HfQuantizer):
         ranks = ranks_in(model, self.quantization_config.ranks)
         layers = {name: layer_of(model, name, rank) for name, rank in ranks.items()}
         for name, layer in layers.items():
-            model.set_submodule(name, LowRankLinear.like(layer, ranks[name]))
+            if isinstance(layer, Stack):
+                put_thin(model, name, LowRankStack.like(layer, ranks[name]))
+            else:
+                model.set_submodule(name, LowRankLinear.like(layer, ranks[name]))
         self.quantization_config.ranks = ranks  # the names of this class, which save_pretrained writes again
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -114,6 +120,9 @@ def _mismatched(model: PreTrainedModel) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
             yield f"the checkpoint's {name}.weight has the sizes {tuple(module.weight.shape)}"
+        for part, shape in module.sizes().items() if isinstance(module, LowRankStack) else ():
+            if (found := getattr(module, part).shape) != shape:
+                yield f"the checkpoint's {name}.{part} has the sizes {tuple(found)}"
 
 
 def _not_loaded(model: PreTrainedModel) -> Iterator[str]:
@@ -122,7 +131,7 @@ def _not_loaded(model: PreTrainedModel) -> Iterator[str]:
     if not any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors.values()):
         return  # this release keeps no marks
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRankLinear | LowRankStack):
             for part, tensor in module.named_parameters(prefix=name):
                 if not getattr(tensor, "_is_hf_initialized", False):
                     yield part
@@ -138,7 +147,7 @@ def ranks_in(model: PreTrainedModel, ranks: Mapping[str, int]) -> dict[str, int]
     Raises:
         ValueError: a layer does not exist.
     """
-    modules = dict(model.named_modules())
+    modules = {**dict(model.named_modules()), **layers_in(model)}
     prefix = f"{model.base_model_prefix}."
     same = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     found = {}
@@ -157,23 +166,26 @@ def ranks_in(model: PreTrainedModel, ranks: Mapping[str, int]) -> dict[str, int]
     return found
 
 
-def layer_of(model: nn.Module, name: str, rank: int) -> nn.Module:
+def layer_of(model: nn.Module, name: str, rank: int) -> nn.Module | Stack:
     """The dense layer that factors of this rank are to replace.
 
     Raises:
-        ValueError: it is no linear layer, or the rank is too large.
+        ValueError: it is no linear layer or stack of experts, or the rank is too large.
     """
-    layer = model.get_submodule(name)
-    if type(layer) not in (nn.Linear, Conv1D):
+    parent = name.rpartition(".")[0]
+    stacks = dict(stacks_in(model.get_submodule(parent), parent))
+    layer = stacks[name] if name in stacks else model.get_submodule(name)
+    if not isinstance(layer, Stack) and type(layer) not in (nn.Linear, Conv1D):
         raise ValueError(f"config.json gives a rank to {name}, which is a {type(layer).__name__}, not a Linear")
-    limit = min(shape_of(layer))
+    limit = min(layer.shape[1:] if isinstance(layer, Stack) else shape_of(layer))
     if rank > limit:
         raise ValueError(f"config.json gives rank {rank} to {name}, which has at most rank {limit}")
     return layer
 
 
 def materialize(model: nn.Module) -> nn.Module:
-    """Makes every `LowRankLinear` of the model dense again, in place, for tools that need ordinary layers.
+    """Makes every `LowRankLinear` and `LowRankExperts` of the model dense again, in place, for tools that need ordinary
+    layers.
 
     Outputs stay equal up to rounding; the size is that of the model before compression, and `save_pretrained` writes a
     model that loads without peftx.
@@ -184,7 +196,8 @@ def materialize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: an adapter is on its factors; the model is unchanged.
     """
-    compressed = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    low = LowRankLinear | LowRankExperts
+    compressed: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, low)}
     layers = {}
     for name, module in compressed.items():
         try:

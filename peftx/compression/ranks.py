@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 from itertools import accumulate
 
@@ -24,31 +25,37 @@ def saves(rank: int, out_features: int, in_features: int) -> bool:
     return rank * (out_features + in_features) < out_features * in_features
 
 
+def price_of(shape: tuple[int, ...]) -> int:
+    """Parameters that one more rank of a layer (out, in) costs, or of a stack (E, out, in)."""
+    return math.prod(shape[:-2]) * sum(shape[-2:])
+
+
 def allocate(
-    spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: int
+    spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], budget: int
 ) -> dict[str, int | None]:
     """Ranks for all layers together: the directions worth most for each parameter that they cost, within `budget`.
 
-    A direction of a layer costs out + in parameters and is worth its squared weighted singular value. A layer may also
-    stay dense (None), which costs out * in and is worth all of them; it does where that is the better bargain and
-    fits. Every layer gets at least rank 1.
+    A direction of a layer costs out + in parameters and is worth its squared weighted singular value; of a stack of
+    experts, which have one rank, one of each, and what these are worth together. A layer may also stay dense (None),
+    which costs out * in and is worth all of them; it does where that is the better bargain and fits. Every layer gets
+    at least rank 1.
 
     Args:
         spectra: squared weighted singular values of each layer, falling, in units that layers share.
-        shapes: (out, in) of each.
+        shapes: (out, in) of each, or (E, out, in).
         budget: parameters of all these layers afterwards, at most.
 
     Raises:
         ValueError: the budget does not pay for rank 1 everywhere.
     """
-    left = budget - sum(sum(shapes[name]) for name in spectra)
+    left = budget - sum(price_of(shapes[name]) for name in spectra)
     if left < 0:
         raise ValueError(f"{budget} parameters do not pay for rank 1 in each of {len(spectra)} layers")
     ranks: dict[str, int | None] = dict.fromkeys(spectra, 1)
     offers: list[tuple[float, int, str]] = []  # (-worth of a parameter, rank or 0 for dense, layer)
     for name, squares in spectra.items():
-        (out_features, in_features), values = shapes[name], squares.tolist()
-        price, whole = out_features + in_features, out_features * in_features
+        (*_, out_features, in_features), values = shapes[name], squares.tolist()
+        price, whole = price_of(shapes[name]), math.prod(shapes[name])
         remaining = sum(values)
         for rank, held in enumerate(accumulate(values), 1):
             if not saves(rank, out_features, in_features):
@@ -66,11 +73,11 @@ def allocate(
     heapq.heapify(offers)
     while offers:
         _, rank, name = heapq.heappop(offers)
-        out_features, in_features = shapes[name]
         now = ranks[name]
         if now is None or rank not in (0, now + 1):
             continue
-        cost = out_features + in_features if rank else out_features * in_features - now * (out_features + in_features)
+        price = price_of(shapes[name])
+        cost = price if rank else math.prod(shapes[name]) - now * price
         if cost <= left:
             left -= cost
             ranks[name] = rank or None

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from .ranks import price_of
 
 Point = tuple[float, float]  # kept share of the parameters, score
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. `rank` None: left dense by the global allocation. `error`: ||L (W - U V) R|| / ||L W R||."""
+    """One layer, or stack of experts.
 
-    shape: tuple[int, int]
+    Attributes:
+        shape: (out, in), or (E, out, in).
+        rank: None: left dense by the global allocation. All experts of a stack have the same.
+        error: ||L (W - U V) R|| / ||L W R||; of a stack over all experts, each at its scale beside the others.
+        unseen: experts without sums, since no token that counts reached them: decomposed by the mean of the others'.
+    """
+
+    shape: tuple[int, ...]
     rank: int | None
     error: float
+    unseen: tuple[int, ...] = ()
 
     @property
     def dense(self) -> int:
         """Entries of the weight."""
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
     @property
     def kept(self) -> int:
         """Entries of what replaced it."""
-        return self.dense if self.rank is None else self.rank * sum(self.shape)
+        return self.dense if self.rank is None else self.rank * price_of(self.shape)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Report:
         rows += [
             (
                 name,
-                f"{row.shape[0]} x {row.shape[1]}",
+                " x ".join(map(str, row.shape)),
                 "dense" if row.rank is None else str(row.rank),
                 f"{row.kept / row.dense:.1%}",
                 f"{row.error:.4f}",
@@ -76,7 +87,16 @@ class Report:
 
     def __str__(self) -> str:
         left = [f"left as it is: {name} ({why})" for name, why in self.skipped.items()]
-        return "\n\n".join([self.table(), *left, self.summary()])
+        return "\n\n".join([self.table(), *left, *self.told_of_experts(), self.summary()])
+
+    def told_of_experts(self) -> list[str]:
+        """A sentence for each stack in which some experts got no token."""
+        return [
+            f"experts of {name} that no token reached, decomposed by the mean of the others: "
+            f"{', '.join(map(str, row.unseen))} ({len(row.unseen)} of {row.shape[0]})"
+            for name, row in self.layers.items()
+            if row.unseen
+        ]
 
 
 def plot(
@@ -149,6 +169,7 @@ def card(
         method=report.method,
         keep=report.keep,
         layers=len(report.layers),
+        stacks=sum(len(row.shape) > 2 for row in report.layers.values()),
         results=[f"| | {score} |\n| --- | ---: |\n{rows}"],
         details=f", {report.allocation} ranks. Calibration: {calibration}",
     )

@@ -1,6 +1,7 @@
 """What compression knows about the layers of a model: one small file, made by a pass over data or during training."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from ..files import beside
 from ..utils import base_of
-from .layers import PROBES, correlation, describe, linear_layers, shape_of, signature
+from .layers import PROBES, correlation, describe, layers_in, shape_of, signature
 
 FILE_NAME = "fisher.safetensors"
 FORMAT = "peftx.statistics.1"
 SHARED = "peftx.statistics.2"  # with one Gram matrix for layers of one input
+STACKED = "peftx.statistics.3"  # and stacks of experts
 UNUSABLE = (
     *(SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError),
     *(RecursionError, OverflowError, RuntimeError),
@@ -30,13 +32,17 @@ ALIKE = 0.5  # least correlation of these entries before and after: of unrelated
 class LayerStatistics:
     """Of one linear layer y = W x, W (out_features, in_features). All tensors are on the CPU; None: not collected.
 
+    Of a stack of E experts, each a linear layer of the tokens that are routed to it: all but the signature have a
+    leading axis of E. What went to the others counts 0, so that the means are over the same samples and tokens, and
+    experts that matter more have larger ones; one that got no token has zeros.
+
     Attributes:
         fisher_in: (in_features,), float64: mean over samples n of sum_o (dL_n / dW_oj)^2, where L_n is the loss of
             sample n summed over its supervised tokens (see `collect`).
         fisher_out: (out_features,), float64: the same, summed over inputs.
         abs_mean: (in_features,), float64: mean over tokens of |x_j|.
         gram: (in_features, in_features), float32 or float64: mean over tokens of x x^T.
-        shape: (out_features, in_features).
+        shape: (out_features, in_features), or (E, out_features, in_features).
         signature: (at most 64,), float32: entries of the weight at even distances.
     """
 
@@ -44,7 +50,7 @@ class LayerStatistics:
     fisher_out: Tensor | None
     abs_mean: Tensor | None
     gram: Tensor | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     signature: Tensor
 
 
@@ -99,7 +105,9 @@ class Statistics(Mapping[str, LayerStatistics]):
         }
         if shared:
             header["gram_of"] = shared
-        write(tensors, Path(path), {"format": SHARED if shared else FORMAT, "statistics": json.dumps(header)})
+        stacked = any(len(layer.shape) > 2 for layer in self.values())
+        form = STACKED if stacked else SHARED if shared else FORMAT
+        write(tensors, Path(path), {"format": form, "statistics": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
@@ -129,14 +137,14 @@ class Statistics(Mapping[str, LayerStatistics]):
             ValueError: a layer is missing or has another shape, or its weight correlates less than 0.5 with what it
                 was (64 entries are compared).
         """
-        found = linear_layers(base_of(model))
+        found = layers_in(base_of(model))
         for name, layer in self.items():
             if name not in found:
                 raise ValueError(
                     f"the statistics have a layer {name}, and {describe(model)} has no linear layer of that name: they "
                     f"are statistics of another model ({self.model})"
                 )
-            if (shape := shape_of(found[name])) != layer.shape:
+            if (shape := shape_of(found[name])) != tuple(layer.shape):
                 raise ValueError(
                     f"{name} is {layer.shape} in the statistics and {shape} in {describe(model)}: they are statistics "
                     f"of another model ({self.model})"
@@ -153,7 +161,7 @@ FIELDS = tuple(field.name for field in fields(LayerStatistics) if field.name != 
 
 def checked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of `Statistics` from a file's contents."""
-    if metadata.get("format") not in (FORMAT, SHARED):
+    if metadata.get("format") not in (FORMAT, SHARED, STACKED):
         raise ValueError(f"format {metadata.get('format')!r} instead of {FORMAT!r}")
     header = json.loads(metadata["statistics"])
     shared = header.get("gram_of", {})
@@ -166,7 +174,7 @@ def checked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
     if not isinstance(facts["model"], str) or not isinstance(shapes, dict) or not shapes:
         raise ValueError("the header names no model, or no layers")
     for name, shape in shapes.items():
-        if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
+        if len(shape) not in (2, 3) or any(type(size) is not int or size < 1 for size in shape):
             raise ValueError(f"{name} cannot have the shape {shape!r}")
     if not isinstance(shared, dict) or not all(
         name in shapes and isinstance(owner, str) and f"{owner}.gram" in tensors and owner not in shared
@@ -177,7 +185,7 @@ def checked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
     if unknown := [key for key in tensors if key not in known]:
         raise ValueError(f"unknown tensor {unknown[0]!r}")
     layers = {}
-    for name, (out, into) in shapes.items():
+    for name, (*stack, out, into) in shapes.items():
         parts: dict[str, Any] = {field: tensors.get(f"{name}.{field}") for field in FIELDS}
         if name in shared:
             if parts["gram"] is not None:
@@ -186,11 +194,11 @@ def checked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
         if parts["signature"] is None:
             raise ValueError(f"{name} has no signature")
         wanted: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-            "fisher_in": ((into,), (torch.float64,)),
-            "fisher_out": ((out,), (torch.float64,)),
-            "abs_mean": ((into,), (torch.float64,)),
-            "gram": ((into, into), (torch.float32, torch.float64)),
-            "signature": ((min(PROBES, out * into),), (torch.float32,)),
+            "fisher_in": ((*stack, into), (torch.float64,)),
+            "fisher_out": ((*stack, out), (torch.float64,)),
+            "abs_mean": ((*stack, into), (torch.float64,)),
+            "gram": ((*stack, into, into), (torch.float32, torch.float64)),
+            "signature": ((min(PROBES, math.prod([*stack, out, into])),), (torch.float32,)),
         }
         for field, part in parts.items():
             if part is None:
@@ -204,12 +212,12 @@ def checked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
                 continue  # seen where it is
             if not part.isfinite().all():
                 raise ValueError(f"{name}.{field} is not finite")
-            if (part.diagonal() if field == "gram" else part).lt(0).any() and field != "signature":
+            if (part.diagonal(dim1=-2, dim2=-1) if field == "gram" else part).lt(0).any() and field != "signature":
                 raise ValueError(f"{name}.{field} has a negative entry where none can be")
         gram = parts["gram"]
-        if gram is not None and name not in shared and not symmetric(gram):
+        if gram is not None and name not in shared and not all(map(symmetric, gram if stack else [gram])):
             raise ValueError(f"{name}.gram is not symmetric")
-        layers[name] = LayerStatistics(shape=(out, into), **parts)
+        layers[name] = LayerStatistics(shape=(*stack, out, into), **parts)
     return {"layers": layers, **facts}
 
 

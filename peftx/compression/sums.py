@@ -65,6 +65,19 @@ def add_squares(sums: Mapping[str, Tensor], rows: Tensor, start: int, sides: Col
         sums["fisher_out"][start : start + len(rows)] += rows.sum(1)
 
 
+def weight_squares(gradient: Tensor, sides: Collection[str]) -> dict[str, Tensor]:
+    """Sums of the squares of a gradient (out, in), some of its rows at a time."""
+    sums = {
+        "fisher_in": exact_zeros(gradient.shape[1], gradient.device),
+        "fisher_out": exact_zeros(len(gradient), gradient.device),
+    }
+    step = max(1, BLOCK.get(gradient.device.type, BLOCK["cuda"]) // gradient.shape[1])
+    exact = torch.promote_types(gradient.dtype, torch.float32)
+    for start in range(0, len(gradient), step):
+        add_squares(sums, gradient[start : start + step].to(exact, copy=True), start, sides)
+    return sums
+
+
 def exact_zeros(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, dtype=widest(device), device=device)
 

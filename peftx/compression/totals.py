@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .layers import describe, shape_of, signature
+from .stacks import Layer
 from .statistics import LayerStatistics, Statistics
 from .sums import FISHER
 
@@ -29,7 +30,7 @@ class Totals:
         fields: of `LayerStatistics`, what is collected.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], fields: tuple[str, ...]) -> None:
+    def __init__(self, layers: Mapping[str, Layer], fields: tuple[str, ...]) -> None:
         self.layers, self.fields = dict(layers), fields
         self.sums: dict[tuple[Group, str], Tensor] = {}
         self.samples = self.tokens = self.dropped = 0
@@ -40,6 +41,13 @@ class Totals:
             self.sums[group, part] += found.to(self.sums[group, part])
         else:
             self.sums[group, part] = found  # which nobody else holds
+
+    def add_expert(self, name: str, part: str, expert: int, found: Tensor) -> None:
+        """Adds to the sums of one expert of a stack."""
+        key = (name,), part
+        if key not in self.sums:
+            self.sums[key] = found.new_zeros(shape_of(self.layers[name])[0], *found.shape)
+        self.sums[key][expert] += found
 
     def groups(self, name: str, part: str) -> tuple[Group, ...]:
         """Those whose sums are the layer's."""
@@ -81,8 +89,8 @@ class Totals:
                 yield from (((name,), part) for name in names)
 
     def _size(self, name: str, part: str) -> tuple[int, ...]:
-        out, into = shape_of(self.layers[name])
-        return {"fisher_out": (out,), "gram": (into, into)}.get(part, (into,))
+        *stack, out, into = shape_of(self.layers[name])
+        return (*stack, *{"fisher_out": (out,), "gram": (into, into)}.get(part, (into,)))
 
     def statistics(self, model: nn.Module, estimator: str) -> Statistics:
         """The means, without layers that took no part, of which a warning tells. Layers of one input share a tensor.
@@ -118,4 +126,4 @@ class Totals:
         mean = (sum(parts[1:], parts[0]) / count).cpu()
         if not mean.isfinite().all():
             raise ValueError(f"{part} of {name} is not finite: look for NaN and infinity in the activations")
-        return (mean + mean.T).div_(2) if part == "gram" else mean.double()
+        return (mean + mean.mT).div_(2) if part == "gram" else mean.double()

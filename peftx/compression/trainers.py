@@ -8,6 +8,7 @@ from torch import nn
 
 from ..utils import base_of, innermost
 from .hooks import Collector
+from .stacks import called
 
 TRL_OWN = "SFTTrainer"  # of TRL's trainers the one whose loss is the likelihood of the labels
 
@@ -64,7 +65,7 @@ def check_head(trainer: Any, collector: Collector) -> None:
     head: Any = getattr(base_of(collector.model), "get_output_embeddings", lambda: None)()
     for name, layer in collector.layers.items() if head is not None and is_trl(trainer) else ():
         trains = collector.estimator == "per_batch" and isinstance(layer, nn.Linear) and layer.weight.requires_grad
-        if innermost(layer) is innermost(head) and not (collector.fields == collector.sides and trains):
+        if innermost(called(layer)) is innermost(head) and not (collector.fields == collector.sides and trains):
             raise ValueError(
                 f"TRL's {TRL_OWN} reads the weight of {name} without calling it: leave it out, exclude_modules="
                 f"[{name!r}], or collect after training, FisherCallback(when='calibration')"

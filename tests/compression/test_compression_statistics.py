@@ -459,7 +459,11 @@ def test_target_layers() -> None:
     assert len(target_layers(model, exclude_modules=r".*layers\.0\..*")) == 7
     assert "lm_head" in target_layers(model, ["lm_head"])
     assert all(shape_of(layer) == (16, 64) for layer in target_layers(tiny_model("gpt2"), ["mlp.c_proj"]).values())
-    assert not any("gate" in name or "lora" in name for name in target_layers(small("mixtral")))
+    found = target_layers(small("mixtral"))
+    assert not any(name.endswith(".gate") or "lora" in name for name in found)
+    assert [name for name in found if "experts" in name] == [
+        f"model.layers.{i}.mlp.experts.{part}" for i in (0, 1) for part in ("gate_up_proj", "down_proj")
+    ]
     tied = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True))
     tied.tie_weights()
     with pytest.raises(ValueError, match="lm_head shares its weight with model.embed_tokens.weight"):
@@ -635,12 +639,13 @@ ROADS: dict[str, dict[str, Any]] = {
     [
         *(("llama", road) for road in ROADS),
         *((kind, road) for kind in ("bert", "t5") for road in ("plain", "accumulation")),
+        *(pytest.param("mixtral", road, marks=pytest.mark.slow) for road in ("accumulation", "checkpointing", "bf16")),
     ],
 )
 def test_training_gives_what_a_pass_does(kind: str, road: str, tmp_path: Path) -> None:
     """With a learning rate of 0 and no dropout the sums of an epoch are those of the model as it is."""
     options = ROADS[road]
-    model = without_dropout(tiny_model(kind))
+    model = without_dropout(small(kind))
     wanted = collect(model, samples(kind), pad, progress=False)
     callback = FisherCallback("per_sample", what="fisher", directions=None, max_samples=None)
     trainer(tmp_path, callback, model=model, kind=kind, **options).train()
@@ -819,7 +824,7 @@ def test_loss_scaling_of_fp16() -> None:
 
 # Two processes
 
-SHARES = [("llama", "train"), ("bert", "train"), ("bert", "calibration")]
+SHARES = [("llama", "train"), ("mixtral", "train"), ("bert", "train"), ("bert", "calibration")]
 
 
 def process(rank: int, folder: Path) -> None:
@@ -827,7 +832,7 @@ def process(rank: int, folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     for kind, when in SHARES:
         callback = FisherCallback("per_sample", when, what=("fisher", "gram"), directions=None, max_samples=None)
-        model = without_dropout(tiny_model(kind))
+        model = without_dropout(small(kind))
         options = {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
         trainer(folder / f"{kind} {when}", callback, model=model, kind=kind, count=8, **options).train()
         callback.statistics.save(folder / f"{kind} {when} {rank}")
@@ -838,7 +843,7 @@ def process(rank: int, folder: Path) -> None:
 def test_two_processes_add_up(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(process, args=(tmp_path,), nprocs=2)
     for kind, when in SHARES:
-        model = without_dropout(tiny_model(kind))
+        model = without_dropout(small(kind))
         wanted = collect(model, samples(kind, 8), pad, what=("fisher", "gram"), progress=False)
         first, second = (Statistics.load(tmp_path / f"{kind} {when} {rank}") for rank in range(2))
         assert difference(first, second) == 0

@@ -41,12 +41,19 @@ def grouped(
     offsets: torch.Tensor,
     bias: torch.Tensor | None = None,
     transposed: bool = False,
+    inner: bool = False,
 ) -> torch.Tensor:
     """Each row of x (T, in) times its expert's matrix of weight (E, out, in), or, if it is transposed, (E, in, out),
-    plus its row of bias (T, out)."""
-    # Torch's own product is for 16 and 32 bits; on CPUs it spends as much on an expert without rows as on one with few.
-    idle = x.device.type == "cpu" and len(x) < len(offsets) and not torch.compiler.is_compiling()
-    if weight.dtype != torch.float64 and not (idle and len(x)):
+    plus its row of bias (T, out).
+
+    Args:
+        inner: whether the axis of weight before the last one is between two such products, which align their results.
+    """
+    # Torch's own product is for 16 and 32 bits, and aligned rows; on CPUs it spends as much on an expert without rows
+    # as on one with few.
+    odd = any(size * weight.itemsize % ALIGNED for size in weight.shape[2 if inner else 1 :])
+    idle = x.device.type == "cpu" and 0 < len(x) < len(offsets) and not torch.compiler.is_compiling()
+    if weight.dtype != torch.float64 and not (odd or idle):
         return _grouped_linear(x, weight, bias=bias, offs=offsets, is_transposed=transposed)
     x, matrices = x.to(weight.dtype), weight if transposed else weight.mT
     parts = [x[rows] @ matrices[expert] for expert, rows in segments(offsets)]
@@ -184,7 +191,7 @@ class MixtureSite(Site):
 
     @classmethod
     def takes(cls, base: nn.Module, backend: Any) -> bool:
-        return is_experts(base)
+        return is_experts(base) and isinstance(base.down_proj, nn.Parameter)
 
     @property
     def _stored(self) -> torch.Tensor:
