@@ -4,7 +4,7 @@ The model has the shape of SmolLM2-135M and random weights, or is any other (`--
 layers, r = 8. In one process with one thread the contenders take turns on the same base weights; a ratio to PEFT's LoRA
 is the median over rounds of CPU times in one round.
 
-- decode: tokens one at a time, batch 1, from a prompt of 8.
+- decode: tokens one at a time, batch 1, from a prompt of 8; plainly, and within `peftx.inference`.
 - mixed: the same with 8 rows, each with an adapter of its own (`adapter_names`).
 - operations: of one linear layer with its adapter, forward and backward, as torch's profiler counts them; views and
   allocations are none. On a GPU they are launches.
@@ -22,6 +22,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -56,7 +57,7 @@ def base(folder: str | None, small: bool) -> Any:
     torch.manual_seed(0)
     width, layers = (64, 2) if small else (576, LAYERS)
     sizes = dict(hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers)
-    heads = dict(num_attention_heads=width // 64 * 1 or 1, num_key_value_heads=max(1, width // 192), vocab_size=4096)
+    heads = dict(num_attention_heads=width // 64, num_key_value_heads=max(1, width // 192), vocab_size=4096)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, head_dim=64))
 
 
@@ -120,9 +121,14 @@ def ratios(calls: dict[str, Callable[[], float]], rounds: int, label: str) -> di
     }
 
 
-def decoding(root: Any, found: dict[str, Any], rounds: int, tokens: int) -> dict[str, float]:
+def decoding(root: Any, found: dict[str, Any], rounds: int, tokens: int, within: bool) -> dict[str, float]:
     models = {name: build(root, config) for name, config in found.items()}
-    return ratios({n: lambda m=m: generate(m, 1, tokens) for n, m in models.items()}, rounds, "decode")
+    with ExitStack() as stack:
+        for name, model in models.items():
+            if within and name not in (YARDSTICK, "DoRA"):
+                stack.enter_context(peftx.inference(model))
+        calls = {name: lambda model=model: generate(model, 1, tokens) for name, model in models.items()}
+        return ratios(calls, rounds, "within peftx.inference" if within else "decode")
 
 
 def mixed(root: Any, found: dict[str, Any], rounds: int, tokens: int) -> dict[str, float]:
@@ -169,9 +175,9 @@ def is_leaf(event: Any) -> bool:
 
 
 def markdown(rows: dict[str, dict[str, float]]) -> str:
-    lines = ["| | decoding | mixed batch | operations |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| | decoding | within `peftx.inference` | mixed batch | operations |", "| --- " + "| ---: " * 4 + "|"]
     for name, row in rows.items():
-        cells = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in ("decode", "mixed"))
+        cells = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in ("decode", "within", "mixed"))
         lines.append(f"| {name} | {' | '.join(cells)} | {row.get('operations', '-')} |")
     return "\n".join(lines)
 
@@ -180,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a causal language model; default: random weights")
     parser.add_argument("--methods", nargs="*", help="names of methods or variants; default: all")
-    parser.add_argument("--parts", nargs="*", default=["decode", "mixed", "operations"])
+    parser.add_argument("--parts", nargs="*", default=["decode", "within", "mixed", "operations"])
     parser.add_argument("--rounds", type=int, default=9, help="of each contender; default: 9")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a round; default: 16")
     parser.add_argument("--small", action="store_true", help="a tiny model: shows that everything runs")
@@ -192,7 +198,8 @@ def main() -> None:
     found, root = configs(args.methods), base(args.model, args.small)
     rows: dict[str, dict[str, Any]] = {name: {} for name in found}
     parts = {
-        "decode": lambda: decoding(root, found, args.rounds, args.tokens),
+        "decode": lambda: decoding(root, found, args.rounds, args.tokens, within=False),
+        "within": lambda: decoding(root, found, args.rounds, args.tokens, within=True),
         "mixed": lambda: mixed(root, found, args.rounds, args.tokens),
         "operations": lambda: {name: operations(config) for name, config in found.items()},
     }

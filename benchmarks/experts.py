@@ -7,6 +7,8 @@ on attention and experts; the same after `peftx.fast_experts`; and every method 
 In one process with one thread the contenders take turns; a ratio is the median over rounds of CPU times in one round.
 Peak memory is that of the tensors that a training step makes, counted by torch's profiler.
 
+Of LoRA-GGPO, which experts refuse, there is a bound: the step with nothing more than the draws of its noise.
+
     python benchmarks/experts.py                       # 8, 32 and 128 experts; some 20 minutes
     python benchmarks/experts.py --experts 8 --rounds 3 --save
 """
@@ -14,6 +16,7 @@ Peak memory is that of the tensors that a training step makes, counted by torch'
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -99,6 +102,17 @@ def decode(model: Any, ids: torch.Tensor) -> float:
     return spent
 
 
+def noise(model: Any) -> float:
+    """Seconds to draw a normal number for every weight of the experts twice, for the forward and the backward pass."""
+    stacks = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+    begin = time.process_time()
+    for stack in stacks:
+        for _ in range(2):
+            for weight in stack:
+                torch.empty_like(weight).normal_()
+    return time.process_time() - begin
+
+
 def peak(model: Any, optimizer: Any, ids: torch.Tensor) -> int:
     """Bytes of the tensors that live at once within a step, beyond those before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -113,10 +127,11 @@ def peak(model: Any, optimizer: Any, ids: torch.Tensor) -> int:
 
 def measure(experts: int, chosen: list[str] | None, rounds: int, small: bool) -> list[dict[str, Any]]:
     batch = torch.randint(0, 512, (2, 16) if small else (4, 128), generator=torch.Generator().manual_seed(0))
-    prompt, models = batch[:1, :8], {}
+    prompt, models, root = batch[:1, :8], {}, base(experts, small)
+    shared = [*root.parameters()]  # frozen, so one copy serves all
     for name, (config, then) in contenders(chosen).items():
         try:
-            model = peft.get_peft_model(base(experts, small), config).train()
+            model = peft.get_peft_model(copy.deepcopy(root, {id(p): p for p in shared}), config).train()
         except NotImplementedError:
             continue  # a mode without a form for experts
         if then:
@@ -134,6 +149,7 @@ def measure(experts: int, chosen: list[str] | None, rounds: int, small: bool) ->
     def ratio(times: dict[str, list[float]], name: str) -> float:
         return median(ours / theirs for ours, theirs in zip(times[name], times[YARDSTICK], strict=True))
 
+    draws = median(noise(root) / theirs for theirs in steps[YARDSTICK][:3])
     peaks = {name: peak(model, optimizer, batch) for name, (model, optimizer) in models.items()}
     return [
         {
@@ -145,7 +161,7 @@ def measure(experts: int, chosen: list[str] | None, rounds: int, small: bool) ->
             "trained": sum(p.numel() for p in models[name][0].parameters() if p.requires_grad),
         }
         for name in models
-    ]
+    ] + [{"experts": experts, "contender": "lora-ggpo, its draws alone", "step": 1 + draws}]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -154,8 +170,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| ---: | --- " + "| ---: " * 4 + "|",
     ]
     for row in rows:
-        numbers = (f"{row[key]:.2f}" for key in ("step", "decode", "peak"))
-        lines.append(f"| {row['experts']} | {row['contender']} | {' | '.join(numbers)} | {row['trained']:,} |")
+        numbers = (f"{row[key]:.2f}" if key in row else "" for key in ("step", "decode", "peak"))
+        trained = f"{row['trained']:,}" if "trained" in row else ""
+        lines.append(f"| {row['experts']} | {row['contender']} | {' | '.join(numbers)} | {trained} |")
     return "\n".join(lines)
 
 

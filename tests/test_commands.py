@@ -50,6 +50,7 @@ SMALL: dict[str, str] = {
     "peftx demo": "--quick --epochs 0.02 --methods bone --model-cards cards --overwrite",
     "python benchmarks/compression.py": "--small --rounds 2 --model llama --training lora",
     "python benchmarks/compression_models.py": "--smoke --data data --work work",
+    "python benchmarks/decoding.py": "--small --rounds 2 --tokens 4 --methods bone gradnormlorp",
     "python benchmarks/experts.py": "--small --experts 4 --rounds 2 --methods bone",
     "python benchmarks/federated.py": "--naive-limit 512 --parts bytes",
     "python benchmarks/federated_study.py": "--smoke --data data --methods fedsvd",
