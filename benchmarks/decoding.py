@@ -56,7 +56,7 @@ def base(folder: str | None, small: bool) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
     width, layers = (64, 2) if small else (576, LAYERS)
-    sizes = dict(hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers)
+    sizes = dict(hidden_size=width, intermediate_size=width // 3 * 8, num_hidden_layers=layers)
     heads = dict(num_attention_heads=width // 64, num_key_value_heads=max(1, width // 192), vocab_size=4096)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, head_dim=64))
 
