@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -66,6 +67,8 @@ def hotswap(
         raise ValueError(f"hotswap knows LoRA and peftx's methods, not {old.peft_type.value}.")
     if config.bias != old.bias:
         raise ValueError(f"Cannot replace an adapter of bias={old.bias!r} by one of bias={config.bias!r}. {BESIDE}")
+    if any(other is old for name, other in configs.items() if name != adapter_name):
+        raise ValueError(f"The config of {adapter_name!r} is that of another adapter too, which would change. {BESIDE}")
     config.inference_mode = old.inference_mode
     tuner: Any = info_of(type(old)).model
     layers = {
@@ -77,7 +80,7 @@ def hotswap(
         raise ValueError(f"The adapter {adapter_name!r} is merged into the base weights: call `unmerge_adapter` first.")
     _check_heads(model, adapter_name, state)
     swap = _Lora if isinstance(old, LoraConfig) else _Own
-    swap(tuner, layers, adapter_name, config).take(model, state)
+    swap(tuner, layers, adapter_name, old, config).take(model, state)
     return None
 
 
@@ -97,24 +100,22 @@ class _Swap:
         tuner: class of the adapters' tuner.
         layers: with the adapter, by name.
         name: the adapter's.
-        config: the new one.
+        old, config: its config, which becomes a copy of the new one.
     """
 
-    def __init__(self, tuner: Any, layers: dict[str, Any], name: str, config: Any) -> None:
-        self.tuner, self.layers, self.name, self.config = tuner, layers, name, config
+    def __init__(self, tuner: Any, layers: dict[str, Any], name: str, old: Any, config: Any) -> None:
+        self.tuner, self.layers, self.name, self.old, self.config = tuner, layers, name, old, config
 
     def keys(self) -> dict[str, Any]:
         """The layers by their names in the base model."""
         return {name.removeprefix(PREFIX): layer for name, layer in self.layers.items()}
 
     def take(self, model: Any, state: dict[str, torch.Tensor]) -> None:
-        state, old = self.fitted(state), model.peft_config[self.name]
+        state = self.fitted(state)
         undo = self.settle()
-        model.peft_config[self.name] = self.config
         try:
             set_peft_model_state_dict(model, state, self.name)
         except BaseException:
-            model.peft_config[self.name] = old
             for owner, attributes in undo:
                 vars(owner).update(attributes)
             raise
@@ -126,7 +127,9 @@ class _Swap:
 
     def settle(self) -> list[tuple[Any, dict[str, Any]]]:
         """Takes the config's settings; returns the objects that it changed, with the attributes that they had."""
-        raise NotImplementedError
+        before = {**vars(self.old)}
+        vars(self.old).update(vars(self.config))  # rules and compiled code know the object
+        return [(self.old, before)]
 
     def finish(self, undo: list[tuple[Any, dict[str, Any]]]) -> None:
         """Called when the tensors are loaded."""
@@ -151,16 +154,20 @@ class _Own(_Swap):
         return state
 
     def settle(self) -> list[tuple[Any, dict[str, Any]]]:
-        undo = []
+        undo = super().settle()
         for adapter, trial in self.trials.items():
             before = vars(adapter)
             changes = {name: value for name, value in vars(trial).items() if name[0] != "_" and name not in KEPT}
+            if trial.config is self.config:
+                changes["config"] = self.old
             undo.append((adapter, {**{name: before[name] for name in changes}, "_buffers": {**adapter._buffers}}))
             before.update(changes)
         return undo
 
     def finish(self, undo: list[tuple[Any, dict[str, Any]]]) -> None:
-        for adapter, before in undo:  # what `prepare_load` made anew (LoLDU's factors) goes where the old values were
+        for adapter, before in undo[
+            1:
+        ]:  # what `prepare_load` made anew (LoLDU's factors) goes where the old values were
             for name, old in before["_buffers"].items():
                 new = adapter._buffers[name]
                 if new is not old and new.shape == old.shape:
@@ -191,13 +198,14 @@ class _Lora(_Swap):
         return state
 
     def settle(self) -> list[tuple[Any, dict[str, Any]]]:
-        undo: list[tuple[Any, dict[str, Any]]] = []
+        undo = super().settle()
         for key, layer in self.keys().items():
-            rule, old = layer.lora_variant.get(self.name), layer.scaling[self.name]
+            old, rule = layer.scaling[self.name], layer.lora_variant.get(self.name)
             undo.append((layer, {"scaling": {**layer.scaling}}))
-            if rule is not None:
+            if rule is not None and rule.config is not self.old:  # a copy without what the rule does itself
                 undo.append((rule, {"config": rule.config}))
-                rule.config = self.config
+                use_dora, rule.config = rule.config.use_dora, copy.copy(self.old)
+                rule.config.use_dora = use_dora
             if isinstance(old, torch.Tensor):
                 layer.scaling[self.name] = torch.full_like(old, self.scalings[key])
             elif old != self.scalings[key]:
@@ -205,7 +213,7 @@ class _Lora(_Swap):
         return undo
 
     def finish(self, undo: list[tuple[Any, dict[str, Any]]]) -> None:
-        for owner, before in undo:  # tensors keep their place, which a compiled model knows
+        for owner, before in undo[1:]:  # tensors keep their place, which a compiled model knows
             old = before.get("scaling", {}).get(self.name)
             if isinstance(old, torch.Tensor):
                 owner.scaling[self.name] = old.copy_(owner.scaling[self.name])
