@@ -108,7 +108,9 @@ class CheckedTuner(BaseTuner):
         keep_card(model)
         tensors = super()._get_adapter_state_dict(model, *args, **kwargs)
         others = tuple(f".{cls.prefix}adapter.{name}." for name in kwargs.get("unwanted_adapter_names", ()))
-        return {key: tensor for key, tensor in tensors.items() if not any(other in key for other in others)}
+        kept = {key: tensor for key, tensor in tensors.items() if not any(other in key for other in others)}
+        names = files.nested(cls, model)
+        return {files.renamed(key, names): tensor for key, tensor in kept.items()} if names else kept
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
