@@ -128,7 +128,8 @@ def add_weighted(
     config.layer_replication = replication
     layers = dict(tuner._layers())
     for key, (A, B) in factors.items():
-        new, source = layers[key].adapters[adapter_name], next(layers[key].adapters[adapters[0]].parameters())
+        held = layers[key].adapters
+        new, source = held[adapter_name], next(held[next(name for name in adapters if name in held)].parameters())
         for name, factor, axis in (("lora_A", A, 0), ("lora_B", B, 1)):
             parameter = new.get_parameter(name)
             parameter.data = parameter.data.to(source.dtype)
