@@ -1,13 +1,12 @@
 """An adapter in the place of another one."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from conftest import CASES, MLP, Case, adapted, logits, tiny_model
+from conftest import CASES, MLP, Case, adapted
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
@@ -136,24 +135,21 @@ def test_a_lower_rank_and_another_alpha_fit_into_a_lora(lora: Case, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_is_not_compiled_again(case: Case, tokens: torch.Tensor, tmp_path: Path) -> None:
-    model = adapted(tiny_model("llama"), case, "a", "b", target_modules=["q_proj", "v_proj"])
+def test_a_compiled_model_is_not_compiled_again(case: Case, tmp_path: Path) -> None:
+    model = adapted(own_mlp(), case, "a", "b", target_modules=["lin0", "lin1"])
     model.save_pretrained(tmp_path)
-    outputs = {}
-    for name in "ab":
-        model.set_adapter(name)
-        outputs[name] = logits(model, tokens)
-    served = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "a").eval()
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(served, backend=counter)
-    torch.testing.assert_close(logits(compiled, tokens), outputs["a"])
-    assert counter.frame_count
-    count = counter.frame_count
-    for name in "baba":
-        peftx.hotswap(compiled, tmp_path / name)
-        torch.testing.assert_close(logits(compiled, tokens), outputs[name])
-    assert counter.frame_count == count
-    saved = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert saved["peft_type"] == served.peft_config["default"].peft_type.value
+    outputs, x = {}, torch.randn(3, 12)
+    with torch.no_grad():
+        for name in "ab":
+            model.set_adapter(name)
+            outputs[name] = model(x)
+        served = peft.PeftModel.from_pretrained(own_mlp(), tmp_path / "a").eval()
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(served, backend=counter)
+        torch.testing.assert_close(compiled(x), outputs["a"])
+        count = counter.frame_count
+        for name in "ba":
+            peftx.hotswap(compiled, tmp_path / name)
+            torch.testing.assert_close(compiled(x), outputs[name])
+    assert counter.frame_count == count > 0
