@@ -153,6 +153,13 @@ def test_different_ranks_are_joined_or_refused(mlp: MLP) -> None:
     assert model.peft_config["c"].combined_rank == 5
 
 
+def test_a_sum_of_bone_adapters_is_no_miss(mlp: MLP, tmp_path: Path) -> None:
+    model = peft.get_peft_model(mlp, peftx.BoneConfig(r=2, target_modules=["lin0"], init_weights=False), "a")
+    model.add_weighted_adapter(["a"], [2.0], "c")
+    with pytest.raises(ValueError, match="is a LoRA and no MiSS"):
+        peftx.hub.export_miss(model, tmp_path / "miss", adapter_name="c")
+
+
 def test_the_ranks_of_a_sum_do_not_grow(mlp: MLP) -> None:
     config = peftx.TriAdaptLoRAConfig(target_r=4, init_r=1, total_step=10, target_modules=["lin0"])
     model = peft.get_peft_model(mlp, config, "a")
