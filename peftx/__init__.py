@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # what is imported when it is first used; `__getattr__` is hi
     from . import pruning as pruning
     from . import train as train
     from .compression import FisherCallback
-    from .hub import export_lora
+    from .hub import export_lora, hotswap
     from .pruning import DonodCallback
 
 __version__ = "0.2.0.dev0"
@@ -70,6 +70,7 @@ __all__ = [
     "TriAdaptLoRAConfig",
     "export_lora",
     "fast_experts",
+    "hotswap",
     "inference",
     "methods",
     "plot_ranks",
@@ -79,7 +80,7 @@ __all__ = [
 
 _PACKAGES = ("federated", "hub", "optim", "pruning", "train")  # imported when they are first used,
 # and what of theirs is public here
-_NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_lora": "hub"}
+_NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_lora": "hub", "hotswap": "hub"}
 
 
 if not TYPE_CHECKING:

@@ -61,6 +61,8 @@ class AdapterConfig(FileConfig):
         trainable_token_indices: rows of the input embeddings (or, by name, of other ones) that are trained and saved.
         ensure_weight_tying: whether `modules_to_save` that the base model ties stay tied.
         layer_replication: as in PEFT's LoRA, `[(start, end), ...]` of the layers that the model is rebuilt from.
+        combined_rank: of what `add_weighted_adapter` made the rank of its LoRA factors, which stand where the method's
+            own tensors do; default: none.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -100,6 +102,11 @@ class AdapterConfig(FileConfig):
     )
     layer_replication: list[tuple[int, int] | list[int]] | None = dataclasses.field(
         default=None, metadata={"help": "Ranges of layers that the model is rebuilt from."}
+    )
+
+    combined_rank: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Rank of a weighted sum of adapters, which is a LoRA; set by `add_weighted_adapter`."},
     )
 
     # config field holding a pattern -> config field that a match overrides
@@ -176,8 +183,8 @@ def _check_numbers(name: str, value: Any) -> None:
             raise ValueError(f"`{name}` must be less than 2**63, got an integer of {part.bit_length()} bits.")
         if not math.isfinite(part):
             raise ValueError(f"`{name}` must be finite, got {value}.")
-        if name in ("r", "rank_pattern") and part <= 0:
-            kind = "a positive integer" if name == "r" else "positive"
+        if name in ("r", "rank_pattern", "combined_rank") and part <= 0:
+            kind = "a positive integer" if name != "rank_pattern" else "positive"
             raise ValueError(f"`{name}` must be {kind}, got {value}.")
         if name in ("alpha", "lora_alpha", "alpha_pattern") and part == 0:
             raise ValueError(f"`{name}` must not be zero, got {value}: the delta would stay zero.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig
@@ -56,6 +56,26 @@ def file_keys(tuner: Any, layer: nn.Module, name: str, adapter_name: str) -> dic
     """The keys in a file of an adapter's tensors in the layer `name`, by the tensors' names."""
     own = saved(layer, f"{PREFIX}{name}", adapter_name)
     return {part: tuner._remove_adapter_name_from_key(key, adapter_name) for part, (key, _) in own.items()}
+
+
+def nested(tuner: Any, model: nn.Module) -> dict[str, str]:
+    """Names of the tuner's layers under those of other methods, and what they would be on a model without such."""
+    modules, found = dict(model.named_modules()), {}
+    for name, module in modules.items():
+        if isinstance(module, tuner.tuner_layer_cls) and ".base_layer" in name:
+            parts: list[str] = []
+            for depth, part in enumerate(path := name.split(".")):
+                parent = modules[".".join(path[:depth])]
+                other = isinstance(parent, BaseTunerLayer) and not isinstance(parent, tuner.tuner_layer_cls)
+                parts += [] if part == "base_layer" and other else [part]
+            found[f"{name}."] = ".".join([*parts, ""])
+    return {name: plain for name, plain in found.items() if name != plain}
+
+
+def renamed(key: str, names: Mapping[str, str]) -> str:
+    """A key of a layer's tensor by the layer's new name, where `names` has one."""
+    name = next((name for name in names if key.startswith(name)), "")
+    return names.get(name, "") + key.removeprefix(name)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 from .adapter import Adapter, is_dense
 from .products import at_least_fp32, kept, onloaded, unobserved, unpack
 from .sites import Site, site_of
+from .weighted import LowRank
 
 PORTING = (
     "A method is a subclass of `peftx.Adapter` now, one module for one adapter of one layer: what was "
@@ -68,7 +69,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @classmethod
     def make_adapter(cls, site: Any, config: Any) -> Adapter:
-        return cls.adapter_cls(site, config)
+        return LowRank(site, config) if config.combined_rank else cls.adapter_cls(site, config)
 
     @classmethod
     def over(cls, base_layer: nn.Module, **quantization_kwargs: Any) -> type[AdapterLayer]:

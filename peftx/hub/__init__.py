@@ -6,6 +6,7 @@ from .inspect import AdapterReport, inspect_adapter
 from .loading import load_adapter, read_adapter
 from .merged import export_merged
 from .picture import heat_map
+from .swapping import hotswap
 from .tensors import AdaptedModule
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "export_miss",
     "finish_card",
     "heat_map",
+    "hotswap",
     "inspect_adapter",
     "load_adapter",
     "read_adapter",

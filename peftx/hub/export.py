@@ -177,6 +177,8 @@ def export_miss(
     check_place(path, ADAPTER, config)
     if not isinstance(config, BoneConfig):
         raise ValueError(f"Only Bone adapters are MiSS adapters too, not {config.peft_type.value}.")
+    if config.combined_rank:
+        raise ValueError("A weighted sum of Bone adapters is a LoRA and no MiSS: write it by `export_lora`.")
     if isinstance(model, PeftModel):
         state |= _rescaled_blocks(model, state, adapter_name)
     current: Any = info_of(BoneConfig).model.current_key  # type: ignore[attr-defined]

@@ -24,8 +24,8 @@ from .loading import read_tensors
 WRAPPED = "base_model.model."  # before a module's name in every file of PEFT
 BLOCK = 1 << 22  # values of a tensor that are in memory at once
 LONGEST_NAME = 1000
-# What PEFT's own methods call the tensor whose first axis is the rank.
-RANKED = ("lora_A", "lora_embedding_A", "vera_lambda_d")
+# What PEFT's own methods, and LoLDU, call the tensor whose first axis is the rank.
+RANKED = ("lora_A", "lora_embedding_A", "vera_lambda_d", "loldu_adapter.z")
 UNRANKED = ("IA3", "OFT", "BOFT", "FOURIERFT", "LN_TUNING", "C3A", "ROAD", "TRAINABLE_TOKENS")
 
 
@@ -146,9 +146,9 @@ def describe(
 def rank_of(tensors: Mapping[str, AnyTensor], settings: Mapping[str, Any], name: str) -> int | None:
     """The rank in a module, as its method counts it.
 
-    LoRA's is that of its factors, TriAdaptLoRA stores which of its ranks are at work. For the other methods of peftx it
-    is the shortest of the last two axes of all matrices, or the longest of the vectors where there is no matrix
-    (LoLDU); for PEFT's, the config's `r`, and for any with stacks of experts among its modules.
+    LoRA's is that of its factors, LoLDU's of its vectors; TriAdaptLoRA stores which of its ranks are at work. For the
+    other methods of peftx it is the shortest of the last two axes of all matrices, or the longest of the vectors where
+    there is no matrix; for PEFT's, the config's `r`, and for any with stacks of experts among its modules.
     """
     stacked = settings.get("target_parameters") and by_pattern(settings.get("rank_pattern"), name, settings.get("r"))
     if type(stacked) is int:

@@ -14,10 +14,19 @@ from ..adapters import Adapter, AdapterConfig, Number, Site, register
 # Relative distance of the pivots at which a base counts as another one. With 18 matrices of MiniLM, r=64, they were
 # at most 0.0005 apart for fp16, 0.003 for bf16, 0.02 for 8 bits, 0.17 for NF4, and some 9 for other weights.
 TOLERANCE = 0.3
+# Relative distance of two weights that is no rounding, and the step of a quantised one. The same matrices were 0.002
+# apart for bf16, 0.008 for 8 bits, 0.09 for NF4 and 0.12 for FP4, as a sketch tells them to within an eighth.
+DISTANCE, QUANTISED = 0.02, 0.15
+SKETCH = 32
 OTHER_BASE = (
-    "The base weight factorises otherwise than the one this LoLDU adapter was trained on: it is another model. Load "
-    "the base model of the training, in any dtype, or train with `save_projection=True`, for a file that needs none."
+    "The base weight factorises otherwise than the one this LoLDU adapter was trained on{found}. Load the base model "
+    "of the training, {how}, or train with `save_projection=True`, for a file that needs none."
 )
+ANOTHER = {"found": ": it is another model", "how": "in any dtype"}
+ROUNDED = {
+    "found": ": it is the same weight, rounded otherwise, which the last of its {r} pivots do not bear",
+    "how": "in the dtype or quantisation that it had there",
+}
 InitMethod = Literal["lu", "uniform", "normal", "constant", "s_uniform", "s_normal", "ones", "zeros"]
 
 
@@ -46,7 +55,9 @@ class LoLDUConfig(AdapterConfig):
             the file holds z, sigma, the offset sigma_0 z_0, and the pivots and their rows, by which the factors are
             made again. The base may have another dtype or quantisation then: the delta differs by 2 to 4 times what
             the base weight does (fp16 0.08 %, bf16 0.6 %, 8 bits 3 %, NF4 38 %, medians of MiniLM's matrices at r=64;
-            the weights themselves 0.02, 0.2, 0.8 and 9 %). Another base is refused.
+            the weights themselves 0.02, 0.2, 0.8 and 9 %). Another base is refused: one whose weights are more than
+            some 3 % off, where a quantised one is involved 30 %, by a sketch of 32 sums; and a quantised one
+            whose factors are others altogether, as from ranks near the width.
         rank_pattern, alpha_pattern: `{name or regex: value}` for modules that deviate from `r` and `alpha`.
 
     The other arguments and the errors raised are those of `peftx.AdapterConfig`.
@@ -68,12 +79,14 @@ class LoLDUConfig(AdapterConfig):
 
 
 class LDU(NamedTuple):
-    """Leading part of W = P L diag(d) U: PL (out, r), d (r), U (r, in) in float64, and the pivot rows (r) in order."""
+    """Leading part of W = P L diag(d) U: PL (out, r), d (r), U (r, in) in float64, the pivot rows (r) in order, and a
+    sketch (32) of what was factorised."""
 
     PL: torch.Tensor
     d: torch.Tensor
     U: torch.Tensor
     rows: torch.Tensor
+    sketch: torch.Tensor
 
 
 def ldu(weight: torch.Tensor, r: int, rows: torch.Tensor | None = None) -> LDU:
@@ -108,7 +121,7 @@ def ldu(weight: torch.Tensor, r: int, rows: torch.Tensor | None = None) -> LDU:
     d = torch.where(d.abs() > torch.finfo(torch.float32).eps * d.abs().max(), d, 1.0)
     PL = torch.empty_like(L)
     PL[order] = L
-    return LDU(PL, d, U / d[:, None], torch.tensor(order[:r]))
+    return LDU(PL, d, U / d[:, None], torch.tensor(order[:r]), sketch(panel))
 
 
 def _eliminated(panel: torch.Tensor) -> torch.Tensor:
@@ -120,6 +133,19 @@ def _eliminated(panel: torch.Tensor) -> torch.Tensor:
             panel[i + 1 :, i] /= pivot
         panel[i + 1 :, i + 1 :] -= panel[i + 1 :, i, None] * panel[i, i + 1 :]
     return panel
+
+
+def sketch(panel: torch.Tensor) -> torch.Tensor:
+    """Signed sums over the leading columns of `panel` (out, r), (32,): those of two weights are as far apart relative
+    to their length as the weights are, give or take an eighth (a count sketch).
+
+    The sign and the sum of an entry follow from its place alone.
+    """
+    panel = panel[:, :16].flatten()
+    place = torch.arange(len(panel), device="cpu") * 0x9E3779B1 & 0xFFFFFFFF
+    place = (place ^ place >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+    place ^= place >> 13
+    return panel.new_zeros(SKETCH).index_add_(0, place % SKETCH, panel * (1 - 2 * (place // SKETCH % 2)))
 
 
 def checksum(rows: torch.Tensor) -> torch.Tensor:
@@ -166,6 +192,7 @@ class LoLDU(Adapter):
     U: torch.Tensor  # (r, in)
     rows: torch.Tensor  # (r,) int32, the pivot rows
     pivots: torch.Tensor  # (r,) d, by which a file knows its base again
+    sketch: torch.Tensor  # (33,) of the weight, and how coarsely it is rounded, by which it does too
 
     def __init__(self, site: Site, config: LoLDUConfig) -> None:
         super().__init__(site, config)
@@ -178,8 +205,11 @@ class LoLDU(Adapter):
         if torch.get_default_device().type == "meta":  # only the shapes are wanted
             blank = torch.empty(site.shape)
             PL, d, U, rows = blank[:, :r], blank[0, :1].expand(r), blank[:r], torch.empty(r)
+            base = torch.empty(SKETCH + 1)
         else:
-            PL, d, U, rows = self._factorised()
+            PL, d, U, rows, sums = self._factorised()
+            step = QUANTISED if site.backend is not None else torch.finfo(dtype).eps
+            base = torch.cat([sums, sums.new_tensor([step])])
         # The offset cancels z and sigma as they will be stored, after rounding to the dtype PEFT gives them.
         z = start(d, config.init_method).to(dtype)
         sigma = torch.tensor([(r if config.alpha is None else config.alpha) / r], dtype=dtype)  # FSDP has no scalars
@@ -191,6 +221,7 @@ class LoLDU(Adapter):
         self.register_buffer("c0", c0)
         self.register_buffer("rows", rows.to(torch.int32))
         self.register_buffer("pivots", d.to(wide))
+        self.register_buffer("sketch", base.to(wide))
         self.register_buffer("PL", PL.to(wide), persistent=config.save_projection)
         self.register_buffer("U", U.to(wide), persistent=config.save_projection)
         if not config.train_sigma:
@@ -230,25 +261,51 @@ class LoLDU(Adapter):
 
     def prepare_load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Factorises in the file's order of rows, where the base is the same in another dtype or quantisation."""
-        found, sum_ = tensors.get("rows"), tensors.pop("checksum", None)
+        sum_, own = tensors.pop("checksum", None), ("rows", "pivots", "sketch")
+        earlier = sum_ is not None and "rows" not in tensors  # a file of peftx 0.1
         if self.rows.is_meta or any(tensor.is_meta for tensor in tensors.values()):
-            if sum_ is not None:  # a file of peftx 0.1
-                tensors |= {name: getattr(self, name).to("meta") for name in ("rows", "pivots")}
+            missing = own if earlier else () if "sketch" in tensors else ("sketch",)
+            tensors |= {name: getattr(self, name).to("meta") for name in missing}
             return
-        if sum_ is not None and found is None:
-            if not self.config.save_projection and int(sum_.sum()) != int(checksum(self.rows)):
-                raise ValueError(f"the file is of peftx 0.1, which bound it to the exact base. {OTHER_BASE}")
-            tensors |= {"rows": self.rows, "pivots": self.pivots}
+        if sum_ is not None and earlier:
+            same = not sum_.is_floating_point() and int(sum_.sum()) == int(checksum(self.rows))
+            if not self.config.save_projection and not same:
+                found = ". The file is of peftx 0.1, which bound it to the exact base"
+                raise ValueError(OTHER_BASE.format(found=found, how="in the same dtype"))
+            tensors |= {name: getattr(self, name) for name in own}
             return
-        pivots = tensors.get("pivots")
-        if found is None or pivots is None or found.shape != self.rows.shape or pivots.shape != self.pivots.shape:
-            return  # the comparison of shapes says so
-        order = found.tolist()
-        if len({*order}) < len(order) or not all(0 <= row < self.site.out_features for row in order):
-            raise ValueError(f"rows: found {order}, expected {len(order)} different rows of the weight")
-        if self.config.save_projection:
-            return
-        PL, d, U, _ = self._factorised(found)
-        if not (d - pivots.to(d)).norm() <= TOLERANCE * d.norm():
-            raise ValueError(OTHER_BASE)
+        known = tensors.setdefault("sketch", self.sketch) is not self.sketch  # files had none at first
+        if any(
+            name not in tensors
+            or tensors[name].shape != getattr(self, name).shape
+            or tensors[name].is_floating_point() != getattr(self, name).is_floating_point()
+            or not torch.isfinite(tensors[name]).all()
+            for name in own
+        ):
+            return  # the comparison with the adapter's own tensors says so
+        self._check_rows(tensors["rows"].tolist())
+        if not self.config.save_projection:
+            self._factorise_as(tensors["rows"].long(), tensors["pivots"], tensors["sketch"] if known else None)
+
+    def _check_rows(self, rows: list[int]) -> None:
+        seen: set[int] = set()
+        for i, row in enumerate(rows):
+            if row in seen or not 0 <= row < self.site.out_features:
+                raise ValueError(
+                    f"rows: found {row} at {i}, expected {len(rows)} different rows of a weight that has "
+                    f"{self.site.out_features}"
+                )
+            seen.add(row)
+
+    def _factorise_as(self, rows: torch.Tensor, pivots: torch.Tensor, base: torch.Tensor | None) -> None:
+        """Takes the factors that these rows in this order give, if they are those of the file's base."""
+        PL, d, U, _, sums = self._factorised(rows)
+        if base is not None:
+            step = min(max(float(base[-1]), float(self.sketch[-1])), QUANTISED)
+            if not (sums - base[:-1].to(sums)).norm() <= (DISTANCE + 2 * step) * sums.norm():
+                raise ValueError(OTHER_BASE.format(**ANOTHER))
+        finite = all(torch.isfinite(part.to(self.PL)).all() for part in (PL, U))
+        if not (finite and (d - pivots.to(d)).norm() <= TOLERANCE * d.norm()):
+            reason = {name: text.format(r=self.config.r) for name, text in ROUNDED.items()}
+            raise ValueError(OTHER_BASE.format(**(reason if base is not None else ANOTHER)))
         self.PL, self.U = PL.to(self.PL), U.to(self.U)

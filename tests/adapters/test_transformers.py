@@ -67,7 +67,7 @@ def shift_saved_tensors(model: nn.Module, adapter_name: str = "default") -> None
     """Changes every floating-point tensor that is saved, the frozen ones too: one that is not loaded will show."""
     generator = torch.Generator().manual_seed(3)
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        if tensor.is_floating_point() and not key.endswith(".pivots"):  # by which LoLDU knows its base
+        if tensor.is_floating_point() and not key.endswith((".pivots", ".sketch")):  # by which LoLDU knows its base
             tensor.data += 0.1 * torch.randn(tensor.shape, generator=generator)
 
 

@@ -34,13 +34,6 @@ def test_the_scale_of_an_adapter_changes_for_a_while(mergeable: Case, mlp: MLP) 
         pass
 
 
-def test_a_weighted_sum_is_refused_with_the_way_out(own: Case, mlp: MLP) -> None:
-    model = adapted(mlp, own, "a", "b", target_modules=["lin1"])
-    with pytest.raises(NotImplementedError, match="export_lora"):
-        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c")
-    assert set(model.peft_config) == {"a", "b"}
-
-
 def test_rows_of_the_embeddings_train_and_load(own: Case, tokens: torch.Tensor, tmp_path) -> None:
     config = own.config(target_modules=["q_proj"], trainable_token_indices=[3, 5])
     model = peft.get_peft_model(tiny_model("llama"), config)
@@ -64,17 +57,19 @@ def test_modules_to_save_stay_tied(own: Case) -> None:
     assert weights[0] is weights[1]
 
 
-def test_layers_are_replicated_but_not_merged(own: Case, tokens: torch.Tensor) -> None:
+def test_layers_are_replicated_but_not_merged(case: Case, tokens: torch.Tensor) -> None:
     base = tiny_model("llama")
-    config = own.config(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
+    config = case.config(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
     model = peft.get_peft_model(base, config)
     assert len(model.base_model.model.model.layers) == 3
     layers = [layer.self_attn.q_proj for layer in model.base_model.model.model.layers]
     assert layers[1].base_layer.weight is layers[2].base_layer.weight
-    assert next(layers[1].adapters.parameters()) is not next(layers[2].adapters.parameters())
+    before = layers[1].base_layer.weight.clone()
     logits(model.eval(), tokens)
-    with pytest.raises(NotImplementedError):
-        model.merge_and_unload()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError):
+            merge()
+    assert torch.equal(layers[1].base_layer.weight, before)
 
 
 NUMBERS = [("alpha", math.nan), ("scale", math.inf), ("lora_alpha", math.nan), ("lora_alpha", 0), ("r", 0)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftx
@@ -242,7 +242,7 @@ def test_round_trip_with_another_seed_is_exact(mlp, tmp_path, init_method, save_
     model.save_pretrained(tmp_path)
     saved = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
     projection = {"PL", "U"} if save_projection else set()
-    assert saved == {"z", "sigma", "c0", "rows", "pivots"} | projection
+    assert saved == {"z", "sigma", "c0", "rows", "pivots", "sketch"} | projection
     torch.manual_seed(99)
     for low_cpu_mem_usage in (False, True):
         loaded = peft.PeftModel.from_pretrained(
@@ -329,19 +329,22 @@ def in_dtype(base, kind):
     """The same base with other weights: rounded, or quantised by bitsandbytes."""
     if isinstance(kind, torch.dtype):
         return copy.deepcopy(base).to(kind)
-    bnb = pytest.importorskip("bitsandbytes")
     model = copy.deepcopy(base)
     for name in TARGETS:
-        dense = getattr(model, name)
-        size = dense.in_features, dense.out_features
-        new = (
-            bnb.nn.Linear4bit(*size, quant_type="nf4")
-            if kind == "nf4"
-            else bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
-        )
-        new.load_state_dict(dense.state_dict())
-        setattr(model, name, new.to("cpu"))
+        setattr(model, name, bnb_linear(getattr(model, name), kind))
     return model
+
+
+def bnb_linear(dense, kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    size = dense.in_features, dense.out_features
+    new = (
+        bnb.nn.Linear4bit(*size, quant_type="nf4")
+        if kind == "nf4"
+        else bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+    )
+    new.load_state_dict(dense.state_dict())
+    return new.to("cpu")
 
 
 def wide():
@@ -357,7 +360,7 @@ BOUNDS = {torch.float32: 1e-6, torch.float16: 0.01, torch.bfloat16: 0.05, "int8"
 
 
 @pytest.mark.parametrize("served", KINDS, ids=str)
-@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, "nf4"], ids=str)
+@pytest.mark.parametrize("trained", KINDS, ids=str)
 def test_a_file_serves_the_same_base_in_another_dtype(trained, served, tmp_path):
     model = peft.get_peft_model(in_dtype(wide(), trained), peftx.LoLDUConfig(r=16, target_modules=TARGETS))
     torch.manual_seed(1)
@@ -398,17 +401,94 @@ def test_other_weights_are_no_other_dtype(change, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
-@pytest.mark.parametrize("rows", [[0, 0, 1], [0, 1, 99], [-1, 0, 1]])
-def test_rows_of_a_file_are_rows_of_the_weight(mlp, rows, tmp_path):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("r", [1, 3, 16])
+@pytest.mark.parametrize("served", [torch.float32, torch.float16, torch.bfloat16, "nf4"], ids=str)
+def test_a_fine_tuned_base_is_another_one_at_any_rank(r, served, tmp_path):
+    base = wide()
+    peft.get_peft_model(copy.deepcopy(base), peftx.LoLDUConfig(r=r, target_modules=TARGETS)).save_pretrained(tmp_path)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for module in base:  # NF4 alone moves the weights by 9 %
+            noise = torch.randn_like(module.weight) * module.weight.std()
+            module.weight += noise * (0.45 if served == "nf4" else 0.06)
+    with pytest.raises(ValueError, match="factorises otherwise.*it is another model"):
+        peft.PeftModel.from_pretrained(in_dtype(base, served), tmp_path)
 
-    peft.get_peft_model(copy.deepcopy(mlp), peftx.LoLDUConfig(r=3, target_modules=["lin0"])).save_pretrained(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    tensors["base_model.model.lin0.loldu_adapter.rows"] = torch.tensor(rows, dtype=torch.int32)
-    save_file(tensors, path)
-    with pytest.raises(ValueError, match="lin0: rows: found .* expected 3 different rows"):
-        peft.PeftModel.from_pretrained(mlp, tmp_path)
+
+def test_a_rounding_that_the_rank_does_not_bear_is_told_from_another_base(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("lin0", nn.Linear(192, 192))
+    config = peftx.LoLDUConfig(r=192, target_modules=["lin0"])
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    quantised = nn.Sequential()
+    quantised.add_module("lin0", bnb_linear(base.lin0, "nf4"))
+    with pytest.raises(ValueError, match="factorises otherwise.*it is the same weight.*192 pivots.*save_projection"):
+        peft.PeftModel.from_pretrained(quantised, tmp_path)
+    peft.PeftModel.from_pretrained(in_dtype(base, torch.bfloat16), tmp_path)
+
+
+def changed(folder, change, **kwargs):
+    """The file of an adapter on `lin0` with one of its tensors changed."""
+    config = peftx.LoLDUConfig(r=3, target_modules=["lin0"], **kwargs)
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("lin0", nn.Linear(12, 16))
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(folder)
+    path = folder / "adapter_model.safetensors"
+    tensors = {key.rpartition(".")[2]: tensor for key, tensor in load_file(path).items()}
+    change(tensors)
+    save_file({f"base_model.model.lin0.loldu_adapter.{name}": t.contiguous() for name, t in tensors.items()}, path)
+    return base
+
+
+NAN = float("nan")
+HOSTILE = {
+    "rows twice": ("rows", lambda t: torch.tensor([0, 0, 1])),
+    "rows beyond": ("rows", lambda t: torch.tensor([0, 1, 99])),
+    "rows negative": ("rows", lambda t: torch.tensor([-1, 0, 1], dtype=torch.int32)),
+    "rows huge": ("rows", lambda t: t.long() + 2**40),
+    "rows as floats": ("rows", lambda t: t + 0.5),
+    "rows as bools": ("rows", lambda t: torch.tensor([True, False, True])),
+    "rows too many": ("rows", lambda t: torch.arange(4)),
+    "rows in a matrix": ("rows", lambda t: t[None]),
+    "pivots nan": ("pivots", lambda t: t * NAN),
+    "pivots whole": ("pivots", lambda t: t.int()),
+    "pivots too few": ("pivots", lambda t: t[:2]),
+    "pivots huge": ("pivots", lambda t: t * 1e30),
+    "pivots negated": ("pivots", lambda t: -t),
+    "sketch nan": ("sketch", lambda t: t * NAN),
+    "sketch short": ("sketch", lambda t: t[:5]),
+    "sketch coarse": ("sketch", lambda t: torch.cat([-t[:-1], torch.tensor([1e30])])),
+    "checksum": ("checksum", lambda t: torch.tensor([NAN])),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_values_are_refused_and_the_model_is_as_it_was(kind, low_cpu_mem_usage, tmp_path):
+    name, change = HOSTILE[kind]
+
+    def apply(tensors):
+        tensors[name] = change(tensors.get(name))
+        if name == "checksum":
+            for other in ("rows", "pivots", "sketch"):
+                del tensors[other]
+
+    base = changed(tmp_path, apply)
+    weight = base.lin0.weight.detach().clone()
+    with pytest.raises(ValueError, match=f"lin0.*{name}|lin0: The base weight factorises otherwise"):
+        peft.PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert type(base.lin0) is nn.Linear and torch.equal(base.lin0.weight, weight) and base.lin0.weight.requires_grad
+
+
+@pytest.mark.parametrize("save_projection", [False, True])
+def test_a_file_from_before_the_sketch_loads(save_projection, tmp_path):
+    base = changed(tmp_path, lambda tensors: tensors.pop("sketch"), save_projection=save_projection)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    assert any(key.endswith(".sketch") for key in load_file(tmp_path / "again" / "adapter_model.safetensors"))
 
 
 def test_given_rows_make_the_factors_of_their_order():

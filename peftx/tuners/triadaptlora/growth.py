@@ -66,7 +66,8 @@ class GrowingModel(AdapterModel):
     def _named(self, adapter_name: str | None) -> tuple[str, dict[str, TriAdaptLoRA]]:
         name = adapter_name or self.active_adapters[0]
         layers = ((target_key(layer, key), layer) for key, layer in self._layers())
-        adapters = {key: layer.adapters[name] for key, layer in layers if name in layer.adapters}
+        found = {key: layer.adapters[name] for key, layer in layers if name in layer.adapters}
+        adapters = {key: adapter for key, adapter in found.items() if isinstance(adapter, TriAdaptLoRA)}
         if not adapters:
             raise ValueError(f"There is no TriAdaptLoRA adapter {name!r}; there are: {', '.join(self.peft_config)}.")
         return name, adapters
@@ -193,8 +194,8 @@ def trained_adapters(tuner: Any, adapter_name: str) -> dict[str, TriAdaptLoRA]:
         name: layer.adapters[adapter_name]
         for name, layer in body.named_modules()
         if isinstance(layer, AdapterLayer)
-        and issubclass(layer.adapter_cls, TriAdaptLoRA)
         and adapter_name in layer.present(layer.active_adapters)
+        and isinstance(layer.adapters[adapter_name], TriAdaptLoRA)  # and no weighted sum of such
         and not layer.disable_adapters
         and layer.adapters[adapter_name].A.requires_grad
     }
