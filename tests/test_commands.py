@@ -47,6 +47,7 @@ SMALL: dict[str, str] = {
     "peftx compress --resume folder": "--model folder --data lines.jsonl --keep 0.6 --out by-layers --resume layers",
     "peftx export": "",
     "peftx inspect": "",
+    "peftx run": "",
     "peftx demo": "--quick --epochs 0.02 --methods bone --model-cards cards --overwrite",
     "python benchmarks/compression.py": "--small --rounds 2 --model llama --training lora",
     "python benchmarks/compression_models.py": "--smoke --data data --work work",
@@ -71,6 +72,7 @@ STANDS |= {"path/to/gsm8k": "data/gsm8k", "shared/data/stories260k/hf": "folder"
 STANDS |= {"folder-of-all-MiniLM-L6-v2": "bert"}
 # What cannot run here, and where it does.
 ELSEWHERE = {
+    "peftx run": "tests/cli/test_run.py",
     "peftx train --config run.yaml --prune-keep 0.3 --load-in-4bit": "test_train.py: test_quantised_bases",
     "peftx export me/my-adapter plain-lora --revision v1.0": "test_hub.py, on a stand-in of the Hub",
     "python benchmarks/step_time.py --device cuda": "needs a GPU",

@@ -1,0 +1,77 @@
+"""Python imports this as it starts, where `peftx run` has put this folder into PYTHONPATH.
+
+It registers the methods of peftx once PEFT, or the models of transformers, have been imported, and lets the
+environment's own `sitecustomize` run. Every Python program that is started meets it: it imports next to nothing.
+"""
+
+import os
+import sys
+from _thread import _local
+
+HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib takes its time
+ROOT = os.path.dirname(os.path.dirname(HERE))  # noqa: PTH120
+WATCHED = ("peft", "transformers")
+AWAITED = ("peft", "transformers.modeling_utils")  # the latter loads compressed models too
+
+
+class Registrar:
+    """A finder that is asked for every module first and leaves all to the others.
+
+    It imports peftx when one of `AWAITED` is there and none of `WATCHED` is half imported: `transformers.trainer`
+    imports PEFT on its own way.
+    """
+
+    def __init__(self):
+        self.local = _local()
+        self.registered = False
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "peftx":  # the one that was asked, wherever the program is run
+            from importlib.machinery import PathFinder
+
+            return PathFinder.find_spec(name, [ROOT])
+        if name.partition(".")[0] in WATCHED:
+            for finder in sys.meta_path:
+                spec = finder.find_spec(name, path, target) if finder is not self else None
+                if spec is not None:
+                    self.watch(spec.loader)
+                    return spec
+        return None
+
+    def watch(self, loader):
+        if isinstance(loader, type) or not hasattr(loader, "exec_module") or not hasattr(loader, "__dict__"):
+            return
+        execute = loader.exec_module
+
+        def exec_module(module):
+            del loader.exec_module
+            self.local.depth = getattr(self.local, "depth", 0) + 1
+            try:
+                execute(module)
+            finally:
+                self.local.depth -= 1
+            if not self.local.depth:
+                self.register()
+
+        loader.exec_module = exec_module
+
+    def register(self):
+        if not self.registered and any(name in sys.modules for name in AWAITED):
+            self.registered = True
+            import peftx  # noqa: F401
+
+            sys.meta_path.remove(self)
+
+
+sys.path[:] = [place for place in sys.path if place != HERE]
+if os.environ.get("PEFTX_RUN") == sys.prefix:
+    sys.meta_path.insert(0, Registrar())
+
+ours = sys.modules.pop(__name__)
+try:
+    import sitecustomize  # noqa: F401 - the next one
+except ImportError as error:
+    if error.name != "sitecustomize":
+        raise
+finally:
+    sys.modules.setdefault(__name__, ours)
