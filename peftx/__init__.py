@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # what is imported when it is first used; `__getattr__` is hi
     from . import pruning as pruning
     from . import train as train
     from .compression import FisherCallback
-    from .hub import export_lora
+    from .hub import export_gguf, export_lora
     from .pruning import DonodCallback
 
 __version__ = "0.2.0.dev0"
@@ -67,6 +67,7 @@ __all__ = [
     "Site",
     "TriAdaptCallback",
     "TriAdaptLoRAConfig",
+    "export_gguf",
     "export_lora",
     "fast_experts",
     "methods",
@@ -77,7 +78,7 @@ __all__ = [
 
 _PACKAGES = ("federated", "hub", "optim", "pruning", "train")  # imported when they are first used,
 # and what of theirs is public here
-_NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_lora": "hub"}
+_NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_gguf": "hub", "export_lora": "hub"}
 
 
 if not TYPE_CHECKING:
