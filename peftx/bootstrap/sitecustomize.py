@@ -32,7 +32,8 @@ class Registrar:
             return PathFinder.find_spec(name, [ROOT])
         if name.partition(".")[0] in WATCHED:
             for finder in sys.meta_path:
-                spec = finder.find_spec(name, path, target) if finder is not self else None
+                find = getattr(finder, "find_spec", None)
+                spec = find(name, path, target) if find and finder is not self else None
                 if spec is not None:
                     self.watch(spec.loader)
                     return spec
@@ -64,7 +65,8 @@ class Registrar:
 
 
 sys.path[:] = [place for place in sys.path if place != HERE]
-if os.environ.get("PEFTX_RUN") == sys.prefix:
+asked = os.environ.get("PEFTX_RUN")
+if asked and os.path.realpath(asked) == os.path.realpath(sys.prefix):  # not in another environment
     sys.meta_path.insert(0, Registrar())
 
 ours = sys.modules.pop(__name__)

@@ -92,12 +92,12 @@ def export_lora(
 
     if isinstance(model, (str, os.PathLike)):
         check_place(path, (), None, base_model, Path(model, subfolder or ""))
-    state, exported, errors = as_lora(model, adapter_name, rank, check, base_model=base_model, **hub)
+    state, exported, errors = plain_lora(model, adapter_name, rank, check, base_model=base_model, **hub)
     _write(path, state, exported)
     return errors
 
 
-def as_lora(
+def plain_lora(
     model: PeftModel | str | os.PathLike,
     adapter_name: str | None,
     rank: int | None,

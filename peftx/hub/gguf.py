@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..files import drafted
-from .export import as_lora
+from .export import plain_lora
 from .merged import BY, check_place
 from .tensors import WRAPPED, by_pattern, factors, split
 
@@ -113,7 +113,7 @@ def export_gguf(
 
     if isinstance(model, (str, os.PathLike)):
         check_place(path, (), None, base_model, Path(model, subfolder or ""))
-    state, config, errors = as_lora(model, adapter_name, rank, check, base_model=base_model, **hub)
+    state, config, errors = plain_lora(model, adapter_name, rank, check, base_model=base_model, **hub)
     tensors, alpha = _converted(state, config, known["base"], dtype)
     with drafted(path, BY) as folder:
         _write(folder / FILE, tensors, alpha, _family(known["base"]), config, dtype)
