@@ -133,12 +133,11 @@ def test_tokens_are_those_of_transformers(tmp_path):
     side = [python, HERE / "vllm_side.py", tmp_path / "jobs.json", tmp_path / "answers.json"]
     done = subprocess.run(side, capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads((tmp_path / "answers.json").read_text())
-    told["answers"]["base"] = told["answers"].pop("")
+    by_class = json.loads((tmp_path / "answers.json").read_text())
     by_server = served(python, adapters, prompts, tmp_path, environ)
     rows = {
         name: {
-            "class": compared(told["answers"][name], wanted[name]),
+            "class": compared(by_class["answers"][name], wanted[name]),
             "server": compared(by_server[name], wanted[name]),
             "of the base": compared(wanted["base"], wanted[name])["equal"],
             "export": lost.get(name, 0.0),
@@ -146,7 +145,7 @@ def test_tokens_are_those_of_transformers(tmp_path):
         for name in wanted
     }
     mine = {package: version(package) for package in ("torch", "transformers", "peft")}
-    report = {"date": str(date.today()), "model": "SmolLM2-135M-Instruct, fp32, CPU", "vllm": told["versions"]}
+    report = {"date": str(date.today()), "model": "SmolLM2-135M-Instruct, fp32, CPU", "vllm": by_class["versions"]}
     write(report | {"reference": {"peftx": peftx.__version__, **mine}, "rows": rows})
     for name, row in rows.items():
         assert row["class"]["equal"] == row["server"]["equal"] == row["class"]["of"], (name, row)
@@ -161,7 +160,8 @@ def write(report: dict[str, Any]) -> None:
         f"Greedy, {TOKENS} tokens of {len(PROMPTS)} prompts, random deltas on all seven linear layers, all adapters "
         "loaded at once: tokens equal to those of transformers with peftx, and the largest difference of their "
         f"log-probabilities, in the Python class and in the OpenAI-compatible server. {', '.join(CUT)} are cut to rank "
-        f"{RANK} and compared with stock PEFT on the exported file.",
+        f"{RANK} and compared with stock PEFT on the exported file. The base is asked in a batch of its own: in one "
+        "with adapters, vLLM on a CPU adds the last adapter to it (vllm#48421).",
         "",
         "| adapter | class | | server | | equal to the base's | error of the export |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -18,12 +18,11 @@ def main(folder: str) -> None:
     python = Path(folder, "Scripts" if sys.platform == "win32" else "bin", "python")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "install", *PACKAGES], check=True)
-    version = subprocess.run([python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True)
-    if version.returncode:
+    asked = [python, "-c", "from vllm import LLM, __version__; print(__version__)"]
+    if subprocess.run(asked, capture_output=True).returncode:
         subprocess.run([*pip, "uninstall", "--yes", *COMPANIONS], check=True)
-        version = subprocess.run([python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True)
-    version.check_returncode()
-    print(f"vLLM {version.stdout.split()[-1]}: {python}")
+    version = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    print(f"vLLM {version}: {python}")
 
 
 if __name__ == "__main__":
