@@ -1,9 +1,9 @@
 """`peftx run`: a Python program with the methods registered, in its own process and in those that it starts.
 
 Nothing of the program is imitated: this process becomes `python PROGRAM ARGUMENTS`, before anything heavy is imported,
-with one more entry in PYTHONPATH. The `sitecustomize` there registers the methods as soon as PEFT, or a model of
-transformers, has been imported; a program that imports neither loses nothing, and what a program sets in `os.environ`
-before its own imports has its effect. Python programs that it starts, workers too, inherit the entry.
+with one more entry in PYTHONPATH. The `sitecustomize` there registers the methods as soon as PEFT has been imported, or
+a compressed model is loaded; a program that does neither loses nothing, and what a program sets in `os.environ` before
+its own imports has its effect. Python programs that it starts, workers too, inherit the entry.
 """
 
 from __future__ import annotations

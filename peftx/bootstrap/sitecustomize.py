@@ -1,6 +1,6 @@
 """Python imports this as it starts, where `peftx run` has put this folder into PYTHONPATH.
 
-It registers the methods of peftx once PEFT, or the models of transformers, have been imported, and lets the
+It registers the methods of peftx once PEFT has been imported, or a compressed model is loaded, and lets the
 environment's own `sitecustomize` run. Every Python program that is started meets it: it imports next to nothing.
 """
 
@@ -11,24 +11,26 @@ from _thread import _local
 HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib takes its time
 ROOT = os.path.dirname(os.path.dirname(HERE))  # noqa: PTH120
 WATCHED = ("peft", "transformers")
-AWAITED = ("peft", "transformers.modeling_utils")  # the latter loads compressed models too
+COMPRESSED = "lowrank_svd"  # the `quant_method` of compressed models
 
 
 class Registrar:
     """A finder that is asked for every module first and leaves all to the others.
 
-    It imports peftx when one of `AWAITED` is there and none of `WATCHED` is half imported: `transformers.trainer`
-    imports PEFT on its own way.
+    It imports peftx when PEFT is there and none of `WATCHED` is half imported: `transformers.trainer` imports PEFT on
+    its own way. Until then it stands for the class of the configs of compressed models, which transformers looks up.
     """
 
     def __init__(self):
         self.local = _local()
+        self.classes = {}
         self.registered = False
 
     def find_spec(self, name, path=None, target=None):
         if name == "peftx":  # the one that was asked, wherever the program is run
             from importlib.machinery import PathFinder
 
+            self.classes.pop(COMPRESSED, None)
             return PathFinder.find_spec(name, [ROOT])
         if name.partition(".")[0] in WATCHED:
             for finder in sys.meta_path:
@@ -51,17 +53,21 @@ class Registrar:
                 execute(module)
             finally:
                 self.local.depth -= 1
-            if not self.local.depth:
-                self.register()
+            if module.__name__ == "transformers.quantizers.auto" and "peftx" not in sys.modules:
+                self.classes = module.AUTO_QUANTIZATION_CONFIG_MAPPING
+                self.classes[COMPRESSED] = self
+            if not self.local.depth and "peft" in sys.modules and not self.registered:
+                self.registered = True
+                import peftx  # noqa: F401
+
+                sys.meta_path.remove(self)
 
         loader.exec_module = exec_module
 
-    def register(self):
-        if not self.registered and any(name in sys.modules for name in AWAITED):
-            self.registered = True
-            import peftx  # noqa: F401
+    def from_dict(self, settings):
+        import peftx  # noqa: F401
 
-            sys.meta_path.remove(self)
+        return self.classes[COMPRESSED].from_dict(settings)
 
 
 sys.path[:] = [place for place in sys.path if place != HERE]

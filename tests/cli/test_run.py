@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import peftx
 from peftx import launch
+from peftx.cards.compressed import QUANT_METHOD
 from peftx.cli import app
 
 RUN = [sys.executable, "-m", "peftx", "run"]
@@ -215,16 +216,18 @@ if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     context.Process(target=spawned, args=(queue,)).start()
-    from transformers import AutoModelForCausalLM, Trainer  # which imports PEFT half-way
+    from transformers import AutoModelForCausalLM
+    root = sys.argv[1]
+    late = "peft" not in sys.modules
+    small = type(AutoModelForCausalLM.from_pretrained(root + "/small")).__name__ if late else "too early"
+    from transformers import Trainer  # which imports PEFT half-way
     import torch
     from peft import PeftModel
     from safetensors.torch import load_file
-    root = sys.argv[1]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root + "/base"), root + "/adapter").eval()
     with torch.no_grad():
         found = model(input_ids=load_file(root + "/tokens.safetensors")["tokens"]).logits
     children = [subprocess.check_output([sys.executable, *f, "-c", "print({HOOKED})"]) for f in ([], ["-I"])]
-    small = type(AutoModelForCausalLM.from_pretrained(root + "/small")).__name__
     print(json.dumps([queue.get(), *map(bytes.decode, children), small, found.tolist()]))
     sys.exit(3)
 """
@@ -253,8 +256,10 @@ def test_a_program_that_never_imports_peftx_loads_its_adapters(tmp_path, tokens)
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "accelerate outside"])
 def test_launchers_start_it_and_are_started_by_it(tmp_path, launcher):
     (tmp_path / "program.py").write_text(
-        f"import os, sys\nrank = os.environ.get('RANK', '0')\n"
-        f"open(f'{{sys.argv[1]}}-{{rank}}', 'w').write(str([sys.argv[1:], {HOOKED}]))\nsys.exit(rank == '0')"
+        "import os, sys, time\nout, rank = sys.argv[1], os.environ.get('RANK', '0')\n"
+        f"open(out + '-' + rank, 'w').write(str([sys.argv[1:], {HOOKED}]))\n"
+        "while not os.path.exists(f\"{out}-{int(os.environ.get('WORLD_SIZE', '1')) - 1}\"): time.sleep(0.1)\n"
+        "sys.exit(rank == '0')"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
@@ -277,5 +282,5 @@ def test_the_command_line_of_trl_runs():
     assert found.returncode == 0 and "trl sft" in found.stdout and "--model_name_or_path" in found.stdout
 
 
-def test_nothing_of_ours_is_left_out_of_the_package():
-    assert (launch.HOOK / "sitecustomize.py").is_file()
+def test_the_hook_is_in_the_package_and_knows_compressed_models():
+    assert f'COMPRESSED = "{QUANT_METHOD}"' in (launch.HOOK / "sitecustomize.py").read_text()
