@@ -9,6 +9,7 @@ its own imports has its effect. Python programs that it starts, workers too, inh
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -74,6 +75,8 @@ def arguments(words: list[str]) -> list[str]:
         raise UnknownProgram(f"`peftx run` has no option {name}: options of the program stand behind its name")
     path = Path(name)
     if path.is_file():
+        if is_foreign(path):
+            raise UnknownProgram(f"{name} is no Python program: put `peftx run` before the one that it starts")
         return words
     is_path, is_program = path.name != name, (path / "__main__.py").is_file()
     if not is_path:
@@ -85,6 +88,8 @@ def arguments(words: list[str]) -> list[str]:
         return words
     if is_path or path.suffix == ".py":
         raise UnknownProgram(f"there is no file {name}" if not path.exists() else f"{name} has no __main__.py")
+    if re.fullmatch(r"(python|pypy)[\d.]*", name):
+        raise UnknownProgram(f"`peftx run` starts Python itself: leave {name} out")
     raise UnknownProgram(f"there is no program {name}: no file, no console script of {sys.prefix}, and {reason}")
 
 
@@ -112,6 +117,15 @@ def is_python(file: Path) -> bool:
 
         return zipfile.is_zipfile(file)
     return first.startswith(b"#!") and (b"python" in first or second.startswith(b"'''exec' "))
+
+
+def is_foreign(file: Path) -> bool:
+    """Whether a file is machine code, or a script for a shell."""
+    with file.open("rb") as content:
+        head = content.readline(1000)
+    return head.startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe")) or (
+        re.match(rb"#!.*\b(ba|da|k|z)?sh\s*$", head) is not None and not is_python(file)
+    )
 
 
 def missing(module: str) -> str:

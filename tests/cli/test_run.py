@@ -51,6 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "bare").mkdir()
     (place / "bare" / "__init__.py").write_text("")
     (place / "broken.py").write_text("def f():\n    raise KeyError('lost')\nf()\n")
+    (place / "train.sh").write_text("#!/usr/bin/env bash\npython script.py\n")
     with zipfile.ZipFile(place / "archive.zip", "w") as archive:
         archive.writestr("__main__.py", SEEN)
     return place
@@ -134,6 +135,9 @@ def test_signals_reach_the_program_and_end_it(place, way, tmp_path):
             "peftx: `peftx run` has no option --fast: options of the program stand behind",
         ),
         ([], "peftx: `peftx run` needs a program"),
+        (["python", "script.py"], "peftx: `peftx run` starts Python itself: leave python out"),
+        (["./train.sh"], "peftx: ./train.sh is no Python program: put `peftx run` before the one that it starts"),
+        ([sys.executable, "script.py"], "is no Python program"),
     ],
 )
 def test_an_unknown_program_is_one_line_and_exit_code_2(place, words, message):
