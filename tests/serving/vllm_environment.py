@@ -14,7 +14,7 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")  # in builds for CUDA t
 
 
 def main(folder: str) -> None:
-    venv.create(folder, with_pip=True)
+    venv.create(folder, with_pip=True, symlinks=sys.platform != "win32")
     python = Path(folder, "Scripts" if sys.platform == "win32" else "bin", "python")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "install", *PACKAGES], check=True)
