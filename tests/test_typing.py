@@ -21,11 +21,13 @@ follow_imports = skip
 """
 RIGHT = """
 import peftx
+import torch
 from peftx.federated import FedSVDStrategy
 
 peftx.DonodCallback(keep=0.3, warmup_steps=10)
 peftx.FisherCallback(every=2)
 peftx.export_lora("adapter", "plain", rank=8)
+peftx.export_gguf("adapter", "gguf", dtype=torch.float16)
 peftx.federated.LocalSettings(steps=5)
 peftx.federated.DPSpec(epsilon=3.0)
 peftx.compression.FisherCallback(seed=1)
@@ -37,12 +39,14 @@ version: str = peftx.__version__
 """
 WRONG = """
 import peftx
+import torch
 from peftx.federated import FedSVDStrategy
 
 peftx.DonodCallback(keeep=0.3)
 peftx.DonodCallback(keep="0.3")
 peftx.FisherCallback(evry=2)
 peftx.export_lora("adapter", "plain", rnk=8)
+peftx.export_gguf("adapter", "gguf", dtpe=torch.float16)
 peftx.federated.LocalSettings(stepz=5)
 peftx.federated.DPSpec(epsilonn=3.0)
 peftx.federated.dirichlet_partition(alfa=0.1)

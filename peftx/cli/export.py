@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ class Target(str, Enum):
     lora = "lora"
     miss = "miss"
     merged = "merged"
+    gguf = "gguf"
 
 
 class Dtype(str, Enum):
@@ -28,7 +29,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="New folder to write to.")],
     to: Annotated[
         Target,
-        typer.Option(help="A plain LoRA (or DoRA), PEFT's MiSS (from Bone), or the base model with all merged in."),
+        typer.Option(
+            help="A plain LoRA (or DoRA), PEFT's MiSS (from Bone), the base model with all merged in, or LoRA in GGUF."
+        ),
     ] = Target.lora,
     rank: Annotated[
         int | None, typer.Option(help="Cut every delta to this rank, with an error.", show_default="exact")
@@ -39,15 +42,16 @@ def export(
     revision: Revision = None,
     subfolder: Subfolder = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the merged model's weights.", show_default="the base model's")
+        Dtype | None,
+        typer.Option(help="Of the weights, merged or in GGUF.", show_default="the base model's; in GGUF float32"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
-    """Write an adapter as a plain LoRA for stock PEFT, vLLM or llama.cpp, as MiSS, or merged into its base model."""
-    if rank is not None and to is not Target.lora:
-        fail(f"--rank is for --to lora, not for --to {to.value}")
-    if dtype is not None and to is not Target.merged:
-        fail(f"--dtype is for --to merged, not for --to {to.value}")
+    """Write an adapter as a plain LoRA for stock PEFT or vLLM, or for llama.cpp; as MiSS; or merged into its base."""
+    if rank is not None and to not in (Target.lora, Target.gguf):
+        fail(f"--rank is for --to lora and --to gguf, not for --to {to.value}")
+    if dtype is not None and to not in (Target.merged, Target.gguf):
+        fail(f"--dtype is for --to merged and --to gguf, not for --to {to.value}")
     import torch
 
     from .. import hub
@@ -66,11 +70,16 @@ def export(
                 hub.export_merged(adapter, out, dtype=wanted, base_model=base_model, **where)
                 typer.echo(f"Merged model: {out}")
             else:
-                errors = hub.export_lora(adapter, out, rank=rank, base_model=base_model, **where)
+                settings: dict[str, Any] = {"rank": rank, "base_model": base_model, **where}
+                if to is Target.gguf:
+                    errors = hub.export_gguf(adapter, out, dtype=wanted or torch.float32, **settings)
+                else:
+                    errors = hub.export_lora(adapter, out, **settings)
                 worst = max(errors, key=errors.__getitem__, default="")
                 lost = f"largest relative error {errors[worst]:.2g}, of {worst}" if errors.get(worst) else "exact"
-                typer.echo(f"LoRA adapter of {len(errors)} modules for stock PEFT, {lost}: {out}")
-    except (ValueError, NotImplementedError, OSError) as error:
+                reader = "llama.cpp" if to is Target.gguf else "stock PEFT"
+                typer.echo(f"LoRA adapter of {len(errors)} modules for {reader}, {lost}: {out}")
+    except (ValueError, NotImplementedError, OSError, ModuleNotFoundError) as error:
         fail(plain(" ".join(str(error).split())))
     except torch.OutOfMemoryError:
         raise

@@ -2,6 +2,7 @@
 
 from ..cards.finish import finish_card
 from .export import export_lora, export_miss
+from .gguf import export_gguf
 from .inspect import AdapterReport, inspect_adapter
 from .loading import load_adapter, read_adapter
 from .merged import export_merged
@@ -12,6 +13,7 @@ from .tensors import AdaptedModule
 __all__ = [
     "AdaptedModule",
     "AdapterReport",
+    "export_gguf",
     "export_lora",
     "export_merged",
     "export_miss",

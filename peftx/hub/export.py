@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,37 @@ def export_lora(
             the whole of what it does (`rank` with DoRA or another variant, `lora_bias`, `target_parameters`), or is
             GradNormLoRP on experts, and no `rank` is given. Nothing is written then.
     """
+    hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
+
+    def check(config: Any) -> None:
+        check_place(path, ADAPTER, config)
+
+    if isinstance(model, (str, os.PathLike)):
+        check_place(path, (), None, base_model, Path(model, subfolder or ""))
+    state, exported, errors = plain_lora(model, adapter_name, rank, check, base_model=base_model, **hub)
+    _write(path, state, exported)
+    return errors
+
+
+def plain_lora(
+    model: PeftModel | str | os.PathLike,
+    adapter_name: str | None,
+    rank: int | None,
+    check: Callable[[Any], None],
+    *,
+    base_model: Any = None,
+    **hub: Any,
+) -> tuple[dict[str, torch.Tensor], LoraConfig, dict[str, float]]:
+    """Tensors and config of the plain LoRA that an adapter is, and the error of each module; see `export_lora`.
+
+    Args:
+        check: is called with the adapter's own config, before the work.
+    """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
     if isinstance(model, (str, os.PathLike)):
-        hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
-        check_place(path, (), None, base_model, Path(model, subfolder or ""))
         config, state = read_adapter(model, **hub)
-        check_place(path, ADAPTER, config)
+        check(config)
         _check_known(config)
         if rank is None and isinstance(config, LoraConfig):
             if bad := [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]:
@@ -99,9 +124,8 @@ def export_lora(
                     f"The adapter {model} has NaN or infinity in {bad[0]} and {len(bad) - 1} more tensors."
                 )
             _check_factors(model, config, state)
-            _write(path, state, _as_lora(config))
             names = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in state if ".lora_" in key}
-            return dict.fromkeys(sorted(names), 0.0)
+            return state, _as_lora(config), dict.fromkeys(sorted(names), 0.0)
         model = load_adapter(model, base_model, **hub)
     elif not isinstance(model, PeftModel):
         raise TypeError(
@@ -110,7 +134,7 @@ def export_lora(
         )
     adapter_name = _chosen(model, adapter_name)
     config = model.peft_config[adapter_name]
-    check_place(path, ADAPTER, config)
+    check(config)
     _check_known(config)
     state = _state_of(model, adapter_name)
     tuner: Any = model.base_model
@@ -123,23 +147,20 @@ def export_lora(
     if rank is None and isinstance(config, LoraConfig):
         exported = _as_lora(config)
         exported.fan_in_fan_out = all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
-        state |= _rescaled(state, layers, adapter_name)
+        return state | _rescaled(state, layers, adapter_name), exported, errors
+    if rank is None:
+        factors = {name: layer.lora_factors(adapter_name) for name, layer in layers.items()}
     else:
-        if rank is None:
-            factors = {name: layer.lora_factors(adapter_name) for name, layer in layers.items()}
-        else:
-            for layer in layers.values():
-                _check_delta(config, layer, adapter_name)
-            factors = {}
-            for name, layer in tqdm(layers.items(), "approximating", leave=False, disable=None):
-                *factors[name], errors[name] = _truncated(layer, adapter_name, rank)
-        state = {key: tensor for key, tensor in state.items() if not belongs_to(key, tuner.prefix)}
-        for name, layer in layers.items():
-            state |= _tensors(f"base_model.model.{name}", layer, *factors[name])
-        ranks = {target_key(layers[name], name): B.shape[-1] for name, (_, B) in factors.items()}
-        exported = _describe(config, ranks, list(layers.values()))
-    _write(path, state, exported)
-    return errors
+        for layer in layers.values():
+            _check_delta(config, layer, adapter_name)
+        factors = {}
+        for name, layer in tqdm(layers.items(), "approximating", leave=False, disable=None):
+            *factors[name], errors[name] = _truncated(layer, adapter_name, rank)
+    state = {key: tensor for key, tensor in state.items() if not belongs_to(key, tuner.prefix)}
+    for name, layer in layers.items():
+        state |= _tensors(f"base_model.model.{name}", layer, *factors[name])
+    ranks = {target_key(layers[name], name): B.shape[-1] for name, (_, B) in factors.items()}
+    return state, _describe(config, ranks, list(layers.values())), errors
 
 
 def export_miss(
