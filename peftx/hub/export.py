@@ -50,7 +50,7 @@ def export_lora(
     subfolder: str | None = None,
     token: str | bool | None = None,
 ) -> dict[str, float]:
-    """Writes an adapter as a plain LoRA adapter, which stock PEFT, vLLM or llama.cpp load, without peftx.
+    """Writes an adapter as a plain LoRA adapter, which stock PEFT and vLLM load, without peftx.
 
     Without `rank` the outputs stay equal. Methods that are LoRA with another training rule are written as they are,
     GradNormLoRP as PEFT's DoRA (`use_dora=True`). Others are written by the exact factors of their delta; modules whose

@@ -1,6 +1,6 @@
 """Exported adapters in vLLM: its tokens are those of transformers with peftx, for all methods at once.
 
-Run before a release (`vllm_environment.py` says how); what it found is written to results/vllm.{json,md}.
+Run before a release (`vllm_environment.py` says how); what it found is written to benchmarks/results/vllm.{json,md}.
 """
 
 import json
@@ -175,9 +175,9 @@ def write(report: dict[str, Any]) -> None:
         ways = (row["class"], row["server"])
         cells = [f"{way['equal']} of {way['of']} | {way['log-probability']:.1e}" for way in ways]
         lines.append(f"| {name} | {' | '.join(cells)} | {row['of the base']} | {row['export']:.2g} |")
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "vllm.json").write_text(json.dumps(report, indent=1) + "\n")
-    (HERE / "results" / "vllm.md").write_text("\n".join(lines) + "\n")
+    results = HERE.parents[1] / "benchmarks" / "results"
+    (results / "vllm.json").write_text(json.dumps(report, indent=1) + "\n")
+    (results / "vllm.md").write_text("\n".join(lines) + "\n")
 
 
 def told(versions: dict[str, str]) -> str:
