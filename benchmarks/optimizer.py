@@ -254,9 +254,16 @@ def memory() -> list[dict[str, Any]]:
     count = sum(p.numel() for p in model.parameters())
     options: dict[str, dict[str, Any]] = {
         "8-bit": {},
+        "8-bit, embeddings too": {"embedding_bits": 8},
         "8-bit, rank 1024": {"rank": 1024},
         "8-bit, rank 1024, bf16 basis": {"rank": 1024, "basis_bits": 16},
-        "8-bit, rank 1024, bf16 basis, embeddings and head too": {"rank": 1024, "basis_bits": 16, "target": "weight"},
+        "the same, embeddings 8-bit too": {"rank": 1024, "basis_bits": 16, "embedding_bits": 8},
+        "the same, embeddings and head projected": {
+            "rank": 1024,
+            "basis_bits": 16,
+            "embedding_bits": 8,
+            "target": "weight",
+        },
         "8-bit, rank 512": {"rank": 512},
         "8-bit, rank 512, bf16 basis": {"rank": 512, "basis_bits": 16},
         "8-bit, rank 256": {"rank": 256},

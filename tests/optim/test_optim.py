@@ -926,6 +926,7 @@ BAD = [
     *[(name, bad) for name in ("lr", "eps", "weight_decay", "scale") for bad in (True, "1", 1j)],
     ("scale", -1.0), ("proj_refresh", "qr"), ("proj_refresh", 1), ("refresh_moments", "drop"), ("update", "adam"),
     ("update", None), ("fused", "yes"), ("fused", 1), ("fused", 0.0),
+    *[("bf16_stochastic_round", bad) for bad in (1, "yes", None)],
 ]  # fmt: skip
 
 
