@@ -73,7 +73,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             `proj_refresh="random"`): W -= lr scale G s, s_j = |D_j| / |R_j| for each column, and the norm of an update
             grows by at most 1 % a step. `"frugal-sign"` and `"frugal-sgd"` (arXiv:2411.07837, meant for
             `refresh_moments="reset"`): to Q D is added the sign of, or simply, the rest G - Q R of the gradient.
-        optim_bits: 8 (default) or 32.
+        optim_bits: 8 (default) or 32; `create_optimizer` keeps the states of embeddings in 32 (see `param_groups`).
         min_8bit_size: moments of fewer elements (after projection) stay 32-bit; default 4096 (bitsandbytes'). Many
             LoRA factors are smaller; 0 quantises everything.
         basis_bits: Q in fp32 (32, default) or bfloat16 (16).
@@ -295,6 +295,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             given = hook(self, given) or given
         groups, states = self._checked(given)
+        if any(ours["optim_bits"] > new["optim_bits"] for ours, new in zip(self.param_groups, groups, strict=True)):
+            logger.warning("the loaded states are 8-bit, and go on so, where 32 bits were asked for (embeddings?)")
         state = defaultdict(dict, {p: _moved(state, p.device) for p, state in states.items()})
         groups = [
             {**copy.deepcopy(new), **{key: ours[key] for key in ("params", "param_names") if key in ours}}

@@ -118,6 +118,20 @@ def test_states_from_before_are_refused_with_the_way_out_and_go_on_with_it():
     assert summarize(again).full == 1
 
 
+def test_8_bit_states_of_an_embedding_alone_go_on_as_they_were_and_this_is_told(caplog):
+    model = nn.Sequential(nn.Embedding(64, 64))
+    (p,) = model.parameters()
+    p.grad = torch.ones_like(p)
+    (old := create_optimizer(model, embedding_bits=8)).step()
+    fresh = create_optimizer(model)
+    with caplog.at_level("WARNING"):
+        fresh.load_state_dict(copy.deepcopy(old.state_dict()))
+    assert "8-bit, and go on so" in caplog.text and summarize(fresh).eight_bit == 1
+    caplog.clear()
+    create_optimizer(model, embedding_bits=8).load_state_dict(old.state_dict())
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("wrong", [4, 16, "8", 8.0, True, None])
 def test_other_widths_are_refused(wrong):
     for make in (
