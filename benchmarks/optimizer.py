@@ -97,6 +97,9 @@ def builder(name: str) -> Build:
         "peftx, projected, 32-bit": lambda params, rank: projected(params, rank, optim_bits=32),
         "peftx, projected, 8-bit": projected,
         "apollo-torch APOLLOAdamW": apollo,
+        "peftx, APOLLO, 32-bit": lambda params, rank: projected(
+            params, rank, proj_refresh="random", update="apollo", optim_bits=32
+        ),
         "peftx, APOLLO, 8-bit": lambda params, rank: projected(params, rank, proj_refresh="random", update="apollo"),
     }
     return options[name]
@@ -113,6 +116,7 @@ CONTENDERS = (
     "peftx, projected, 32-bit",
     "peftx, projected, 8-bit",
     "apollo-torch APOLLOAdamW",
+    "peftx, APOLLO, 32-bit",
     "peftx, APOLLO, 8-bit",
 )
 
