@@ -97,6 +97,9 @@ def builder(name: str) -> Build:
         "peftx, projected, 32-bit": lambda params, rank: projected(params, rank, optim_bits=32),
         "peftx, projected, 8-bit": projected,
         "apollo-torch APOLLOAdamW": apollo,
+        "peftx, APOLLO, 32-bit": lambda params, rank: projected(
+            params, rank, proj_refresh="random", update="apollo", optim_bits=32
+        ),
         "peftx, APOLLO, 8-bit": lambda params, rank: projected(params, rank, proj_refresh="random", update="apollo"),
     }
     return options[name]
@@ -113,6 +116,7 @@ CONTENDERS = (
     "peftx, projected, 32-bit",
     "peftx, projected, 8-bit",
     "apollo-torch APOLLOAdamW",
+    "peftx, APOLLO, 32-bit",
     "peftx, APOLLO, 8-bit",
 )
 
@@ -254,9 +258,16 @@ def memory() -> list[dict[str, Any]]:
     count = sum(p.numel() for p in model.parameters())
     options: dict[str, dict[str, Any]] = {
         "8-bit": {},
+        "8-bit, embeddings too": {"embedding_bits": 8},
         "8-bit, rank 1024": {"rank": 1024},
         "8-bit, rank 1024, bf16 basis": {"rank": 1024, "basis_bits": 16},
-        "8-bit, rank 1024, bf16 basis, embeddings and head too": {"rank": 1024, "basis_bits": 16, "target": "weight"},
+        "the same, embeddings 8-bit too": {"rank": 1024, "basis_bits": 16, "embedding_bits": 8},
+        "the same, embeddings and head projected": {
+            "rank": 1024,
+            "basis_bits": 16,
+            "embedding_bits": 8,
+            "target": "weight",
+        },
         "8-bit, rank 512": {"rank": 512},
         "8-bit, rank 512, bf16 basis": {"rank": 512, "basis_bits": 16},
         "8-bit, rank 256": {"rank": 256},

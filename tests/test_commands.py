@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "benchmarks/README.md", "examples/README.md", "model_cards/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 SCRIPTS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "benchmarks").glob("*.py"))]
-PARTS = {"benchmarks/contenders.py"}  # no program of its own
+PARTS = {"benchmarks/contenders.py", "benchmarks/race.py"}  # no programs of their own
 
 TINY = "--max-steps 1 --batch-size 4 --training use_cpu=true --training disable_tqdm=true"
 # What makes a command small, by its beginning: added behind it, where it wins. The longest that fits counts.
@@ -55,6 +55,7 @@ SMALL: dict[str, str] = {
     "python benchmarks/experts.py": "--small --experts 4 --rounds 2 --methods bone",
     "python benchmarks/federated.py": "--naive-limit 512 --parts bytes",
     "python benchmarks/federated_study.py": "--smoke --data data --methods fedsvd",
+    "python benchmarks/gpu.py": "--dry --methods loldu --parts dense experts optimizer 4-bit compile --out gpu",
     "python benchmarks/import_time.py": "--rounds 2",
     "python benchmarks/method_table.py": "",
     "python benchmarks/optimizer.py": "--parts memory --rounds 2",

@@ -13,13 +13,18 @@ from typing import Any
 import torch
 
 from . import projection
-from .checks import OPTIONS, as_python, check_names, check_options, check_parameter, check_schedule, check_state
+from .checks import LATER, OPTIONS, as_python, check_names, check_options, check_parameter, check_schedule, check_state
 from .fused import fusable, fused_step
-from .lanes import Apollo, descend, descend_apollo, plain, project
+from .lanes import Apollo, descend, descend_apollo, plain, project, shrink
 from .moments import Rule, Segment, directions, segments, span_of
 from .report import log_summary
+from .rounding import seed_of
 from .state import is_projected, layout, moments, read_moment, working_dtype, write_moment
 
+REGROUPED = (
+    "the tensors are as many, so the groups may have been made by `peftx.optim.create_optimizer` with another rank, "
+    "target or embedding_bits (8 is what it did before it had this argument)"
+)
 FUSED_LIMIT = 1e18  # of the gradients' norm: bitsandbytes' kernel squares in fp32, and inf would stay in its states
 
 logger = logging.getLogger(__name__)
@@ -68,13 +73,19 @@ class LowRankAdamW(torch.optim.Optimizer):
             `proj_refresh="random"`): W -= lr scale G s, s_j = |D_j| / |R_j| for each column, and the norm of an update
             grows by at most 1 % a step. `"frugal-sign"` and `"frugal-sgd"` (arXiv:2411.07837, meant for
             `refresh_moments="reset"`): to Q D is added the sign of, or simply, the rest G - Q R of the gradient.
-        optim_bits: 8 (default) or 32.
+        optim_bits: 8 (default) or 32; `create_optimizer` keeps the states of embeddings in 32 (see `param_groups`).
         min_8bit_size: moments of fewer elements (after projection) stay 32-bit; default 4096 (bitsandbytes'). Many
             LoRA factors are smaller; 0 quantises everything.
         basis_bits: Q in fp32 (32, default) or bfloat16 (16).
         fused: use bitsandbytes' fused kernel for contiguous 8-bit tensors without projection. Default None: on CUDA
             if bitsandbytes is installed. The kernel may round second moments to zero, and on a CPU it turns zeros into
             small numbers, which `fused=False` does neither; its states are in the same format.
+        bf16_stochastic_round: whether bfloat16 parameters are rounded stochastically (arXiv:2010.06192), each element
+            to its lower or its upper neighbour so that the mean is right; to the nearest, a weight of 1.0 never moves
+            at rates below 2e-3. Other dtypes are not touched by it. Name and default, False, are torchao's: a run
+            stays what it was, and PEFT keeps adapters in fp32, which need no luck. The bits come from a private
+            generator and depend on the parameter's place and on `rounded_steps`, a count in the state dict: a resumed
+            run goes on to the bit, and all ranks of DDP round alike.
 
     Raises:
         ValueError: an argument of another type, not finite or out of its range, also one that a schedule sets (from
@@ -108,6 +119,7 @@ class LowRankAdamW(torch.optim.Optimizer):
         min_8bit_size: int = 4096,
         basis_bits: int = 32,
         fused: bool | None = None,
+        bf16_stochastic_round: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -124,7 +136,9 @@ class LowRankAdamW(torch.optim.Optimizer):
             min_8bit_size=min_8bit_size,
             basis_bits=basis_bits,
             fused=fused,
+            bf16_stochastic_round=bf16_stochastic_round,
             skipped_steps=0,
+            rounded_steps=0,
         )
         check_options(defaults)
         super().__init__(params, as_python(defaults))
@@ -181,8 +195,11 @@ class LowRankAdamW(torch.optim.Optimizer):
         with ExitStack() as full_precision:
             for kind in {gradient.device.type for gradient in gradients}:
                 full_precision.enter_context(torch.autocast(kind, enabled=False))
+            everything = (p for group in self.param_groups for p in group["params"])
+            random = any(group["bf16_stochastic_round"] for group in self.param_groups)
+            places = {p: place for place, p in enumerate(everything)} if random else {}
             for group, params in work:
-                self._update(group, params, fuse=norm < FUSED_LIMIT)
+                self._update(group, params, places, fuse=norm < FUSED_LIMIT)
         if fresh:
             log_summary(self, logger)
 
@@ -200,7 +217,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         for key, (shape, dtype) in layout(p, group).items():
             state[key] = torch.zeros(shape, dtype=dtype, device=p.device)
 
-    def _update(self, group: dict[str, Any], params: list[torch.Tensor], fuse: bool) -> None:
+    def _update(
+        self, group: dict[str, Any], params: list[torch.Tensor], places: Mapping[torch.Tensor, int], fuse: bool
+    ) -> None:
         """Cuts the tensors of a group into segments and works off a batch as soon as it is full."""
         lr, decay = float(group["lr"]), 1 - float(group["lr"]) * group["weight_decay"]
         batches: dict[tuple[Any, ...], list[Segment]] = defaultdict(list)
@@ -212,7 +231,7 @@ class LowRankAdamW(torch.optim.Optimizer):
             if projected:
                 torch._foreach_copy_([segment.target for segment in batch], found)
             else:
-                descend([segment.target for segment in batch], found, decay, lr)
+                descend([segment.target for segment in batch], found, decay, lr, [segment.seed for segment in batch])
             ends = [segment.finish for segment in batch if segment.finish is not None]
             descend_apollo([end for end in ends if isinstance(end, Apollo)], decay)
             for end in ends:
@@ -220,19 +239,23 @@ class LowRankAdamW(torch.optim.Optimizer):
                     end()
             filled[key] = 0
 
+        stochastic = group["bf16_stochastic_round"]
+        group["rounded_steps"] += stochastic
         for p in params:
             state, projected = self.state[p], is_projected(p, group)
+            chance = stochastic and p.dtype == torch.bfloat16
+            seed = seed_of(places[p], group["rounded_steps"]) if chance else None
             if projected and not self._refresh(p, group):
-                p.mul_(decay)
+                shrink(p, decay, seed)
                 continue
             age = state["step"] % group["update_proj_gap"] if resets(p, group) else state["step"]
             state["step"] += 1
             rule = Rule(group["betas"][0], group["betas"][1], group["eps"], age + 1)
             if fuse and fusable(p, state, group):
-                fused_step(p, state, rule, lr, group["weight_decay"])
+                fused_step(p, state, rule, lr, group["weight_decay"], seed)
                 continue
-            lane = project(p, state, group, decay, lr) if projected else plain(p)
-            for segment in segments(lane[0], moments(state), *lane[1:]):
+            lane = project(p, state, group, decay, lr, seed) if projected else plain(p)
+            for segment in segments(lane[0], moments(state), *lane[1:], seed):
                 key = (rule, projected, p.device, p.dtype, segment.gradient.dtype, segment.moments[0].dtype)
                 if filled[key] + segment.gradient.numel() > span_of(p) and batches[key]:
                     work_off(key)
@@ -272,6 +295,8 @@ class LowRankAdamW(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             given = hook(self, given) or given
         groups, states = self._checked(given)
+        if any(ours["optim_bits"] > new["optim_bits"] for ours, new in zip(self.param_groups, groups, strict=True)):
+            logger.warning("the loaded states are 8-bit, and go on so, where 32 bits were asked for (embeddings?)")
         state = defaultdict(dict, {p: _moved(state, p.device) for p, state in states.items()})
         groups = [
             {**copy.deepcopy(new), **{key: ours[key] for key in ("params", "param_names") if key in ours}}
@@ -290,7 +315,14 @@ class LowRankAdamW(torch.optim.Optimizer):
             raise ValueError("not the state dict of an optimizer: it needs 'state' and 'param_groups'") from error
         wanted = [len(group["params"]) for group in self.param_groups]
         if found != wanted:
-            raise ValueError(f"the state dict has parameter groups of {found} tensors, the optimizer has {wanted}")
+            hint = f"; {REGROUPED}" if sum(found) == sum(wanted) else ""
+            raise ValueError(
+                f"the state dict has parameter groups of {found} tensors, the optimizer has {wanted}{hint}"
+            )
+        groups = [
+            {**{key: ours[key] for key in LATER}, **group}
+            for group, ours in zip(groups, self.param_groups, strict=True)
+        ]
         by_id: dict[Any, tuple[torch.Tensor, Mapping[str, Any]]] = {}
         for group, ours in zip(groups, self.param_groups, strict=True):
             if missing := OPTIONS - group.keys():

@@ -88,9 +88,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "min_8bit_size": (whole(0), "a whole number, at least 0"),
     "basis_bits": (one_of(16, 32), "16 or 32"),
     "fused": (one_of(None, True, False), "None, True or False"),
+    "bf16_stochastic_round": (one_of(True, False), "True or False"),
     "skipped_steps": (whole(0), "a whole number, at least 0"),
+    "rounded_steps": (whole(0), "a whole number, at least 0"),
 }
 OPTIONS = set(RULES)
+LATER = ("bf16_stochastic_round", "rounded_steps")  # state dicts of peftx 0.1 do not know them
 
 
 def check_schedule(group: Mapping[str, Any]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from .blockwise import code_book
-from .moments import Rule
+from .moments import Rule, Segment, segments
+from .rounding import write
 from .state import is_projected, moments
 
 
@@ -39,10 +40,18 @@ def fusable(p: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any])
     )
 
 
-def fused_step(p: torch.Tensor, state: Mapping[str, Any], rule: Rule, lr: float, weight_decay: float) -> None:
-    m, v, *absmax = (moment.view(-1) for moment in moments(state))
+def fused_step(
+    p: torch.Tensor, state: Mapping[str, Any], rule: Rule, lr: float, weight_decay: float, seed: int | None
+) -> None:
+    """The kernel's step, rounded stochastically if there is a seed: it then moves fp32 copies, piece by piece."""
     books = [code_book(signed, p.device).values for signed in (True, False)]
-    bitsandbytes_update()(  # type: ignore[misc]
-        "adam", p.grad.view(-1), p.view(-1), m, v, rule.beta1, rule.beta2, 0.0, 0.0, rule.eps, rule.age, lr,  # type: ignore[union-attr]
-        *books, *absmax, weight_decay, 1.0, False,
-    )  # fmt: skip
+    whole = Segment(p.grad.view(-1), tuple(x.view(-1) for x in moments(state)), p.detach().view(-1))  # type: ignore[union-attr]
+    pieces = [whole] if seed is None else segments(*whole[:4], seed)
+    for gradient, (m, v, *absmax), target, _, own in pieces:
+        weight = target if own is None else target.float()
+        bitsandbytes_update()(  # type: ignore[misc]
+            "adam", gradient.to(weight.dtype), weight, m, v, rule.beta1, rule.beta2, 0.0, 0.0, rule.eps, rule.age, lr,
+            *books, *absmax, weight_decay, 1.0, False,
+        )  # fmt: skip
+        if own is not None:
+            write(target, weight, own)

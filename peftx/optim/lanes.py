@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import projection
+from . import projection, rounding
 from .moments import span_of
 from .state import working_dtype
 
@@ -22,30 +22,37 @@ def plain(p: torch.Tensor) -> Lane:
     return gradient, target, None if p.is_contiguous() else functools.partial(p.copy_, target)
 
 
-def project(p: torch.Tensor, state: dict[str, Any], group: Mapping[str, Any], decay: float, lr: float) -> Lane:
-    """The same for a projected parameter, whose direction has to be lifted when it is complete."""
+def project(
+    p: torch.Tensor, state: dict[str, Any], group: Mapping[str, Any], decay: float, lr: float, seed: int | None
+) -> Lane:
+    """The same for a projected parameter, whose direction has to be lifted when it is complete.
+
+    `seed`, here and below: of the stochastic rounding of the weight; None: to the nearest.
+    """
     gradient = projection.lay(p.grad).to(working_dtype(p.dtype))  # type: ignore[arg-type]
     basis = state["basis"].to(gradient.dtype)
     low = basis.T @ gradient
     weight, step, update = projection.lay(p.detach()), lr * group["scale"], group["update"]
     if update == "galore":
-        return low, low, functools.partial(lower, weight, basis, low, decay, step)
+        return low, low, functools.partial(lower, weight, basis, low, decay, step, seed)
     direction = torch.empty_like(low)
     if update == "apollo":
-        return low, direction, Apollo(weight, gradient, low, direction, state["norm"], step)
+        return low, direction, Apollo(weight, gradient, low, direction, state["norm"], step, seed)
 
     def finish() -> None:
-        descend([weight], [lift(basis, direction, low, gradient, update)], decay, step)
+        descend([weight], [lift(basis, direction, low, gradient, update)], decay, step, [seed])
 
     return low, direction, finish
 
 
-def lower(weight: torch.Tensor, basis: torch.Tensor, direction: torch.Tensor, decay: float, step: float) -> None:
+def lower(
+    weight: torch.Tensor, basis: torch.Tensor, direction: torch.Tensor, decay: float, step: float, seed: int | None
+) -> None:
     """weight = decay * weight - step * Q D, in place, rounded once."""
     if weight.dtype == basis.dtype:
         weight.addmm_(basis, direction, beta=decay, alpha=-step)
     else:
-        descend([weight], [basis @ direction], decay, step)
+        descend([weight], [basis @ direction], decay, step, [seed])
 
 
 def lift(
@@ -68,6 +75,7 @@ class Apollo(NamedTuple):
     direction: torch.Tensor
     norm: torch.Tensor
     step: float
+    seed: int | None
 
 
 def descend_apollo(waiting: Sequence[Apollo], decay: float) -> None:
@@ -79,7 +87,7 @@ def descend_apollo(waiting: Sequence[Apollo], decay: float) -> None:
         batch, waiting = waiting[:count], waiting[count:]
         updates = [one.gradient * column_scales(one.low, one.direction) for one in batch]
         limit_growth(updates, [one.norm for one in batch])
-        descend([one.weight for one in batch], updates, decay, batch[0].step)
+        descend([one.weight for one in batch], updates, decay, batch[0].step, [one.seed for one in batch])
 
 
 def column_scales(low: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
@@ -103,12 +111,27 @@ def limit_growth(updates: list[torch.Tensor], norms: list[torch.Tensor]) -> None
     torch._foreach_copy_(norms, list(allowed.unbind()))
 
 
-def descend(weights: list[torch.Tensor], directions: list[torch.Tensor], decay: float, step: float) -> None:
+def descend(
+    weights: list[torch.Tensor],
+    directions: list[torch.Tensor],
+    decay: float,
+    step: float,
+    seeds: Sequence[int | None],
+) -> None:
     """weight = decay * weight - step * direction, rounded once. Weights of one dtype, directions fp32 or fp64."""
     if weights[0].dtype == directions[0].dtype:
         if decay != 1:
             torch._foreach_mul_(weights, decay)
         torch._foreach_add_(weights, directions, alpha=-step)
         return
-    for weight, direction in zip(weights, directions, strict=True):
-        weight.copy_(weight.to(working_dtype(weight.dtype)).mul_(decay).add_(direction, alpha=-step))
+    for weight, direction, seed in zip(weights, directions, seeds, strict=True):
+        new = weight.to(working_dtype(weight.dtype)).mul_(decay).add_(direction, alpha=-step)
+        rounding.write(weight, new, seed)
+
+
+def shrink(weight: torch.Tensor, decay: float, seed: int | None) -> None:
+    """weight = decay * weight, rounded once."""
+    if seed is None:
+        weight.mul_(decay)
+    else:
+        rounding.write(weight, weight.to(working_dtype(weight.dtype)).mul_(decay), seed)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .blockwise import BLOCK, code_book, decode, encode
+from .rounding import seed_of
 
 SPAN = {"cpu": 1 << 16, "cuda": 1 << 24}  # a few temporaries of a span fit the cache; a GPU wants long ones
 
@@ -32,28 +33,31 @@ class Segment(NamedTuple):
 
     `moments` is (m, v), or the codes and absmax (m, v, absmax of m, absmax of v) of quantised ones. `target` is
     where the Adam direction of `gradient` belongs. `finish` is what remains when the last piece of a tensor is done.
+    `seed` is that of the target's stochastic rounding, if it is rounded so.
     """
 
     gradient: torch.Tensor
     moments: tuple[torch.Tensor, ...]
     target: torch.Tensor
-    finish: Any
+    finish: Any = None
+    seed: int | None = None
 
 
 def segments(
-    gradient: torch.Tensor, moments: Sequence[torch.Tensor], target: torch.Tensor, finish: Any
+    gradient: torch.Tensor, moments: Sequence[torch.Tensor], target: torch.Tensor, finish: Any, seed: int | None
 ) -> Iterator[Segment]:
     """The pieces of one tensor; each argument as in `Segment`, but of the whole tensor and of any contiguous shape."""
     gradient, target, moments = gradient.view(-1), target.view(-1), tuple(moment.view(-1) for moment in moments)
     span = span_of(gradient)
     if gradient.numel() <= span:
-        yield Segment(gradient, moments, target, finish)
+        yield Segment(gradient, moments, target, finish, seed)
         return
     pieces = [gradient.split(span), target.split(span), *(moment.split(span) for moment in moments[:2])]
     pieces += [absmax.split(span // BLOCK) for absmax in moments[2:]]
     last = len(pieces[0]) - 1
     for i, (part, onto, *state) in enumerate(zip(*pieces, strict=True)):
-        yield Segment(part, tuple(state), onto, finish if i == last else None)
+        own = None if seed is None else seed_of(seed, i)
+        yield Segment(part, tuple(state), onto, finish if i == last else None, own)
 
 
 def span_of(tensor: torch.Tensor) -> int:

@@ -723,7 +723,12 @@ def test_the_goals_for_large_matrices():
 
 @pytest.mark.parametrize(
     ("options", "size", "saved"),
-    [({}, 13_687_406_720, 0.746), ({"rank": 1024, "basis_bits": 16}, 5_700_665_472, 0.894)],
+    [
+        ({}, 14_469_742_720, 0.732),
+        ({"embedding_bits": 8}, 13_687_406_720, 0.746),
+        ({"rank": 1024, "basis_bits": 16}, 6_483_001_472, 0.880),
+        ({"rank": 1024, "basis_bits": 16, "embedding_bits": 8}, 5_700_665_472, 0.894),
+    ],
 )
 def test_the_goals_for_llama_7b(options, size, saved):
     with torch.device("meta"):
@@ -921,6 +926,7 @@ BAD = [
     *[(name, bad) for name in ("lr", "eps", "weight_decay", "scale") for bad in (True, "1", 1j)],
     ("scale", -1.0), ("proj_refresh", "qr"), ("proj_refresh", 1), ("refresh_moments", "drop"), ("update", "adam"),
     ("update", None), ("fused", "yes"), ("fused", 1), ("fused", 0.0),
+    *[("bf16_stochastic_round", bad) for bad in (1, "yes", None)],
 ]  # fmt: skip
 
 
