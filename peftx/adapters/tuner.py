@@ -25,10 +25,9 @@ from ..cards.adapter import keep_card
 from ..utils import innermost
 from . import experts, files
 from .layer import AdapterLayer
+from .reference import REFERENCE, copy_tokens
 from .sites import ExpertsSite
 from .source import loading
-
-REFERENCE = "ref"  # the adapter that TRL's trainers add as a copy of the trained one
 
 
 class CheckedTuner(BaseTuner):
@@ -39,7 +38,7 @@ class CheckedTuner(BaseTuner):
     file is compared with the model before memory is taken for what its config declares.
 
     An adapter called `"ref"` that is added with the config object of another one becomes a copy of it. TRL makes the
-    reference of a trained adapter in this way (DPO, KTO, GRPO, RLOO); it copies the parameters itself, but no buffers.
+    reference of a trained adapter in this way (DPO, KTO, GRPO, RLOO); it copies most parameters itself, but no buffers.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -101,6 +100,7 @@ class CheckedTuner(BaseTuner):
         if source is not None:
             for _, layer in self._layers():
                 self._copy_adapter(layer, source, REFERENCE)
+            copy_tokens(self.model, source, REFERENCE)
 
     def _copy_adapter(self, layer: Any, source: str, target: str) -> None:
         """Gives `target` all of `source` that is no parameter."""
