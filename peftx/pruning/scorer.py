@@ -26,8 +26,8 @@ def check_samples(samples: Sequence[Any]) -> None:
     first = samples[0] if samples and isinstance(samples[0], Mapping) else {}
     if all(any(str(name).startswith(side) for name in first) for side in PAIRS) and not is_pair(first):
         raise BatchError(
-            "these are preference pairs (chosen and rejected), which have no score of their own unless TRL's DPOTrainer "
-            "has tokenised them. Make a data set of prompts and chosen answers, score that with "
+            "these are preference pairs (chosen and rejected), which have no score of their own unless TRL's "
+            "DPOTrainer has tokenised them. Make a data set of prompts and chosen answers, score that with "
             "peftx.pruning.score_dataset or `peftx prune`, and train on dataset.select(indices) of the pairs"
         )
     if "seq_lengths" in first and any(len(sample["seq_lengths"]) > 1 for sample in samples):  # TRL's packing

@@ -92,8 +92,8 @@ def score_dataset(
     Raises:
         ValueError: an argument of the wrong type or out of range, no samples, a stream that cannot be read twice, no
             labels or labels out of range, a batch whose rows are not the samples (packing, other preference pairs, a
-            collator that changes their order), a head that cannot be found or has another form than assumed, a folder of
-            something else.
+            collator that changes their order), a head that cannot be found or has another form than assumed, a folder
+            of something else.
         ModuleNotFoundError: `folder` without pyarrow.
     """
     if not isinstance(model, nn.Module):
