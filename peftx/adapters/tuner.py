@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import nn
 
 from ..cards.adapter import keep_card
 from ..utils import innermost
-from . import experts, files
+from . import experts, files, plain
 from .layer import AdapterLayer
 from .reference import REFERENCE, copy_tokens
 from .sites import ExpertsSite
@@ -108,16 +108,11 @@ class CheckedTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        if called_by(sys._getframe(1), "save_lora_adapter"):  # of diffusers, which reads only LoRA's configs again
-            raise NotImplementedError(
-                "diffusers' `save_lora_adapter` would write a file that its own loader refuses. Adapt the network by "
-                "`peft.get_peft_model(unet, config)`, save it by `save_pretrained`, and load it by "
-                "`peft.PeftModel.from_pretrained(unet, folder)`, or merge it by `merge_and_unload`."
-            )
         keep_card(model)
         tensors = super()._get_adapter_state_dict(model, *args, **kwargs)
         others = tuple(f".{cls.prefix}adapter.{name}." for name in kwargs.get("unwanted_adapter_names", ()))
-        return {key: tensor for key, tensor in tensors.items() if not any(other in key for other in others)}
+        tensors = {key: tensor for key, tensor in tensors.items() if not any(other in key for other in others)}
+        return plain.for_diffusers(cls, model, tensors, sys._getframe(1), *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -366,15 +361,6 @@ class AdapterModel(CheckedTuner):
         for _, layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
             layer.check_finite([name for name in layer.present(names) if name not in layer.merged_adapters])
-
-
-def called_by(frame: FrameType | None, name: str) -> bool:
-    """Whether one of the few next functions up the stack has this name."""
-    for _ in range(5):
-        if frame is None or frame.f_code.co_name == name:
-            break
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == name
 
 
 @contextmanager
