@@ -147,7 +147,7 @@ dpo = DPOTrainer(
     args=DPOConfig(f"{OUTPUT}/dpo", learning_rate=rate / 5, beta=0.2, **common),
     train_dataset=Dataset.from_list(rows),
     processing_class=tokenizer,
-    callbacks=[peftx.DonodCallback(keep=0.8)],
+    callbacks=[peftx.DonodCallback(keep=0.8, overwrite=True)],
 )
 dpo.remove_callback(transformers.trainer_callback.PrinterCallback)
 dpo.train()
