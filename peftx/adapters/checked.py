@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..cards.adapter import keep_card
-from . import experts, files
+from . import experts, files, plain
+from .reference import REFERENCE, copy_tokens
 from .source import loading
 from .weighted import check_weighted
-
-REFERENCE = "ref"  # the adapter that TRL's trainers add as a copy of the trained one
 
 
 class CheckedTuner(BaseTuner):
@@ -30,7 +29,7 @@ class CheckedTuner(BaseTuner):
     file is compared with the model before memory is taken for what its config declares.
 
     An adapter called `"ref"` that is added with the config object of another one becomes a copy of it. TRL makes the
-    reference of a trained adapter in this way (DPO, KTO, GRPO, RLOO); it copies the parameters itself, but no buffers.
+    reference of a trained adapter in this way (DPO, KTO, GRPO, RLOO); it copies most parameters itself, but no buffers.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -92,6 +91,7 @@ class CheckedTuner(BaseTuner):
         if source is not None:
             for _, layer in self._layers():
                 self._copy_adapter(layer, source, REFERENCE)
+            copy_tokens(self.model, source, REFERENCE)
 
     def _copy_adapter(self, layer: Any, source: str, target: str) -> None:
         """Gives `target` all of `source` that is no parameter."""
@@ -99,18 +99,13 @@ class CheckedTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: Any, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        if called_by(sys._getframe(1), "save_lora_adapter"):  # of diffusers, which reads only LoRA's configs again
-            raise NotImplementedError(
-                "diffusers' `save_lora_adapter` would write a file that its own loader refuses. Adapt the network by "
-                "`peft.get_peft_model(unet, config)`, save it by `save_pretrained`, and load it by "
-                "`peft.PeftModel.from_pretrained(unet, folder)`, or merge it by `merge_and_unload`."
-            )
         keep_card(model)
         tensors = super()._get_adapter_state_dict(model, *args, **kwargs)
         others = tuple(f".{cls.prefix}adapter.{name}." for name in kwargs.get("unwanted_adapter_names", ()))
         kept = {key: tensor for key, tensor in tensors.items() if not any(other in key for other in others)}
-        names = files.nested(cls, model)
-        return {files.renamed(key, names): tensor for key, tensor in kept.items()} if names else kept
+        if names := files.nested(cls, model):
+            kept = {files.renamed(key, names): tensor for key, tensor in kept.items()}
+        return plain.for_diffusers(cls, model, kept, sys._getframe(1), *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -248,15 +243,6 @@ class CheckedTuner(BaseTuner):
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-
-
-def called_by(frame: FrameType | None, name: str) -> bool:
-    """Whether one of the few next functions up the stack has this name."""
-    for _ in range(5):
-        if frame is None or frame.f_code.co_name == name:
-            break
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == name
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, MissConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -23,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters import plain
 from ..adapters.experts import Routed, target_key
 from ..adapters.files import belongs_to
 from ..adapters.lora import Variant
@@ -125,7 +124,7 @@ def plain_lora(
                 )
             _check_factors(model, config, state)
             names = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in state if ".lora_" in key}
-            return state, _as_lora(config), dict.fromkeys(sorted(names), 0.0)
+            return state, plain.config_of(config), dict.fromkeys(sorted(names), 0.0)
         model = load_adapter(model, base_model, **hub)
     elif not isinstance(model, PeftModel):
         raise TypeError(
@@ -145,9 +144,10 @@ def plain_lora(
     }
     errors = dict.fromkeys(layers, 0.0)
     if rank is None and isinstance(config, LoraConfig):
-        exported = _as_lora(config)
+        exported = plain.config_of(config)
         exported.fan_in_fan_out = all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
-        return state | _rescaled(state, layers, adapter_name), exported, errors
+        keyed = {f"base_model.model.{name}": layer for name, layer in layers.items()}
+        return state | plain.rescaled(state, keyed, adapter_name), exported, errors
     if rank is None:
         factors = {name: layer.lora_factors(adapter_name) for name, layer in layers.items()}
     else:
@@ -158,9 +158,9 @@ def plain_lora(
             *factors[name], errors[name] = _truncated(layer, adapter_name, rank)
     state = {key: tensor for key, tensor in state.items() if not belongs_to(key, tuner.prefix)}
     for name, layer in layers.items():
-        state |= _tensors(f"base_model.model.{name}", layer, *factors[name])
+        state |= plain.tensors_of(f"base_model.model.{name}", layer, *factors[name])
     ranks = {target_key(layers[name], name): B.shape[-1] for name, (_, B) in factors.items()}
-    return state, _describe(config, ranks, list(layers.values())), errors
+    return state, plain.describe(config, ranks, list(layers.values())), errors
 
 
 def export_miss(
@@ -330,60 +330,3 @@ def _chosen(model: PeftModel, adapter_name: str | None) -> str:
     if adapter_name not in model.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r}, only {', '.join(model.peft_config)}.")
     return adapter_name
-
-
-def _as_lora(config: LoraConfig) -> LoraConfig:
-    """The LoRA config of a config derived from it.
-
-    Raises:
-        NotImplementedError: PEFT has no such LoRA.
-    """
-    if config.use_dora and config.target_parameters:
-        raise NotImplementedError(
-            "PEFT's DoRA does not reach the experts of `target_parameters`, so a GradNormLoRP adapter on them has no "
-            "exact export. Pass `rank=` (`--rank`) for a LoRA near to it, or merge it into the model."
-        )
-    return LoraConfig(
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig) if f.init and f.name != "peft_type"}
-    )
-
-
-def _rescaled(state: dict[str, torch.Tensor], layers: dict[str, Any], adapter_name: str) -> dict[str, torch.Tensor]:
-    """The tensors of `state` that hold what `scale_layer` or `set_scale` did, which no config can say."""
-    found = {}
-    for name, layer in layers.items():
-        r = layer.r[adapter_name]
-        ratio = layer.scaling[adapter_name] * (r**0.5 if layer.use_rslora[adapter_name] else r)
-        ratio /= layer.lora_alpha[adapter_name]
-        keys = (f"base_model.model.{name}.{part}" for part in ("lora_B.weight", "lora_B.bias", "lora_embedding_B"))
-        found.update({key: ratio * state[key] for key in keys if key in state and abs(ratio - 1) > 1e-9})
-    return found
-
-
-def _tensors(key: str, layer: Any, A: torch.Tensor, B: torch.Tensor) -> dict[str, torch.Tensor]:
-    if isinstance(layer, Routed):  # as PEFT lays out the factors of a stack
-        return {f"{key}.lora_A.weight": A.flatten(0, 1), f"{key}.lora_B.weight": B.permute(1, 2, 0).flatten(1)}
-    if isinstance(layer.get_base_layer(), nn.Embedding):
-        return {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}
-    return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B.reshape(*B.shape, *[1] * (A.ndim - 2))}
-
-
-def _describe(config: Any, ranks: dict[str, int], layers: list[BaseTunerLayer]) -> LoraConfig:
-    """A LoRA config with scaling 1 for modules of these ranks."""
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
-    shared = ["task_type", "base_model_name_or_path", "revision", "target_modules", "exclude_modules"]
-    shared += ["target_parameters"]
-    return LoraConfig(
-        r=r,
-        lora_alpha=r,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        lora_dropout=0.0,
-        bias="lora_only" if config.bias.endswith("_only") else config.bias,
-        fan_in_fan_out=all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers),
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        modules_to_save=list(dict.fromkeys(config.modules_to_save or ())) or None,  # PEFT repeats them when it loads
-        **{name: getattr(config, name) for name in shared},
-    )

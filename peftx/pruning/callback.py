@@ -19,10 +19,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..files import check_free, drafted, recover
-from ..utils import CLASSIFIERS, base_of, columns_of, trainer_above, undisturbed
+from ..utils import CLASSIFIERS, base_of, trainer_above, undisturbed
 from .checks import check_choice, check_flag, check_model, check_probe, check_whole
 from .columns import columns_beside, pyarrow_there
 from .head import task_of
+from .pairs import samples_of
 from .parts import FOLDER, Parts, model_digest, remove_parts
 from .probe import ETA
 from .processes import agree, synchronise
@@ -61,8 +62,8 @@ class DonodCallback(TrainerCallback):
     `selection.png` (with matplotlib). Look at these before you trust a score. While more than 4,096 samples are scored,
     their scores are kept in `selection-scores/` (with pyarrow), and a run that was interrupted goes on from there.
 
-    The data may be a stream (`datasets.IterableDataset`) that ends and starts anew in the same order. It is read once
-    to score it, and in each pass of the training, which gets the kept rows in their order.
+    The data may be a stream (`datasets.IterableDataset`) that ends and starts anew in the same order: it is read once
+    to score it, and in each pass of the training. Pairs of TRL's `DPOTrainer` are scored by their chosen answers.
 
     No score promises better training. Measured with wrong labels and answers in the data
     (benchmarks/pruning_noise.py), the paper's own setting, `don_goal="max"`, keeps the wrong ones, since it asks for
@@ -87,11 +88,11 @@ class DonodCallback(TrainerCallback):
 
     Raises:
         ValueError: here for bad settings; from the Trainer for a second DonodCallback; when training starts for data
-            that cannot be pruned (empty, packed, pairs, a stream that cannot be read twice or has workers), a collator
-            that changes the order of its samples, a model split over processes, a head that cannot be scored, a
-            selection or scores of something else, a file in the way that no run of this callback wrote or that has
-            changed since (`.peftx.json` lists what it wrote), a resumed run without its selection, or a trainer that
-            could not be found: then `attach` helps.
+            that cannot be pruned (empty, packed, without answers, those of KTO and of rewards, a stream that cannot be
+            read twice or has workers), a collator that changes the order of its samples, a model split over processes,
+            a head that cannot be scored, a selection or scores of something else, a file in the way that no run of this
+            callback wrote or that has changed since (`.peftx.json` lists what it wrote), a resumed run without its
+            selection, or a trainer that could not be found: then `attach` helps.
     """
 
     by = "DonodCallback"  # whose files they are, in the folder's list
@@ -313,9 +314,8 @@ class DonodCallback(TrainerCallback):
     ) -> tuple[dict[str, Tensor], int]:
         """All scores, on every process, and the number of samples; each process scores its share of them."""
         trainer = self._trainer
-        accelerator, model = trainer.accelerator, trainer.model
-        stream = key["data"]["samples"] is None
-        data, collator = columns_of(trainer, Bare(dataset) if stream else dataset)
+        accelerator, model, stream = trainer.accelerator, trainer.model, key["data"]["samples"] is None
+        data, collator = samples_of(trainer, Bare(dataset) if stream else dataset)
         flat = getattr(trainer.args, "padding_free", False)  # TRL's: a batch becomes one row
         batch_size = self.batch_size or (1 if flat else trainer._train_batch_size)
         progress = accelerator.is_main_process and not trainer.args.disable_tqdm

@@ -103,7 +103,10 @@ def check_model(model: nn.Module, task: str, metrics: Sequence[str], sharded: bo
     if getattr(config, "num_labels", None) == 1:  # what transformers then assumes
         problem = "regression"
     if task == "SEQ_CLS" and problem in ("regression", "multi_label_classification"):
-        raise ValueError(f"the scores are for one label a sample (softmax and cross-entropy), not for {problem}")
+        raise ValueError(
+            f"the scores are for one label a sample (softmax and cross-entropy), not for {problem}, nor for rewards: "
+            "select with another model, by peftx.pruning.score_dataset, and train on dataset.select(indices)"
+        )
     if "ifd" in metrics and task != "CAUSAL_LM":
         raise ValueError(f"ifd compares answers with and without their prompt: causal language models only, not {task}")
     if "grand_full" in metrics and not any(parameter.requires_grad for parameter in model.parameters()):

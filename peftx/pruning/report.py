@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .pairs import is_pair
 from .probe import OF_HEAD
 from .select import METHODS
 from .selection import Selection
@@ -105,8 +106,9 @@ def shown(wanted: Tensor, rows: int = ROWS) -> set[int]:
 def excerpt(sample: Any, tokenizer: Any = None, characters: int = CHARACTERS) -> str:
     """A sample on one line, as a cell of Markdown."""
     fields = dict(sample) if isinstance(sample, Mapping) else {"sample": sample}
-    if tokenizer is not None and hasattr(tokenizer, "decode") and "input_ids" in fields:
-        parts = [tokenizer.decode(fields["input_ids"], skip_special_tokens=True)]
+    ids = [*fields["prompt_ids"], *fields["chosen_ids"]] if is_pair(fields) else fields.get("input_ids")
+    if tokenizer is not None and hasattr(tokenizer, "decode") and ids is not None:
+        parts = [tokenizer.decode(ids, skip_special_tokens=True)]
     else:
         parts = [value for value in fields.values() if isinstance(value, str)]
         parts = parts or [json.dumps(fields, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..utils import IGNORE, base_of, is_packed
 from .head import Head, calls_of, check_head, find_head
+from .pairs import is_pair
 from .probe import OF_HEAD, cross_entropy, don_nod, head_statistics, residual
 
 ENTRIES = 2**22  # logits that are held in float32 at a time
@@ -21,13 +22,13 @@ def facts(task: str) -> tuple[str, ...]:
 
 
 def check_samples(samples: Sequence[Any]) -> None:
-    """Raises BatchError for samples that are pairs of answers, or several samples in one."""
+    """Raises BatchError for samples that are several in one, or pairs of answers that no `DPOTrainer` has prepared."""
     first = samples[0] if samples and isinstance(samples[0], Mapping) else {}
-    if all(any(str(name).startswith(side) for name in first) for side in PAIRS):
+    if all(any(str(name).startswith(side) for name in first) for side in PAIRS) and not is_pair(first):
         raise BatchError(
-            "these are preference pairs (chosen and rejected), which have no score of their own. Make a data set of "
-            "prompts and chosen answers, score that with peftx.pruning.score_dataset or `peftx prune`, and train on "
-            "dataset.select(indices) of the pairs"
+            "these are preference pairs (chosen and rejected), which have no score of their own unless TRL's "
+            "DPOTrainer has tokenised them. Make a data set of prompts and chosen answers, score that with "
+            "peftx.pruning.score_dataset or `peftx prune`, and train on dataset.select(indices) of the pairs"
         )
     if "seq_lengths" in first and any(len(sample["seq_lengths"]) > 1 for sample in samples):  # TRL's packing
         raise BatchError("a row holds several samples (seq_lengths): score and select before packing")

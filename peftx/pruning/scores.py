@@ -16,6 +16,7 @@ from ..utils import base_of, undisturbed
 from .checks import check_callable, check_flag, check_indices, check_metrics, check_model, check_probe, check_whole
 from .collation import Watched, check_order
 from .head import task_of
+from .pairs import Chosen
 from .parts import ROWS, Parts, model_digest
 from .probe import ETA
 from .processes import agree, reduce_sum
@@ -52,7 +53,8 @@ def score_dataset(
         dataset: anything with a length and integer indices: `datasets.Dataset`, a list, a torch `Dataset`; or a stream
             that ends, and starts anew in the same order (`datasets.IterableDataset`, torch's), of which one batch is
             held at a time. Rows that were packed before are told from samples only where `position_ids` start again,
-            or TRL says so (`seq_lengths`).
+            or TRL says so (`seq_lengths`). Preference pairs as TRL's `DPOTrainer` has them, with its collator, are
+            scored by their chosen answers.
         collator: makes a batch, with `labels`, from a list of samples, in their order (which is looked at now and
             then, in a hundredth of the time). Default: transformers' `default_data_collator`.
         metrics: of
@@ -89,9 +91,9 @@ def score_dataset(
 
     Raises:
         ValueError: an argument of the wrong type or out of range, no samples, a stream that cannot be read twice, no
-            labels or labels out of range, a batch whose rows are not the samples (packing, preference pairs, a collator
-            that changes their order), a head that cannot be found or has another form than assumed, a folder of
-            something else.
+            labels or labels out of range, a batch whose rows are not the samples (packing, other preference pairs, a
+            collator that changes their order), a head that cannot be found or has another form than assumed, a folder
+            of something else.
         ModuleNotFoundError: `folder` without pyarrow.
     """
     if not isinstance(model, nn.Module):
@@ -130,7 +132,7 @@ def score_dataset(
         return score_share(
             score,
             Stream(dataset) if count is None else Table(dataset, chosen),
-            collator or default_data_collator,
+            Chosen(collator or default_data_collator),
             batch_size=batch_size,
             parts=parts,
             process=(distributed.get_rank() if world > 1 else 0, world),

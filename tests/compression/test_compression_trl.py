@@ -18,7 +18,7 @@ from peftx.utils import innermost
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.trl
 COUNT = 10
 EXACT: dict[str, Any] = dict(what="fisher", directions=None, max_samples=None)
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]

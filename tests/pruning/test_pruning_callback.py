@@ -583,6 +583,7 @@ def test_what_was_kept_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 # TRL
 
 
+@pytest.mark.trl
 @pytest.mark.parametrize("form", ["plain", "packing", "padding_free"])
 def test_sft_trainer(tmp_path: Path, form: str) -> None:
     trl = pytest.importorskip("trl")
@@ -624,15 +625,10 @@ def trl_trainer(name: str, folder: Path, rows: list[dict], **settings: Any) -> T
 PACKED = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "seq_lengths": [2, 2]}
 
 
+@pytest.mark.trl
 @pytest.mark.parametrize(
     ("name", "row", "settings", "message"),
     [
-        (
-            "DPO",
-            {"prompt": "w1", "chosen": " w2", "rejected": " w3"},
-            {},
-            "preference pairs .*chosen answers",
-        ),
         ("KTO", {"prompt": "w1", "completion": " w2", "label": True}, {}, "no tensor 'labels'.*prompts and answers"),
         ("GRPO", {"prompt": "w1"}, {"num_generations": 2}, "no tensor 'labels', but a list.*prompts and answers"),
         ("SFT", {"text": "w1 w2 w3"}, {"packing": True, "max_length": 8}, "packing=True puts several samples.*prune"),

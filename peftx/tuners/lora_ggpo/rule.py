@@ -100,7 +100,7 @@ class GGPO(Variant):
     def noise(self, module: Any, adapter_name: str) -> tuple[torch.Tensor, int] | None:
         """tau (out_features,) and the seed of the noise that the weight is to see, or None."""
         trained = module.training and module.lora_B[adapter_name].weight.requires_grad
-        if not trained or self.config.mode != "ggpo":
+        if not trained or self.config.mode != "ggpo" or not self.schedule.perturbs:
             return None
         if self.config.auto_update and not self.schedule.driven:
             self._listen(module, adapter_name)
@@ -139,7 +139,7 @@ class GGPO(Variant):
     def _steps_aside(self, module: Any, adapter_name: str) -> bool:
         """Whether the weight is to see MGPO's perturbation."""
         active = module.training and self.config.mode == "mgpo" and self.schedule.optimizer is not None
-        return active and module.lora_B[adapter_name].weight.requires_grad
+        return active and module.lora_B[adapter_name].weight.requires_grad and self.schedule.perturbs
 
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any

@@ -25,6 +25,7 @@ class Schedule:
         micro: micro-batches of the present step that have had their backward.
         driven: whether somebody calls `update_ggpo_stats`, so that the hooks keep still.
         heard: whether the hooks have seen gradients since the last forward.
+        learning: whether the latest pass of the whole model has gradients.
         total_step: length of the training, for the ramp.
         optimizer: whose moments mode `"mgpo"` reads.
         rules: those of the layers, with the layer and the adapter's name.
@@ -35,6 +36,7 @@ class Schedule:
         self.total_step = config.total_step
         self.step = self.micro = self.idle = 0
         self.driven = self.heard = self.checked = False
+        self.learning = True
         self.optimizer: Any = None
         self.handle: Any = None
         self.rules: list[tuple[Any, Any, str]] = []
@@ -97,6 +99,8 @@ class Schedule:
 
     def before_forward(self, model: nn.Module, *args: Any) -> None:
         """Forward pre-hook of the whole model, which no recomputation calls: notices a backward and a step."""
+        if not torch.compiler.is_compiling():
+            self.learning = torch.is_grad_enabled()
         needed = not torch.compiler.is_compiling() or (self.config.auto_update and not self.driven)
         if model.training and needed:
             if not self.checked:
@@ -128,7 +132,7 @@ class Schedule:
                 self.micro += 1
             else:
                 self._take_from_hooks()
-        if not any(seen):
+        if self.learning and not any(seen):
             self._warn_if_idle()
 
     def _take_from_hooks(self) -> None:
@@ -150,6 +154,12 @@ class Schedule:
                 + ("`model.base_model.attach_optimizer(optimizer)` before the loop and " if missing else "")
                 + "`model.base_model.update_ggpo_stats()` before each `optimizer.step()`."
             )
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether a layer is called to learn: with gradients, or by re-entrant checkpointing in a pass that has them.
+        Answers that are generated in training mode (GRPO, RLOO) and log-probabilities without gradients are not."""
+        return self.learning or torch.is_grad_enabled()
 
     @property
     def size(self) -> float:

@@ -176,10 +176,13 @@ def add_orthogonality_gradient(model: nn.Module) -> None:
 
 
 def tuner_of(model: nn.Module) -> Any:
-    """The tuner of a `PeftModel`, also of one that DDP wraps; a tuner or a transformers model is returned as it is."""
+    """The tuner of a `PeftModel`, also of one that DDP wraps; a tuner or a transformers model is returned as it is. Of
+    a model that holds one of them (sentence-transformers'), what it is of that one."""
     model = extract_model_from_parallel(model)
     inner: Any = getattr(model, "base_model", model)
-    return inner if isinstance(inner, BaseTuner) else model
+    if isinstance(inner, BaseTuner) or hasattr(model, "peft_config"):
+        return inner if isinstance(inner, BaseTuner) else model
+    return next((tuner_of(module) for module in model.modules() if "peft_config" in vars(module)), model)
 
 
 def found_driver(tuner: Any) -> None:
