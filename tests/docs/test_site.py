@@ -80,7 +80,7 @@ BY_HAND = {"0.011", "0.026", "0.047"}  # of a binomial, of the paper's table of 
 def test_measured_numbers_are_not_written_by_hand(page):
     text = re.sub(r"^```.*?^```|\{\{.*?\}\}|`[^`]*`|\]\([^)]*\)", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"(PEFT|Python) \d\.\d+( to \d\.\d+)?", "", text)
-    assert set(re.findall(r"(?<![\d.])\d\.\d\d+", text)) - BY_HAND <= {"5.23", "1.15"}, "use `{{ value ... }}`"
+    assert set(re.findall(r"(?<![\d.])\d\.\d\d+", text)) - BY_HAND <= {"5.23", "1.15", "1.16"}, "use `{{ value ... }}`"
 
 
 def messages():
