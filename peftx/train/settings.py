@@ -19,9 +19,9 @@ T = TypeVar("T")
 Section = dict[str, Any]
 
 
-def setting(text: str, default: Any = None, shown: str | None = None) -> Any:
-    """A field with its help text, and with what the command line shows as its default."""
-    return field(default=default, metadata={"help": text, "shown": shown})
+def setting(text: str, default: Any = None, shown: str | None = None, many: bool = False) -> Any:
+    """A field with its help text, with what the command line shows as its default, and whether it takes several."""
+    return field(default=default, metadata={"help": text, "shown": shown, "many": many})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,16 @@ class Settings:
     eval_data: str | None = setting("Held-out data, as --data.", shown="a part of --data")
     eval_split: str | None = setting("Split of --eval-data, or of --data.")
     eval_share: float = setting("Part of --data that is held out where no other is named; 0 for none.", 0.1)
+    validation_share: float | None = setting(
+        "Part of what is trained on that choices are made by (best checkpoint, learning rate), and --eval-data not.",
+        shown="0.1 where one is made",
+    )
+    metric: str | list[str] | None = setting(
+        "Also measure this: f1, matthews_correlation, roc_auc, rouge, ..., a metric of evaluate, or a script's path.",
+        many=True,
+    )
+    best_metric: str | None = setting("End with the checkpoint that is best by this metric, loss or accuracy.")
+    generate: Section | bool | None = setting("Generate answers to the held-out prompts, for --metric rouge.")
     prompt: str | None = setting("Field of the prompt, or of the text to classify.", shown="found")
     answer: str | None = setting("Field of the answer.", shown="found")
     label: str | None = setting("Field of a classifier's label.", shown="found")
@@ -65,10 +75,22 @@ class Settings:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other: choose one")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share must be in [0, 1), got {self.eval_share}")
+        if self.validation_share is not None and not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share must be in [0, 1), got {self.validation_share}")
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
         if self.dtype not in (known := ("auto", "float32", "bfloat16", "float16")):
             raise ValueError(f"dtype must be one of {', '.join(known)}, got {self.dtype}")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether something is chosen by what it measures."""
+        return self.best_metric is not None
+
+    @property
+    def validation(self) -> float:
+        """The share of what is trained on that is set aside for choices."""
+        return (0.1 if self.chooses else 0.0) if self.validation_share is None else self.validation_share
 
 
 @dataclass(frozen=True, kw_only=True)
