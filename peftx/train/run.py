@@ -118,9 +118,9 @@ def train(
     found: dict[str, Any] = {}
     if validation and (choosing or measures.best):
         found["validation"] = evaluation_metrics(trainer.evaluate(), task, measures.keys)
-    test: Any = held_samples
     prefix = "test" if validation else "eval"
-    evaluation = trainer.evaluate(test, metric_key_prefix=prefix) if held_samples else {}
+    of_test: dict[str, Any] = {"eval_dataset": held_samples, "metric_key_prefix": prefix} if validation else {}
+    evaluation = trainer.evaluate(**of_test) if held_samples else {}
     # resumed when nothing is left, a Trainer takes one step more, at a learning rate of zero
     log, last = trainer.state.log_history, trainer.state.max_steps
     history = [entry for entry in log if "loss" not in entry or entry["step"] <= last]

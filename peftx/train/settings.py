@@ -166,6 +166,8 @@ def converted(value: Any, expected: Any, what: str) -> Any:
     candidates = [value, float(value)] if type(value) is int else [value]
     if isinstance(value, list):
         candidates += [set(value), tuple(value)] if all(isinstance(part, str | int) for part in value) else []
+    if value is False and "Strategy" in str(expected):  # YAML's `no`
+        candidates = ["no"]
     problems = []
     for candidate in candidates:
         try:

@@ -877,6 +877,15 @@ def test_rank_keeps_the_scale() -> None:
     assert sizes.with_rank(methods.find("full"), {}, 32) == {}
 
 
+def test_no_is_a_strategy_and_not_false(tmp_path: Path) -> None:
+    """YAML takes `save_strategy: no` for false."""
+    (tmp_path / "run.yaml").write_text("training: {save_strategy: no, eval_strategy: no}")
+    training = read_yaml(tmp_path / "run.yaml")["training"]
+    given = TrainSettings(model="m", data="d", output=str(tmp_path / "out"), training=training)
+    arguments = run.training_arguments(given, methods.find("lora"))
+    assert (arguments.save_strategy, arguments.eval_strategy) == ("no", "no")
+
+
 @pytest.mark.parametrize(("name", "cls"), [("train.yaml", TrainSettings), ("compare.yaml", CompareSettings)])
 def test_examples_are_settings(name: str, cls: Any) -> None:
     found = parse(cls, {"output": "out", **read_yaml(EXAMPLES / name)})
