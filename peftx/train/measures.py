@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..data.records import Records
 from ..utils import CLASSIFIERS
 from .answers import generation_options, prompts_and_answers
-from .metrics import LESS, Metric, find_metric, names_of
+from .metrics import Metric, find_metric, names_of
 from .plan import Plan
 from .results import accuracy, classes, token_losses, token_metrics
 from .settings import Section, Settings, section
@@ -150,10 +149,6 @@ def tried(measures: Measures, samples: Records, name: str, tokenizer: Any) -> di
         if not np.isfinite(value):
             raise ValueError(f"{key} of right answers is {value} on the {name} part: do its labels differ at all?")
     return found
-
-
-def more_is_better(name: str) -> bool:
-    return not any(part in LESS for part in (name, *re.split(r"[_:/]", name)))
 
 
 def best_key(best: str, task: str, measured: Sequence[str]) -> str:

@@ -209,3 +209,7 @@ def computed(
 
 def is_nested(rows: Any) -> bool:
     return isinstance(rows, list) and all(isinstance(row, list) for row in rows)
+
+
+def more_is_better(name: str) -> bool:
+    return not any(part in LESS for part in (name, *re.split(r"[_:/]", name)))

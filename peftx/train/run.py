@@ -23,8 +23,9 @@ from ..progress import Progress
 from ..utils import CLASSIFIERS, quiet
 from .answers import AnsweringTrainer
 from .folder import BY, Record, begin, check_names, end, find_place, plain
-from .measures import measures_of, more_is_better, of_trainer
+from .measures import measures_of, of_trainer
 from .methods import Method, check_settings, find, trainable
+from .metrics import more_is_better
 from .plan import adapt, load, prepared, scales_loss
 from .results import evaluation_metrics, finish, kept, training_loss
 from .settings import Section, TrainSettings, arguments_of, checked, section

@@ -120,14 +120,25 @@ class CompareSettings(Settings):
     )
     rank: int | None = setting("r of all methods, or of the yardstick.", shown="8, of --equal rank")
     seeds: int = setting("Runs of each method, with the seeds 0, 1, ...", 3)
+    learning_rates: str | list[float] | None = setting(
+        "Choose each method's learning rate on the validation part: of these, by comma, or auto: factors of 3 around "
+        "the method's own, further where the best is at an end.",
+    )
+    jobs: int = setting("Runs at a time, on CPUs; they share the threads.", 1)
+
+    @property
+    def chooses(self) -> bool:
+        return super().chooses or self.learning_rates is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "seeds"):
+        for name in ("rank", "seeds", "jobs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.equal == "none" and self.rank is not None:
             raise ValueError("rank is for equal: rank or budget, and not for none")
+        if self.learning_rates is not None and not self.validation:
+            raise ValueError("learning_rates are chosen on a validation part: name a validation_share above 0")
 
 
 S = TypeVar("S", bound=Settings)

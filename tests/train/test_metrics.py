@@ -19,9 +19,9 @@ from test_train import SHORT, call, files, own_cache, trained  # noqa: F401  (fi
 from peftx.data.records import hold_out, read
 from peftx.train import TrainSettings, run
 from peftx.train.answers import generation_options, prompts_and_answers
-from peftx.train.measures import Measures, best_key, more_is_better
+from peftx.train.measures import Measures, best_key
 from peftx.train.methods import find
-from peftx.train.metrics import find_metric
+from peftx.train.metrics import find_metric, more_is_better
 from peftx.train.rouge import rouge
 
 LABELS = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1, 0])
