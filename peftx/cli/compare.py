@@ -32,10 +32,12 @@ def compare(settings: CompareSettings) -> None:
         found = report.rows(outcome.runs)
         heads, body = report.cells(found, outcome.runs)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        width = max(len(line[0]) for line in body)
         for head in heads:
             text = head in ("method", "settings")
+            least = width if head == "method" else None  # the others may break between a number and its deviation
             lines = head.replace(" ", "\n").replace("/\n", "/ ")
-            table.add_column(lines, justify="left" if text else "right", no_wrap=head != "settings", overflow="fold")
+            table.add_column(lines, justify="left" if text else "right", overflow="fold", min_width=least)
         for line in body:
             table.add_row(*line)
         Console().print(table)

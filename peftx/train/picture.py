@@ -68,6 +68,7 @@ def differences(axes: Any, table: list[Row], runs: Runs, choices: Runs, colours:
     for i, (row, difference) in enumerate(told):
         error = difference.high - difference.mean
         axes.errorbar(difference.mean, -i, xerr=error, fmt="o", capsize=3, color=colours[row.method])
+    axes.margins(y=0.15)
     axes.axvline(0, color="grey", linestyle="--", zorder=0)
     axes.set_yticks([-i for i in range(len(told))], [row.method for row, _ in told])
     better = "" if more else ", less is better"

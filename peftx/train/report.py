@@ -143,7 +143,7 @@ def cells(table: Sequence[Row], runs: Runs) -> tuple[list[str], list[list[str]]]
             f"{row.trained_values:,}",
             shown(row.quality, row.quality_std),
             *([told(row.difference)] if differ else []),
-            *(shown(*row.others[other]) for other in others),
+            *(f"{row.others[other][0]:.4f}" for other in others),
             f"{row.memory / 1e6:,.1f}",
             f"{row.step:.2f}",
             f"{row.adapter_bytes / 1e3:,.1f}",

@@ -84,7 +84,8 @@ def test_a_difference_whose_interval_holds_zero_is_no_difference() -> None:
     heads, body = report.cells(table, runs)
     place = heads.index("less lora's")
     assert [line[place] for line in body] == ["", f"+0.0467 ± {(wanted.high - wanted.low) / 2:.4f}", "="]
-    assert [line[heads.index("f1")] for line in body] == ["1.5000 ± 1.0000"] * 3
+    assert [line[heads.index("f1")] for line in body] == ["1.5000"] * 3
+    assert table[2].others == {"f1": (1.5, pytest.approx(1.0))}
     assert "= where that holds 0" in report.notes(table, runs)[1]
 
 
