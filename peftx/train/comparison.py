@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -127,6 +127,8 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     notes = [note for name, note in sizes.items() if name in trained]
     notes += [f"{name} is left out: {why}" for name, why in work.left_out.items()]
     notes += summary(chosen, measured_at, quality, len(validation))
+    if settings.best_metric and not settings.validation:
+        notes.append("checkpoints were chosen on the held-out samples themselves, which flatters the numbers")
     if settings.jobs > 1:
         notes.append(f"step and memory: with {settings.jobs} runs at a time")
     paths: list[Path] = []
@@ -209,16 +211,18 @@ class Work:
         """Each task that the method's failure does not spare us, with its run, kept before; None and why, where a run
         that chooses failed."""
         self.count += len(tasks)
-        with ThreadPoolExecutor(self.settings.jobs) if self.settings.jobs > 1 else nullcontext() as pool:
-            if pool is None:
-                results: Iterable[tuple[Task, Run | Exception | None]] = ((task, self.attempt(task)) for task in tasks)
-            else:
+        with ExitStack() as stack:
+            results: Iterable[tuple[Task, Run | Exception | None]] = ((task, self.attempt(task)) for task in tasks)
+            if self.settings.jobs > 1:
+                pool = stack.enter_context(ThreadPoolExecutor(self.settings.jobs))
+                stack.callback(pool.shutdown, cancel_futures=True)  # whatever ends this
                 futures = {pool.submit(self.attempt, task): task for task in tasks}
                 results = ((futures[future], future.result()) for future in as_completed(futures))
             for task, found in results:
                 if isinstance(found, dict):
                     self.keep(found, tasks, task)
-                elif isinstance(found, RuntimeError) and task.choosing:  # at another rate it may learn
+                elif task.choosing and type(found) is not NotImplementedError and isinstance(found, RuntimeError):
+                    # at another rate it may learn
                     yield task, None, " ".join(str(found).split())
                     continue
                 elif found is not None:
@@ -233,8 +237,8 @@ class Work:
         with self.lock:
             self.number += 1
             self.watch(str(task), self.number, self.count)
-        if task.name in self.failures or task.name in self.left_out or self.there(task) is not None:
-            return None
+            if task.name in self.failures or task.name in self.left_out or self.there(task) is not None:
+                return None
         one = run_settings(self.settings, task.name, self.entries[task.name], task.seed, self.where, task.rate)
         function: Callable[[TrainSettings], Run] = choice if task.choosing else measured
         if self.settings.jobs > 1:
@@ -256,12 +260,13 @@ class Work:
     def keep(self, run: Run, tasks: Sequence[Task], task: Task) -> None:
         """Adds a run, in the order of the tasks whichever is done first, in place of one at another rate."""
         kept = self.kept.choices if task.choosing else self.kept.runs
-        if not task.choosing:
-            same = (*self.known[task.name], task.seed)
-            kept[:] = [old for old in kept if (key(old["method"]), old["method_settings"], old["seed"]) != same]
-        kept.append(run)
-        places = {id(self.there(other)): i for i, other in enumerate(tasks)}
-        kept.sort(key=lambda one: places.get(id(one), -1))
+        with self.lock:  # others look for theirs
+            if not task.choosing:
+                same = (*self.known[task.name], task.seed)
+                kept[:] = [old for old in kept if (key(old["method"]), old["method_settings"], old["seed"]) != same]
+            kept.append(run)
+            places = {id(self.there(other)): i for i, other in enumerate(tasks)}
+            kept[:] = sorted(kept, key=lambda one: places.get(id(one), -1))
         store(self.settings, self.where, self.kept)
 
 

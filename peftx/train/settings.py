@@ -42,8 +42,8 @@ class Settings:
     eval_split: str | None = setting("Split of --eval-data, or of --data.")
     eval_share: float = setting("Part of --data that is held out where no other is named; 0 for none.", 0.1)
     validation_share: float | None = setting(
-        "Part of what is trained on that choices are made by (best checkpoint, learning rate), and --eval-data not.",
-        shown="0.1 where one is made",
+        "Part of the training samples that is set aside for choices: of checkpoints, of learning rates.",
+        shown="0.1 where there are such",
     )
     metric: str | list[str] | None = setting(
         "Also measure this: f1, matthews_correlation, roc_auc, rouge, ..., a metric of evaluate, or a script's path.",

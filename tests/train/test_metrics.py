@@ -177,6 +177,22 @@ def test_metrics_are_in_the_results_and_on_the_card(files: Path, tmp_path: Path)
     assert f"| checkpoint | of step {step}, the best by roc_auc on the validation samples |" in page
 
 
+def test_the_best_checkpoint_by_what_is_always_measured(files: Path, tmp_path: Path) -> None:
+    """Of a language model perplexity, which is of all tokens; without a validation part the held-out one decides."""
+    out = tmp_path / "out"
+    data = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", out, *SHORT, "--set", "r=2")
+    steps = ("--max-steps", 3, "--training", "eval_steps=1", "--learning-rate", 0.3, "--validation-share", 0)
+    metrics = trained("train", *data, *steps, "--best-metric", "perplexity")
+    losses = {entry["step"]: entry["eval_token_loss"] for entry in metrics["history"] if "eval_token_loss" in entry}
+    step = min((1, 2, 3), key=lambda step: losses[step])
+    assert metrics["best"] == {"metric": "perplexity", "step": step} and "validation" not in metrics
+    assert math.log(metrics["eval"]["perplexity"]) == pytest.approx(losses[step], rel=1e-5)
+    assert (
+        f"| checkpoint | of step {step}, the best by perplexity on the held-out samples |"
+        in (out / "README.md").read_text()
+    )
+
+
 @pytest.mark.parametrize("model", ["llama", "t5"])
 def test_generated_answers(files: Path, tmp_path: Path, model: str) -> None:
     """Greedy, one by one as in batches; the numbers are those of the answers."""

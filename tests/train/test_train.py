@@ -629,6 +629,7 @@ def test_two_processes_train_as_one(files: Path, tmp_path: Path, model: str) -> 
     common = ["--model", files / model, "--data", data, "--method", "bone", "--max-steps", "3", "--eval-share", "0.2"]
     for pair in ("logging_steps=1", "use_cpu=true", "weight_decay=0.0"):
         common += ["--training", pair]
+    common += ["--generate", "--metric", "rouge"] if model == "llama" else ["--metric", "f1", "--metric", "recall"]
     # BERT has dropout, which draws other numbers in each process
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
@@ -652,7 +653,7 @@ def test_two_processes_train_as_one(files: Path, tmp_path: Path, model: str) -> 
     assert (found["processes"], wanted["processes"]) == (2, 1)
     losses = [[entry["loss"] for entry in part["history"] if "loss" in entry] for part in (found, wanted)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
-    assert found["eval"] == pytest.approx(wanted["eval"], rel=1e-5)
+    assert found["eval"] == pytest.approx(wanted["eval"], rel=1e-5) and len(found["eval"]) > 3
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
