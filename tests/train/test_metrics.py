@@ -177,6 +177,7 @@ def test_metrics_are_in_the_results_and_on_the_card(files: Path, tmp_path: Path)
     assert f"| checkpoint | of step {step}, the best by roc_auc on the validation samples |" in page
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_by_what_is_always_measured(files: Path, tmp_path: Path) -> None:
     """Of a language model perplexity, which is of all tokens; without a validation part the held-out one decides."""
     out = tmp_path / "out"
@@ -193,7 +194,7 @@ def test_the_best_checkpoint_by_what_is_always_measured(files: Path, tmp_path: P
     )
 
 
-@pytest.mark.parametrize("model", ["llama", "t5"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_generated_answers(files: Path, tmp_path: Path, model: str) -> None:
     """Greedy, one by one as in batches; the numbers are those of the answers."""
     out = tmp_path / "out"

@@ -195,6 +195,7 @@ def test_auto_goes_on_where_the_best_is_at_an_end(
     assert again == [("flora", 0.018, SEED), ("lora", 0.162, 1), ("bone", 3e-4, 1), ("flora", 0.006, 1)]
 
 
+@pytest.mark.slow
 def test_another_rate_replaces_the_runs_at_the_former(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_run: dict
 ) -> None:
@@ -209,6 +210,7 @@ def test_another_rate_replaces_the_runs_at_the_former(
         assert [(run["seed"], run["learning_rate"]) for run in runs] == [(0, wanted), (1, wanted)]
 
 
+@pytest.mark.slow
 def test_a_method_that_learns_at_no_rate_is_told(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_run: dict
 ) -> None:
