@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import GenerationConfig, Trainer
+from transformers import GenerationConfig
 
 from ..utils import IGNORE, base_of, quiet, undisturbed
+from .heads import HeadTrainer
 from .settings import Section, checked
 
 OPTIONS: dict[str, Any] = {  # of transformers.GenerationConfig: those that change an answer
@@ -31,7 +32,7 @@ OPTIONS: dict[str, Any] = {  # of transformers.GenerationConfig: those that chan
 Measure = Callable[[list[str], list[str]], dict[str, float]]
 
 
-class AnsweringTrainer(Trainer):
+class AnsweringTrainer(HeadTrainer):
     """A Trainer whose evaluations generate answers as well, and measure them.
 
     Args:

@@ -88,7 +88,8 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     """Runs every method with every seed, each in a process of its own, and writes table and picture.
 
     Where `learning_rates` are given, a run of each with a seed of its own (`rates.SEED`) is measured on the validation
-    part first, and the best rate of each method is taken; the held-out samples are read by the later runs alone. `auto`
+    part first, and the best rate of each method is taken; the held-out samples are read by the later runs alone. A new
+    classifier learns at the first method's own rate in all of them, unless `head_learning_rate` says otherwise. `auto`
     tries five rates, factors of three around the method's own, and further ones while the best is at an end.
 
     `results.json` in the output folder grows with each run, and a comparison that starts again goes on from there: it
@@ -109,6 +110,8 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
         raise ValueError("compare starts processes of its own: run it without accelerate launch or torchrun")
     entries = contestants(settings.methods)
     check(settings, entries)
+    if settings.learning_rates is not None and settings.head_learning_rate is None:  # the same whatever is tried
+        settings = dataclasses.replace(settings, head_learning_rate=find(next(iter(entries))).learning_rate)
     folder, where = find_folder(settings)
     kept = Kept() if settings.overwrite else earlier(settings, where)
     check_free(folder, (RESULTS, *FILES), BY)
@@ -129,6 +132,8 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     notes += summary(chosen, measured_at, quality, len(validation))
     if settings.best_metric and not settings.validation:
         notes.append("checkpoints were chosen on the held-out samples themselves, which flatters the numbers")
+    if shown and (head := shown[0].get("head_learning_rate")) is not None:
+        notes.append(f"the new classifier learns at {head:g} in every run")
     if settings.jobs > 1:
         notes.append(f"step and memory: with {settings.jobs} runs at a time")
     paths: list[Path] = []

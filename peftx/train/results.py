@@ -114,6 +114,11 @@ def run_section(metrics: Mapping[str, Any]) -> str:
     rows = {
         "trained on": f"{count['trained_on']:,} samples, {metrics['steps']:,} steps",
         "learning rate, seed": f"{metrics['learning_rate']:g}, {metrics['seed']}",
+        **(
+            {"learning rate of the head": f"{head:g}"}
+            if (head := metrics.get("head_learning_rate")) is not None
+            else {}
+        ),
         **({"labels, from 0": ", ".join(metrics["labels"])} if metrics["labels"] else {}),
         "training loss": f"{metrics['train_loss']:.4f}",
         **best_row(metrics),

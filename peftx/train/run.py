@@ -23,6 +23,7 @@ from ..progress import Progress
 from ..utils import CLASSIFIERS, quiet
 from .answers import AnsweringTrainer
 from .folder import BY, Record, begin, check_names, end, find_place, plain
+from .heads import HeadTrainer, heads_of
 from .measures import measures_of, of_trainer
 from .methods import Method, check_settings, find, trainable
 from .metrics import more_is_better
@@ -92,7 +93,8 @@ def train(
     if measures.generate is not None:
         generating = {"task": task, "measure": measures.of_texts, "options": measures.generate}
         generating["padding"] = padding_of(network, tokenizer)
-    trainer = (AnsweringTrainer if generating else Trainer)(
+    heads = heads_of(model, new_modules) if settings.head_learning_rate is not None else []
+    trainer = (AnsweringTrainer if generating else HeadTrainer)(
         model,
         arguments,
         collate,
@@ -104,6 +106,8 @@ def train(
         callbacks=[*([method.callback()] if method.callback else []), *extras, *callbacks],
         **small_states(arguments, optimizer),
         **generating,
+        heads=heads,
+        head_rate=settings.head_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)
     if not arguments.disable_tqdm:
@@ -132,6 +136,7 @@ def train(
         "method_settings": plain(chosen),
         "lower_ranks": narrow,
         "learning_rate": arguments.learning_rate,
+        **({"head_learning_rate": settings.head_learning_rate} if heads else {}),
         "seed": arguments.seed,
         "steps": min(trainer.state.global_step, last),
         "epochs": trainer.state.epoch,

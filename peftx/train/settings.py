@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -54,6 +55,9 @@ class Settings:
     prompt: str | None = setting("Field of the prompt, or of the text to classify.", shown="found")
     answer: str | None = setting("Field of the answer.", shown="found")
     label: str | None = setting("Field of a classifier's label.", shown="found")
+    head_learning_rate: float | None = setting(
+        "Of modules that are trained whole, such as a new classifier.", shown="that of the adapter"
+    )
     max_length: int = setting("Tokens of a sample, if the model takes so many; the rest is cut off.", 512)
     dtype: str = setting("Of the base model's weights: auto, float32, bfloat16, float16.", "auto")
     experts: bool = setting("Adapt the fused experts of a mixture of experts too (target_parameters).", False)
@@ -75,6 +79,8 @@ class Settings:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other: choose one")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share must be in [0, 1), got {self.eval_share}")
+        if self.head_learning_rate is not None and not 0 <= self.head_learning_rate < math.inf:
+            raise ValueError(f"head_learning_rate must be a number of at least 0, got {self.head_learning_rate}")
         if self.validation_share is not None and not 0 <= self.validation_share < 1:
             raise ValueError(f"validation_share must be in [0, 1), got {self.validation_share}")
         if self.max_length < 2:

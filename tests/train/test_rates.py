@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import scipy.stats
-from test_train import SHORT, call, files, here, own_cache  # noqa: F401  (fixtures)
+import torch
+from safetensors.torch import load_file
+from test_train import SHORT, call, files, here, own_cache, trained  # noqa: F401  (fixtures)
 
 from peftx.train import comparison, report
 from peftx.train.intervals import t_interval, t_quantile
@@ -89,6 +91,26 @@ def test_a_difference_whose_interval_holds_zero_is_no_difference() -> None:
     assert "= where that holds 0" in report.notes(table, runs)[1]
 
 
+def test_a_head_learns_at_a_rate_of_its_own(files: Path, tmp_path: Path) -> None:
+    """The first step of AdamW is as long as the rate, where no gradient is tiny."""
+    moved = {}
+    for rate in (0, 0.05):
+        out = tmp_path / str(rate)
+        settings = ("--max-steps", 1, "--learning-rate", 1e-3, "--head-learning-rate", rate, "--set", "r=2")
+        data = ("--model", files / "encoder", "--task", "SEQ_CLS", "--data", files / "classes.jsonl", "--output", out)
+        metrics = trained("train", *data, *SHORT, *settings)
+        assert metrics["head_learning_rate"] == rate and metrics["learning_rate"] == 1e-3
+        moved[rate] = load_file(out / "adapter_model.safetensors")
+    heads = [name for name in moved[0] if "classifier" in name]
+    assert heads
+    for name in heads:
+        torch.testing.assert_close(
+            (moved[0.05][name] - moved[0][name]).abs().max(), torch.tensor(0.05), atol=1e-4, rtol=0
+        )
+    steps = [tensor.abs().max() for name, tensor in moved[0.05].items() if "lora_B" in name]
+    torch.testing.assert_close(torch.stack(steps).max(), torch.tensor(1e-3), atol=1e-5, rtol=0)
+
+
 # In comparisons
 
 
@@ -115,7 +137,7 @@ def test_rates_are_chosen_on_samples_that_are_not_reported(files: Path, tmp_path
     ]
     for run in found["runs"]:
         points = {c["learning_rate"]: c["validation"] for c in found["choices"] if c["method"] == run["method"]}
-        assert run["learning_rate"] == best_rate(points, "accuracy")
+        assert run["learning_rate"] == best_rate(points, "accuracy") and run["head_learning_rate"] == 2e-3  # LoRA's own
         assert run["samples"] == {"train": 21, "trained_on": 21, "validation": 7, "eval": 12}
         assert run["eval"].keys() == {"loss", "accuracy", "f1"} and "validation" not in run
     assert [row["method"] for row in found["table"]] == ["lora", "bone"]
@@ -127,6 +149,7 @@ def test_rates_are_chosen_on_samples_that_are_not_reported(files: Path, tmp_path
     page = (out / "results.md").read_text()
     assert "| less lora's |" in page and "- lr: the best of 2 by accuracy on 7 validation samples" in page
     assert "is at an end of the rates that were tried" in page
+    assert "the new classifier learns at 0.002 in every run" in page
     assert not [path.name for path in out.iterdir() if path.name not in {
         ".peftx.json", "results.json", "results.md", "results.csv", "pareto.png", "lora", "bone",
     }]  # fmt: skip
@@ -135,7 +158,7 @@ def test_rates_are_chosen_on_samples_that_are_not_reported(files: Path, tmp_path
     outcome = call("compare", *given(files, out, *asked, "--learning-rates", "1e-3,0.05", "--seeds", 3))
     assert outcome.exit_code == 0 and len(here) == ran + 2, (outcome.output, outcome.exception)  # the third seed alone
     refused = call("compare", *given(files, out, "--methods", "lora,bone", "--metric", "f1", "--eval-share", 0.3))
-    assert refused.exit_code == 2 and "validation_share is 'not given', but the comparison" in refused.stderr
+    assert refused.exit_code == 2 and "is 'not given', but the comparison in" in refused.stderr
 
 
 class Fake:
