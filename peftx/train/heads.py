@@ -39,12 +39,18 @@ def apart(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], 
     chosen = {id(parameter) for parameter in parameters}
     groups = list(optimizer.param_groups)
     for group in groups:
-        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
-        if moved:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-            rest = {name: value for name, value in group.items() if name not in ("params", "param_names", "initial_lr")}
-            optimizer.add_param_group({**rest, "params": moved, "lr": rate})
-            chosen -= {id(parameter) for parameter in moved}
+        names = group.get("param_names")  # of an optimizer that keeps them
+        places = [i for i, parameter in enumerate(group["params"]) if id(parameter) in chosen]
+        if not places:
+            continue
+        moved = [group["params"][i] for i in places]
+        rest = {name: value for name, value in group.items() if name not in ("params", "param_names", "initial_lr")}
+        new = moved if names is None else list(zip([names[i] for i in places], moved, strict=True))
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [value for i, value in enumerate(group[key]) if i not in places]
+        optimizer.add_param_group({**rest, "params": new, "lr": rate})
+        chosen -= {id(parameter) for parameter in moved}
     if chosen:
         raise ValueError("head_learning_rate: the optimizer does not hold the head's parameters as they are (FSDP?)")
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

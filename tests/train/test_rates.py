@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import SHORT, call, files, here, own_cache, trained  # noqa: F401  (fixtures)
 
-from peftx.train import comparison, report
+from peftx.train import comparison, heads, report
 from peftx.train.intervals import t_interval, t_quantile
 from peftx.train.rates import SEED, best_rate, further, grid, parse_rates
 
@@ -101,14 +101,30 @@ def test_a_head_learns_at_a_rate_of_its_own(files: Path, tmp_path: Path) -> None
         metrics = trained("train", *data, *SHORT, *settings)
         assert metrics["head_learning_rate"] == rate and metrics["learning_rate"] == 1e-3
         moved[rate] = load_file(out / "adapter_model.safetensors")
-    heads = [name for name in moved[0] if "classifier" in name]
-    assert heads
-    for name in heads:
+    classifier = [name for name in moved[0] if "classifier" in name]
+    assert classifier
+    for name in classifier:
         torch.testing.assert_close(
             (moved[0.05][name] - moved[0][name]).abs().max(), torch.tensor(0.05), atol=1e-4, rtol=0
         )
     steps = [tensor.abs().max() for name, tensor in moved[0.05].items() if "lora_B" in name]
     torch.testing.assert_close(torch.stack(steps).max(), torch.tensor(1e-3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_parameters_with_a_rate_of_their_own_keep_all_else(named: bool) -> None:
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("a", "b", "head.w", "head.b")}
+    part = list(parameters.items()) if named else list(parameters.values())
+    groups = [{"params": part[:3:2], "weight_decay": 0.1}, {"params": part[1::2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    heads.apart(optimizer, [parameters["head.w"], parameters["head.b"]], 0.5)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found = [([names[id(p)] for p in g["params"]], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert found == [(["a"], 1e-3, 0.1), (["b"], 1e-3, 0.0), (["head.w"], 0.5, 0.1), (["head.b"], 0.5, 0.0)]
+    if named:
+        assert [g["param_names"] for g in optimizer.param_groups] == [["a"], ["b"], ["head.w"], ["head.b"]]
+    with pytest.raises(ValueError, match="does not hold the head's parameters as they are"):
+        heads.apart(optimizer, [torch.nn.Parameter(torch.ones(2))], 0.5)
 
 
 # In comparisons
