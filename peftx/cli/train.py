@@ -178,12 +178,11 @@ def train(settings: TrainSettings) -> None:
     """Fine-tune a model on your data by any method of peftx or PEFT.
 
     Fields of the data are found: messages or conversations (role and content, or from and value); prompt and
-    completion, response or answer; question and answer; instruction, input and output; document,
-    article, dialogue or text and summary; or text. Of a classifier: text
-    (or sentence, content, review...) and label (or class, sentiment...); of one of tokens (TOKEN_CLS): tokens and
-    labels, lists of words and of their labels. Of a causal LM only the last answer is learned. The output folder gets
-    the adapter, tokenizer, card and metrics.json. `accelerate launch -m peftx.cli train ...` and `torchrun` use several
-    devices or processes.
+    completion, response or answer; question and answer; instruction, input and output; document, article, dialogue or
+    text and summary; or text. Of a classifier: text (or sentence, content, review...) and label (or class,
+    sentiment...); of one of tokens (TOKEN_CLS): tokens and labels, lists of words and of their labels. Of a causal LM
+    only the last answer is learned. The output folder gets the adapter, tokenizer, card and metrics.json.
+    `accelerate launch -m peftx.cli train ...` and `torchrun` use several devices or processes.
     """
     from ..train.run import train as run
 
