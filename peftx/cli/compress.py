@@ -92,12 +92,18 @@ def compress(
         if plot:
             import matplotlib  # noqa: F401
         known = compression.Statistics.load(statistics) if statistics else None
-        records, held = _split(data, eval_data, eval_share, seed)
+        if eval_data is None and not 0 < eval_share < 1:
+            raise ValueError(f"--eval-share must be in (0, 1), got {eval_share}")
+        pages = [(path, _read(path)) for path in (data, eval_data) if path]
         network, tokenizer, kind = load(model, adapter, task, dtype, device)
         fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label}
         fields["label2id"] = network.config.label2id
         fields["max_length"] = text.longest(max_length, tokenizer, network.config)
-        train, test = (text.encode(lines, tokenizer, kind, **fields) for lines in (records, held))
+        parts = []  # all of them, so that a bad record is named by its place in the file
+        for path, records in pages:
+            with text.naming(path):
+                parts.append(text.encode(records, tokenizer, kind, **fields))
+        train, test = parts if eval_data else _split(parts[0], eval_share, seed, data)
         pad = partial(text.pad, padding=text.padding_of(network, tokenizer))
         metric = "accuracy" if kind == "SEQ_CLS" else "loss"
 
@@ -171,20 +177,18 @@ def _statistics_in(folder: Path | None, made_of: list[Any]) -> Path | None:
     return folder / f"statistics-{digest}.safetensors"
 
 
-def _split(data: Path, eval_data: Path | None, share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Records to learn from, and held-out ones."""
+def _read(path: Path) -> list[Any]:
+    """The records of a file; what has no ending that is known is lines of JSON."""
     from ..data.records import FILES, read
     from ..data.tables import read_lines
 
-    records, *held_out = (
-        read(str(path)) if path.suffix.lower() in FILES else read_lines(path)[1] for path in (data, eval_data) if path
-    )
-    if held_out:
-        return records, held_out[0]
-    if not 0 < share < 1:
-        raise ValueError(f"--eval-share must be in (0, 1), got {share}")
-    random.Random(seed).shuffle(records)
-    held = max(1, round(share * len(records)))
-    if held == len(records):
+    return read(str(path)) if path.suffix.lower() in FILES else read_lines(path)[1]
+
+
+def _split(samples: list[Any], share: float, seed: int, data: Path) -> tuple[list[Any], list[Any]]:
+    """Samples to learn from, and held-out ones."""
+    random.Random(seed).shuffle(samples)
+    held = max(1, round(share * len(samples)))
+    if held == len(samples):
         raise ValueError(f"{data} has too few lines to hold some out: name --eval-data")
-    return records[held:], records[:held]
+    return samples[held:], samples[:held]

@@ -91,7 +91,8 @@ def prune(
         network, tokenizer, kind = load(model, adapter, task, dtype, device)
         fields: dict[str, Any] = {"prompt": prompt, "answer": answer, "label": label}
         fields["max_length"] = text.longest(max_length, tokenizer, network.config)
-        samples = text.encode(records, tokenizer, kind, label2id=network.config.label2id, **fields)
+        with text.naming(data):
+            samples = text.encode(records, tokenizer, kind, label2id=network.config.label2id, **fields)
         found = pruning.score_dataset(
             network,
             samples,

@@ -84,7 +84,7 @@ def options(cls: type[Settings], left_out: tuple[str, ...]) -> list[inspect.Para
     for f in dataclasses.fields(cls):
         text = f.metadata["help"]
         kinds = alternatives(hints[f.name])
-        kind = kinds[0] if kinds[0] in (int, float, bool) else str
+        kind: Any = kinds[0] if kinds[0] in (int, float, bool) else list[str] if f.metadata.get("many") else str
         if dict[str, Any] in kinds and str not in kinds:
             if bool in kinds and f.name != "prune":
                 flag = f.name.replace("_", "-")
@@ -178,11 +178,11 @@ def train(settings: TrainSettings) -> None:
     """Fine-tune a model on your data by any method of peftx or PEFT.
 
     Fields of the data are found: messages or conversations (role and content, or from and value); prompt and
-    completion, response or answer; question and answer; instruction, input and output; or text. Of a classifier: text
-    (or sentence, content, review...) and label (or class, sentiment...); of one of tokens (TOKEN_CLS): tokens and
-    labels, lists of words and of their labels. Of a causal LM only the last answer is learned. The output folder gets
-    the adapter, tokenizer, card and metrics.json. `accelerate launch -m peftx.cli train ...` and `torchrun` use several
-    devices or processes.
+    completion, response or answer; question and answer; instruction, input and output; document, article, dialogue or
+    text and summary; or text. Of a classifier: text (or sentence, content, review...) and label (or class,
+    sentiment...); of one of tokens (TOKEN_CLS): tokens and labels, lists of words and of their labels. Of a causal LM
+    only the last answer is learned. The output folder gets the adapter, tokenizer, card and metrics.json.
+    `accelerate launch -m peftx.cli train ...` and `torchrun` use several devices or processes.
     """
     from ..train.run import train as run
 
@@ -197,6 +197,8 @@ def summary(metrics: Mapping[str, Any], output: str) -> str:
     values = metrics["trained_values"]
     whole = f" and {values['whole_modules']:,} of new modules" if values["whole_modules"] else ""
     results = [*lower_ranks(metrics), f"training loss {metrics['train_loss']:.4f}"]
+    if (best := metrics.get("best")) and best["step"] is not None:
+        results.append(f"best by {best['metric']} at step {best['step']}")
     results += [f"held-out {name} {value:.4f}" for name, value in metrics["eval"].items()]
     return (
         f"{metrics['method']}: {values['adapter']:,} values{whole}, {metrics['steps']} steps at learning rate "

@@ -17,6 +17,10 @@ PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("question",), "answer"),
     (("instruction", "input", "context"), "output"),
     (("instruction", "input", "context"), "response"),
+    (("dialogue",), "summary"),
+    (("document",), "summary"),
+    (("article",), "summary"),
+    (("article",), "highlights"),
 )
 # Otherwise one of each, which must be the only one of its kind.
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs", "source", "user", "human")
@@ -163,7 +167,8 @@ def chat_of(record: Record, prompt: str | None, answer: str | None) -> tuple[Mes
     Raises:
         ValueError: see `messages_of`; or the last turn is not the assistant's.
     """
-    if not (prompt or answer) and (field := next((f for f in (named(record, n) for n in CHATS) if f), None)):
+    field = next((f for f in (named(record, n) for n in CHATS) if f), None)
+    if not (prompt or answer) and field and not (isinstance(record[field], str) and named(record, "summary")):
         turns = messages_of(record, field)
         given, wanted = turns[:-1], turns[-1:]
         if not wanted or wanted[0]["role"] != "assistant":

@@ -1,6 +1,7 @@
 """Records as samples for a tokenizer: the data of the commands."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,15 @@ def longest(max_length: int, tokenizer: Any, config: Any) -> int:
     """Tokens of a sample: `max_length`, or what tokenizer and model can take where that is less."""
     limits = (max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
     return min(limit for limit in limits if limit)
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Errors of records name the file that these are from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}, {error}") from error
 
 
 def encode(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import statistics
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,33 +23,20 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from ..files import LIST, NEW, check_free, claim, is_by, note, publish, reached, written
+from ..data.records import hold_out
+from ..files import check_free, publish
 from ..utils import quiet
-from .folder import as_dict, inputs, plain
+from .folder import plain
+from .measures import OWN, measures_of
 from .methods import check_settings, find, first_variants, key
 from .plan import DoesNotFitError, prepared
-from .report import FILES, write
+from .rates import AUTO, SEED, best_rate, further, grid, parse_rates, summary
+from .report import FILES, rows
 from .run import extra_callbacks, optimizer_options, train, training_arguments
 from .settings import CompareSettings, Section, Settings, TrainSettings
 from .sizes import sized
+from .stored import BY, RESULTS, Kept, Run, earlier, find_folder, store, write
 
-BY = "compare"
-RESULTS = "results.json"
-# what a run in this file must have for the report
-RUN: dict[str, Any] = {
-    "method": str,
-    "method_settings": dict,
-    "seed": int,
-    "learning_rate": int | float,
-    "steps": int,
-    "samples": dict,
-    "trained_values": dict,
-    "eval": dict,
-    "step_seconds": int | float,
-    "peak_memory": int | float,
-    "memory_of": str,
-    "bytes": int,
-}
 Methods = str | list[str] | Mapping[str, Section | None]
 Watch = Callable[[str, int, int], None]  # method, run, runs
 
@@ -97,6 +87,11 @@ class Stopwatch(TrainerCallback):
 def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcome:
     """Runs every method with every seed, each in a process of its own, and writes table and picture.
 
+    Where `learning_rates` are given, a run of each with a seed of its own (`rates.SEED`) is measured on the validation
+    part first, and the best rate of each method is taken; the held-out samples are read by the later runs alone. A new
+    classifier learns at the first method's own rate in all of them, unless `head_learning_rate` says otherwise. `auto`
+    tries five rates, factors of three around the method's own, and further ones while the best is at an end.
+
     `results.json` in the output folder grows with each run, and a comparison that starts again goes on from there: it
     may then have more methods or seeds, but must agree in all else. Adapters are in `<method>/seed-<n>`.
 
@@ -115,45 +110,169 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
         raise ValueError("compare starts processes of its own: run it without accelerate launch or torchrun")
     entries = contestants(settings.methods)
     check(settings, entries)
+    if settings.learning_rates is not None and settings.head_learning_rate is None:  # the same whatever is tried
+        settings = dataclasses.replace(settings, head_learning_rate=find(next(iter(entries))).learning_rate)
     folder, where = find_folder(settings)
-    runs = [] if settings.overwrite else earlier(settings, where)
+    kept = Kept() if settings.overwrite else earlier(settings, where)
     check_free(folder, (RESULTS, *FILES), BY)
     with quiet():
-        plan, *_ = prepared(settings)  # what every run would find of model and data is found before the first one
+        plan, samples, held = prepared(settings)  # what every run would find of all is found before the first one
+        validation = hold_out(samples, settings.validation, settings.data)[1] if settings.validation else []
+        measures = measures_of(settings, plan, {"validation": validation, "held-out": held})
         entries, sizes = sized(settings, entries, plan)
     if settings.overwrite and where != folder and where.exists():
         shutil.rmtree(where)
-    queue = [(name, chosen, seed) for seed in range(settings.seeds) for name, chosen in entries.items()]
-    known = {name: (key(name), plain(check_settings(find(name), chosen))) for name, chosen in entries.items()}
-
-    def there(name: str, seed: int) -> list[dict[str, Any]]:
-        wanted = (*known[name], seed)
-        return [run for run in runs if (key(run["method"]), run["method_settings"], run["seed"]) == wanted]
-
-    failures: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    asked = set(contestants(without_all(settings.methods)))
-    for number, (name, chosen, seed) in enumerate(queue, 1):
-        watch(name, number, len(queue))
-        if name in failures or name in left_out or there(name, seed):
-            continue
-        try:
-            found = apart(measured, run_settings(settings, name, chosen, seed, where))
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            unasked = isinstance(error, DoesNotFitError) and name not in asked
-            (left_out if unasked else failures)[name] = " ".join(str(error).split())
-            continue
-        runs.append(found)
-        store(settings, where, runs)
-    shown = [run for name in entries for seed in range(settings.seeds) for run in there(name, seed)]
+    work = Work(settings, entries, where, kept, watch)
+    quality = measures.best or ("accuracy" if "accuracy" in OWN[plan.task] else "loss")
+    chosen, measured_at = work.choose(quality) if settings.learning_rates is not None else ({}, {})
+    shown = work.run(chosen)
     trained = {run["method"] for run in shown}
     notes = [note for name, note in sizes.items() if name in trained]
-    notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
-    paths = write(shown, where, notes, failures) if shown else []
+    notes += [f"{name} is left out: {why}" for name, why in work.left_out.items()]
+    notes += summary(chosen, measured_at, quality, len(validation))
+    if settings.best_metric and not settings.validation:
+        notes.append("checkpoints were chosen on the held-out samples themselves, which flatters the numbers")
+    if shown and (head := shown[0].get("head_learning_rate")) is not None:
+        notes.append(f"the new classifier learns at {head:g} in every run")
+    if settings.jobs > 1:
+        notes.append(f"step and memory: with {settings.jobs} runs at a time")
+    paths: list[Path] = []
+    if shown:
+        paths = write(kept, shown, where, notes, work.failures)
+        store(settings, where, kept, rows(shown))
     if shown and where != folder:
         publish(where, folder, BY)
         paths = [folder / path.name for path in paths]
-    return Outcome(shown, paths, notes, failures, left_out)
+    return Outcome(shown, paths, notes, work.failures, work.left_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A run that is to be done: `rate` None stands for the settings'."""
+
+    name: str
+    seed: int
+    rate: float | None = None
+    choosing: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}, learning rate {self.rate:g}" if self.choosing else self.name
+
+
+class Work:
+    """The runs of a comparison: which are to be done, and what came of them.
+
+    Attributes:
+        failures: methods that do not run, with the reason.
+        left_out: those of them that only `all` named.
+    """
+
+    def __init__(
+        self, settings: CompareSettings, entries: Mapping[str, Section], where: Path, kept: Kept, watch: Watch
+    ) -> None:
+        self.settings, self.entries, self.where, self.kept, self.watch = settings, entries, where, kept, watch
+        self.asked = set(contestants(without_all(settings.methods)))
+        self.known = {name: (key(name), plain(check_settings(find(name), own))) for name, own in entries.items()}
+        self.failures: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.number = self.count = 0
+        self.lock = threading.Lock()
+
+    def run(self, rates: Mapping[str, float]) -> list[Run]:
+        """Every method with every seed, at these rates or at the settings' own; the runs by method and seed."""
+        names = [name for name in self.entries if name in rates or self.settings.learning_rates is None]
+        tasks = [Task(name, seed, rates.get(name)) for seed in range(self.settings.seeds) for name in names]
+        for _ in self.done(tasks):
+            pass
+        found = [self.there(task) for task in sorted(tasks, key=lambda task: names.index(task.name))]
+        return [run for run in found if run is not None]
+
+    def choose(self, quality: str) -> tuple[dict[str, float], dict[str, dict[float, Any]]]:
+        """The best rate of each method, and what each of its rates came to: None where it did not run."""
+        said = parse_rates(self.settings.learning_rates)
+        own = {name: find(name).learning_rate for name in self.entries}
+        wanted = {name: said if isinstance(said, list) else grid(own[name]) for name in self.entries}
+        measured_at: dict[str, dict[float, Any]] = {name: {} for name in self.entries}
+        reasons: dict[str, str] = {}
+        while tasks := [Task(name, SEED, rate, True) for name, rates in wanted.items() for rate in rates]:
+            for task, found, reason in self.done(tasks):
+                assert task.rate is not None
+                measured_at[task.name][task.rate] = found and found["validation"]
+                reasons[task.name] = reason or reasons.get(task.name, "")
+            gone = {*self.failures, *self.left_out}
+            new = {name: further(own[name], measured_at[name], quality) for name in wanted if name not in gone}
+            wanted = {name: [rate] for name, rate in new.items() if rate is not None and said == AUTO}
+        chosen = {}
+        for name, rates in measured_at.items():
+            if name in self.failures or name in self.left_out:
+                continue
+            if (best := best_rate(rates, quality)) is None:
+                self.failures[name] = reasons[name] or f"no learning rate has a finite {quality}"
+            else:
+                chosen[name] = best
+        return chosen, {name: dict(sorted(measured_at[name].items())) for name in chosen}
+
+    def done(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Run | None, str]]:
+        """Each task that the method's failure does not spare us, with its run, kept before; None and why, where a run
+        that chooses failed."""
+        self.count += len(tasks)
+        with ExitStack() as stack:
+            results: Iterable[tuple[Task, Run | Exception | None]] = ((task, self.attempt(task)) for task in tasks)
+            if self.settings.jobs > 1:
+                pool = stack.enter_context(ThreadPoolExecutor(self.settings.jobs))
+                stack.callback(pool.shutdown, cancel_futures=True)  # whatever ends this
+                futures = {pool.submit(self.attempt, task): task for task in tasks}
+                results = ((futures[future], future.result()) for future in as_completed(futures))
+            for task, found in results:
+                if isinstance(found, dict):
+                    self.keep(found, tasks, task)
+                elif task.choosing and type(found) is not NotImplementedError and isinstance(found, RuntimeError):
+                    # at another rate it may learn
+                    yield task, None, " ".join(str(found).split())
+                    continue
+                elif found is not None:
+                    unasked = isinstance(found, DoesNotFitError) and task.name not in self.asked
+                    reasons = self.left_out if unasked else self.failures
+                    reasons.setdefault(task.name, " ".join(str(found).split()))
+                if (run := self.there(task)) is not None:
+                    yield task, run, ""
+
+    def attempt(self, task: Task) -> Run | Exception | None:
+        """The run, or what came instead; None where there is nothing to do."""
+        with self.lock:
+            self.number += 1
+            self.watch(str(task), self.number, self.count)
+            if task.name in self.failures or task.name in self.left_out or self.there(task) is not None:
+                return None
+        one = run_settings(self.settings, task.name, self.entries[task.name], task.seed, self.where, task.rate)
+        function: Callable[[TrainSettings], Run] = choice if task.choosing else measured
+        if self.settings.jobs > 1:
+            function = partial(threaded, function, max(1, torch.get_num_threads() // self.settings.jobs))
+        try:
+            return apart(function, one)
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            return error
+
+    def there(self, task: Task) -> Run | None:
+        """The run of a task, where it is kept: of the same method, settings, seed and rate."""
+        rate = task.rate or rate_of(self.settings, task.name)
+        wanted = (*self.known[task.name], task.seed, rate)
+        for run in self.kept.choices if task.choosing else self.kept.runs:
+            if (key(run["method"]), run["method_settings"], run["seed"], run["learning_rate"]) == wanted:
+                return run
+        return None
+
+    def keep(self, run: Run, tasks: Sequence[Task], task: Task) -> None:
+        """Adds a run, in the order of the tasks whichever is done first, in place of one at another rate."""
+        kept = self.kept.choices if task.choosing else self.kept.runs
+        with self.lock:  # others look for theirs
+            if not task.choosing:
+                same = (*self.known[task.name], task.seed)
+                kept[:] = [old for old in kept if (key(old["method"]), old["method_settings"], old["seed"]) != same]
+            kept.append(run)
+            places = {id(self.there(other)): i for i, other in enumerate(tasks)}
+            kept[:] = sorted(kept, key=lambda one: places.get(id(one), -1))
+        store(self.settings, self.where, self.kept)
 
 
 def contestants(methods: Methods) -> dict[str, Section]:
@@ -197,6 +316,10 @@ def check(settings: CompareSettings, entries: Mapping[str, Section]) -> None:
         raise ValueError("methods: name at least one")
     if "seed" in settings.training:
         raise ValueError("training: seed is set by `seeds`: leave it out")
+    if parse_rates(settings.learning_rates) is not None and "learning_rate" in settings.training:
+        raise ValueError("training: learning_rate is chosen from `learning_rates`: leave it out")
+    if settings.jobs > 1 and torch.cuda.is_available() and not settings.training.get("use_cpu"):
+        raise ValueError("jobs: runs on a GPU would share its memory and its clock: leave it out, or say use_cpu")
     for name, chosen in entries.items():
         run = run_settings(settings, name, chosen, 0, Path(settings.output))
         training_arguments(run, find(name))
@@ -206,92 +329,27 @@ def check(settings: CompareSettings, entries: Mapping[str, Section]) -> None:
         raise ValueError("compare needs held-out samples: name eval_data, or an eval_share above 0")
 
 
-def run_settings(settings: CompareSettings, name: str, chosen: Section, seed: int, where: Path) -> TrainSettings:
+def run_settings(
+    settings: CompareSettings, name: str, chosen: Section, seed: int, where: Path, rate: float | None = None
+) -> TrainSettings:
     common = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
     common |= {
         "output": str(where / key(name) / f"seed-{seed}"),
-        "training": {"save_strategy": "no", **settings.training, "seed": seed},
+        "training": {
+            **({} if settings.best_metric else {"save_strategy": "no"}),
+            **settings.training,
+            **({} if rate is None else {"learning_rate": rate}),
+            "seed": seed,
+        },
         "overwrite": True,
+        "validation_share": settings.validation or settings.validation_share,
     }
     return TrainSettings(**common, method=name, method_settings=chosen)
 
 
-def shared(settings: CompareSettings) -> dict[str, Any]:
-    """What all runs of a comparison have in common."""
-    own = ("methods", "equal", "rank", "seeds", "overwrite", "output")
-    return {name: value for name, value in as_dict(settings).items() if name not in own}
-
-
-def find_folder(settings: CompareSettings) -> tuple[Path, Path]:
-    """The output folder, and where the comparison is written: there, or in a folder in it, where an earlier one is to
-    be replaced, which stays until the new one is whole.
-
-    Raises:
-        ValueError: the output is or holds what is read, is a file, or holds something else than a comparison.
-    """
-    folder = Path(settings.output)
-    if settings.overwrite:
-        claim(folder, BY, inputs(settings), overwrite=True)
-        return folder, folder / NEW if is_by(folder, BY) else folder
-    reached(folder, inputs(settings))
-    where = folder / NEW if (folder / NEW / RESULTS).is_file() else folder
-    if not (where / RESULTS).is_file() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"output {folder} is not empty, and holds no comparison: name another folder")
-    return folder, where
-
-
-def earlier(settings: CompareSettings, folder: Path) -> list[dict[str, Any]]:
-    """The runs that are there already.
-
-    Raises:
-        ValueError: what is there is no comparison, or one with other settings.
-    """
-    path = folder / RESULTS
-    if not path.is_file():
-        return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        before, runs = found["settings"], found["runs"]
-        if not isinstance(before, dict):
-            raise TypeError(f"its settings are a {type(before).__name__}")
-        for run in runs:
-            check_run(run)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is not what compare writes ({reason}): say overwrite to start anew") from None
-    now = json.loads(json.dumps(shared(settings), default=str))
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"{name} is {now.get(name, 'not given')!r}, but the comparison in {folder} has "
-                f"{before.get(name, 'none')!r}: say that, name another folder, or say overwrite"
-            )
-    return runs
-
-
-def check_run(run: Any) -> None:
-    """Raises KeyError, TypeError or ValueError unless a run from a file has all that the report needs."""
-    for name, kind in RUN.items():
-        value = run[name]
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise TypeError(f"{name} of a run is {value!r}")
-    ranks = run.get("lower_ranks", {})
-    if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
-        raise TypeError(f"lower_ranks of a run is {ranks!r}")
-    quality = run["eval"].get("accuracy", run["eval"].get("loss"))
-    numbers = [quality, run["samples"]["eval"], *(run["trained_values"][key] for key in ("adapter", "whole_modules"))]
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in numbers):
-        raise TypeError(f"a run has no numbers: {numbers}")
-    find(run["method"])
-
-
-def store(settings: CompareSettings, folder: Path, runs: list[dict[str, Any]]) -> None:
-    """Replaces `results.json` in one step, so that an interruption leaves the old one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    page = json.dumps({"settings": shared(settings), "runs": runs}, indent=1, default=str)
-    note(folder, [f"{key(run['method'])}/seed-{run['seed']}/{LIST}" for run in runs], BY)
-    with written(folder / RESULTS, BY) as draft:
-        draft.write_text(page + "\n", encoding="utf-8")
+def rate_of(settings: CompareSettings, name: str) -> float:
+    """At which a method is trained where no rates are given."""
+    return float(settings.training.get("learning_rate", find(name).learning_rate))
 
 
 def apart(function: Callable[[TrainSettings], dict[str, Any]], settings: TrainSettings) -> dict[str, Any]:
@@ -311,6 +369,20 @@ def measured(settings: TrainSettings) -> dict[str, Any]:
     watch = Stopwatch()
     metrics = train(settings, [watch])
     return {**metrics, "step_seconds": statistics.median(watch.seconds or [0.0]), **watch.memory}
+
+
+def choice(settings: TrainSettings) -> dict[str, Any]:
+    """A run that helps to choose: of what is measured on the validation part, and no files."""
+    with tempfile.TemporaryDirectory(prefix="peftx-") as folder:
+        found = train(dataclasses.replace(settings, output=str(Path(folder, "run"))), choosing=True)
+    names = ("method", "method_settings", "seed", "learning_rate", "steps", "samples", "train_loss", "train_seconds")
+    return {**{name: found[name] for name in names}, "validation": found["validation"]}
+
+
+def threaded(function: Callable[[TrainSettings], Run], threads: int, settings: TrainSettings) -> Run:
+    """`function(settings)` with so many threads."""
+    torch.set_num_threads(threads)
+    return function(settings)
 
 
 def peak_memory(before: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..adapters import fast_experts
 from ..adapters.experts import fused_experts
 from ..data.fields import label_field
 from ..data.records import Records, hold_out, label_names, read_both
-from ..data.text import encode, longest, padding_of
+from ..data.text import encode, longest, naming, padding_of
 from ..pruning.head import task_of_class
 from ..utils import AUTO_CLASSES, CLASSIFIERS, IGNORE
 from .methods import Method, dtype_of, fit_ranks, owners, peft_config
@@ -182,10 +182,8 @@ def encoded(settings: Settings, records: Records, plan: Plan, source: str, *, sh
         fields["label"] = label_field(plan.task, settings.label, records)
     tokenizer = plan.tokenizer
     length = longest(settings.max_length, tokenizer, plan.config)
-    try:
+    with naming(source):
         samples = encode(rows, tokenizer, plan.task, max_length=length, **fields)
-    except ValueError as error:
-        raise ValueError(f"{source}, {error}") from error
     special = set(tokenizer.all_special_ids)
     if not any(set(sample["input_ids"]) - special for sample in samples):
         raise ValueError(

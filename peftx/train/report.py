@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import written
+from .intervals import Interval, t_interval
+from .metrics import more_is_better
 
 FILES = ("results.md", "results.csv", "pareto.png")
 Runs = Sequence[Mapping[str, Any]]
@@ -20,7 +21,9 @@ class Row:
     """One method over all its seeds. Memory and step time are medians; memory and file in bytes.
 
     `quality_std` is the sample's standard deviation over seeds, None with one seed. `step` is a ratio to the first
-    method's, seed by seed.
+    method's, seed by seed, and `difference` the quality less the first method's: their mean with its 95 % t-interval;
+    None of the first method itself, and of fewer than two seeds. `others` are mean and standard deviation of what else
+    was asked for.
     """
 
     method: str
@@ -34,11 +37,20 @@ class Row:
     memory: float
     step: float
     adapter_bytes: int
+    difference: Interval | None = None
+    others: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
 
 def quality_of(runs: Runs) -> tuple[str, bool]:
-    """Its name, and whether more of it is better."""
-    return ("accuracy", True) if "accuracy" in runs[0]["eval"] else ("loss", False)
+    """Its name, and whether more of it is better: of what chose the checkpoints, else of accuracy or loss."""
+    name = runs[0].get("best", {}).get("metric") or ("accuracy" if "accuracy" in runs[0]["eval"] else "loss")
+    return name, more_is_better(name)
+
+
+def other_names(runs: Runs) -> list[str]:
+    """Of the metrics beside the quality that were asked for."""
+    name, _ = quality_of(runs)
+    return [other for other in runs[0]["eval"] if other not in (name, "loss", "accuracy", "perplexity")]
 
 
 def rows(runs: Runs) -> list[Row]:
@@ -47,10 +59,13 @@ def rows(runs: Runs) -> list[Row]:
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["method"], describe(run["method_settings"])), []).append(run)
-    yardstick = {run["seed"]: run["step_seconds"] for run in next(iter(groups.values()))}
+    first = next(iter(groups.values()))
+    yardstick = {run["seed"]: run["step_seconds"] for run in first}
+    base = {run["seed"]: run["eval"][name] for run in first}
     found = []
     for (method, settings), group in groups.items():
         qualities = [run["eval"][name] for run in group]
+        differences = [run["eval"][name] - base[run["seed"]] for run in group if run["seed"] in base]
         ratios = [run["step_seconds"] / yardstick[run["seed"]] for run in group if yardstick.get(run["seed"])]
         values = group[0]["trained_values"]
         found.append(
@@ -61,14 +76,31 @@ def rows(runs: Runs) -> list[Row]:
                 values["adapter"],
                 values["whole_modules"],
                 len(group),
-                statistics.fmean(qualities),
-                statistics.stdev(qualities) if len(qualities) > 1 else None,
+                *spread(qualities),
                 statistics.median(run["peak_memory"] for run in group),
                 statistics.median(ratios) if ratios else float("nan"),
                 group[0]["bytes"],
+                None if group is first else t_interval(differences),
+                {other: spread([run["eval"][other] for run in group]) for other in other_names(runs)},
             )
         )
     return found
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None with one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def shown(mean: float, std: float | None) -> str:
+    return f"{mean:.4f}" + ("" if std is None else f" ± {std:.4f}")
+
+
+def told(difference: Interval | None) -> str:
+    """`=` where the interval holds 0."""
+    if difference is None:
+        return ""
+    return "=" if difference.holds_zero else f"{difference.mean:+.4f} ± {difference.high - difference.mean:.4f}"
 
 
 def describe(settings: Mapping[str, Any]) -> str:
@@ -99,7 +131,9 @@ def cells(table: Sequence[Row], runs: Runs) -> tuple[list[str], list[list[str]]]
     """Heads and rows of the printed table."""
     name, _ = quality_of(runs)
     first = table[0].method
+    others, differ = other_names(runs), any(row.difference for row in table)
     heads = ["method", "settings", "lr", "trained values", f"held-out {name}"]
+    heads += [*([f"less {first}'s"] if differ else []), *others]
     heads += ["peak memory, MB", f"step / {first}", "file, kB"]
     body = [
         [
@@ -107,7 +141,9 @@ def cells(table: Sequence[Row], runs: Runs) -> tuple[list[str], list[list[str]]]
             row.settings,
             f"{row.learning_rate:g}",
             f"{row.trained_values:,}",
-            f"{row.quality:.4f}" + ("" if row.quality_std is None else f" ± {row.quality_std:.4f}"),
+            shown(row.quality, row.quality_std),
+            *([told(row.difference)] if differ else []),
+            *(f"{row.others[other][0]:.4f}" for other in others),
             f"{row.memory / 1e6:,.1f}",
             f"{row.step:.2f}",
             f"{row.adapter_bytes / 1e3:,.1f}",
@@ -129,6 +165,12 @@ def notes(table: Sequence[Row], runs: Runs) -> list[str]:
         f"peak memory: of {runs[0]['memory_of']}, by loading and training, median",
         f"step: {clock} of an optimizer step over {table[0].method}'s with the same seed, median",
     ]
+    if any(row.difference for row in table):
+        found.insert(
+            1,
+            f"less {table[0].method}'s: with the same seed, mean with the 95 % interval (Student's t over the seeds); "
+            "= where that holds 0, and these seeds do not tell them apart",
+        )
     found += [f"{row.method} has {row.seeds} of {seeds} seeds" for row in table if row.seeds < seeds]
     lower = {run["method"]: lower_ranks(run) for run in runs}
     found += [f"{method} has {'; '.join(told)}" for method, told in lower.items() if told]
@@ -152,65 +194,13 @@ def write_csv(runs: Runs, path: Path) -> None:
     of = "cuda" if runs[0]["memory_of"].startswith("CUDA") else "process"
     heads = ["method", "settings", "learning_rate", "trained_values", "whole_module_values", "seeds", f"{name}_mean"]
     heads += [f"{name}_std", f"peak_memory_{of}_bytes", "step_ratio", "file_bytes"]
+    heads += ["difference", "difference_low", "difference_high"]
+    heads += [f"{other}_{kind}" for other in other_names(runs) for kind in ("mean", "std")]
     with path.open("w", encoding="utf-8", newline="") as file:
         out = csv.writer(file)
         out.writerow(heads)
         for row in rows(runs):
             line = [row.method, row.settings, row.learning_rate, row.trained_values, row.whole_values, row.seeds]
-            out.writerow([*line, row.quality, row.quality_std, row.memory, row.step, row.adapter_bytes])
-
-
-def plot(runs: Runs, path: Path) -> None:
-    """Quality against trained values, peak memory and step time; the line is the front of what nothing else beats."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
-    table = rows(runs)
-    name, more = quality_of(runs)
-    costs = {
-        "trained values": [float(row.trained_values) for row in table],
-        f"peak memory of {runs[0]['memory_of']}, MB": [row.memory / 1e6 for row in table],
-        f"step time / {table[0].method}'s": [row.step for row in table],
-    }
-    qualities = [row.quality for row in table]
-    palette = colormaps["tab10" if len(table) <= 10 else "tab20"]
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (cost, values) in zip(figure.subplots(1, 3, sharey=True), costs.items(), strict=True):
-        best = front(list(zip(values, qualities, strict=True)), more)
-        corners = [values[i] for i in best], [qualities[i] for i in best]
-        axes.plot(*corners, color="grey", linestyle="--", drawstyle="steps-post", zorder=0)
-        for i, row in enumerate(table):
-            error = row.quality_std or None
-            label = row.method if axes.get_subplotspec().is_first_col() else None
-            axes.errorbar(values[i], row.quality, yerr=error, fmt="o", capsize=3, color=palette(i), label=label)
-        axes.set_xlabel(cost)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if cost == "trained values":
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_ylabel(f"held-out {name}" + ("" if more else ", less is better"))
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, format="png", dpi=120)
-
-
-def write(
-    runs: Runs, folder: Path, remarks: Sequence[str] = (), failures: Mapping[str, str] | None = None
-) -> list[Path]:
-    """results.md and results.csv, and pareto.png where matplotlib is installed; their paths."""
-    page, sheet, picture = (folder / name for name in FILES)
-    with written(page, "compare") as draft:
-        draft.write_text(markdown(runs, remarks, failures), encoding="utf-8")
-    with written(sheet, "compare") as draft:
-        write_csv(runs, draft)
-    try:
-        with written(picture, "compare") as draft:
-            plot(runs, draft)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        return [page, sheet]
-    return [page, sheet, picture]
+            line += [row.quality, row.quality_std, row.memory, row.step, row.adapter_bytes]
+            line += [row.difference.mean, row.difference.low, row.difference.high] if row.difference else [None] * 3
+            out.writerow([*line, *(value for pair in row.others.values() for value in pair)])

@@ -21,6 +21,8 @@ METRICS = "metrics.json"
 PACKAGES = ("peftx", "peft", "transformers", "accelerate", "torch")
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
 
+PARTS = {"validation": "validation", "eval": "held-out"}
+
 START, END = "<!-- run: peftx train writes from here -->", "<!-- run: to here -->"
 RUN = re.compile(rf"{START}.*?{END}\n*", re.DOTALL)
 
@@ -29,8 +31,8 @@ def classes(logits: Any, labels: Tensor) -> Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+def accuracy(found: Any, labels: Any) -> dict[str, float]:
+    return {"accuracy": float((found == labels).mean())}
 
 
 def token_losses(task: str, logits: Any, labels: Tensor) -> Tensor:
@@ -46,21 +48,26 @@ def token_losses(task: str, logits: Any, labels: Tensor) -> Tensor:
     return torch.stack([part.sum(-1).float() for part in parts], dim=-1)
 
 
-def token_metrics(prediction: Any) -> dict[str, float]:
-    total, count, right = prediction.predictions.astype("float64").sum(0)
+def token_metrics(losses: Any) -> dict[str, float]:
+    """Of what `token_losses` gives."""
+    total, count, right = losses.astype("float64").sum(0)
     return {"token_loss": float(total / max(1, count)), "token_accuracy": float(right / max(1, count))}
 
 
-def evaluation_metrics(found: Mapping[str, float], task: str) -> dict[str, float]:
-    """`loss`, and `accuracy` or `perplexity`; of TOKEN_CLS over all tokens that have a label."""
+def evaluation_metrics(
+    found: Mapping[str, float], task: str, keys: Sequence[str], prefix: str = "eval"
+) -> dict[str, float]:
+    """`loss`, and `accuracy` or `perplexity`, of TOKEN_CLS over all tokens that have a label; then those of `keys`."""
     if not found:
         return {}
+    numbers = {name.removeprefix(f"{prefix}_"): value for name, value in found.items()}
+    rest = {name: numbers[name] for name in keys}
     if task == "SEQ_CLS":
-        return {"loss": found["eval_loss"], "accuracy": found["eval_accuracy"]}
-    loss = found["eval_token_loss"]
+        return {"loss": numbers["loss"], "accuracy": numbers["accuracy"], **rest}
+    loss = numbers["token_loss"]
     if task == "TOKEN_CLS":
-        return {"loss": loss, "accuracy": found["eval_token_accuracy"]}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return {"loss": loss, "accuracy": numbers["token_accuracy"], **rest}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **rest}
 
 
 def training_loss(history: Sequence[Mapping[str, Any]]) -> float:
@@ -94,15 +101,32 @@ def finish(folder: Path, metrics: dict[str, Any]) -> int:
     return size
 
 
+def best_row(metrics: Mapping[str, Any]) -> dict[str, str]:
+    if (best := metrics.get("best")) is None or best["step"] is None:
+        return {}
+    on = PARTS["validation" if "validation" in metrics else "eval"]
+    return {"checkpoint": f"of step {best['step']:,}, the best by {best['metric']} on the {on} samples"}
+
+
 def run_section(metrics: Mapping[str, Any]) -> str:
     """The part of the card that says how it was trained, and how good it is."""
     count = metrics["samples"]
     rows = {
         "trained on": f"{count['trained_on']:,} samples, {metrics['steps']:,} steps",
         "learning rate, seed": f"{metrics['learning_rate']:g}, {metrics['seed']}",
+        **(
+            {"learning rate of the head": f"{head:g}"}
+            if (head := metrics.get("head_learning_rate")) is not None
+            else {}
+        ),
         **({"labels, from 0": ", ".join(metrics["labels"])} if metrics["labels"] else {}),
         "training loss": f"{metrics['train_loss']:.4f}",
-        **{f"{name}, {count['eval']:,} held-out samples": f"{v:.4f}" for name, v in metrics["eval"].items()},
+        **best_row(metrics),
+        **{
+            f"{name}, {count[part]:,} {told} samples": f"{v:.4f}"
+            for part, told in PARTS.items()
+            for name, v in metrics.get(part, {}).items()
+        },
     }
     return "\n".join(
         [

@@ -16,19 +16,26 @@ import transformers
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..data.records import hold_out
 from ..data.text import pad, padding_of
 from ..files import DRAFT, NEW, drafted, note, read_list, writing
 from ..progress import Progress
 from ..utils import CLASSIFIERS, quiet
+from .answers import AnsweringTrainer
 from .folder import BY, Record, begin, check_names, end, find_place, plain
+from .heads import HeadTrainer, heads_of
+from .measures import measures_of, of_trainer
 from .methods import Method, check_settings, find, trainable
+from .metrics import more_is_better
 from .plan import adapt, load, prepared, scales_loss
-from .results import accuracy, classes, evaluation_metrics, finish, kept, token_losses, token_metrics, training_loss
+from .results import evaluation_metrics, finish, kept, training_loss
 from .settings import Section, TrainSettings, arguments_of, checked, section
 
 
 @quiet()
-def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+def train(
+    settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), *, choosing: bool = False
+) -> dict[str, Any]:
     """Fine-tunes a model by a method, and saves everything in `settings.output`.
 
     There are, after it: the adapter (or the model, where the method is `full`), the tokenizer, the card `README.md`,
@@ -38,6 +45,8 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     Args:
         settings: what to do.
         callbacks: for the Trainer, beside those that the settings ask for.
+        choosing: whether the run only helps to choose: it is measured on the validation part, and nothing reads the
+            held-out samples.
 
     Returns:
         What is in `metrics.json`.
@@ -60,6 +69,15 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         arguments = training_arguments(dataclasses.replace(settings, output=str(place.where)), method)
     plan, samples, held_samples = prepared(settings, show=main and not arguments.disable_tqdm)
     task, tokenizer = plan.task, plan.tokenizer
+    validation: list[Any] = []
+    if settings.validation:
+        samples, validation = hold_out(samples, settings.validation, settings.data)
+    held_samples = [] if choosing else held_samples
+    measures = measures_of(settings, plan, {"validation": validation, "held-out": held_samples})
+    if measures.best:
+        arguments.metric_for_best_model = of_trainer(measures.best, task)
+        given = settings.training.get("greater_is_better")
+        arguments.greater_is_better = more_is_better(measures.best) if given is None else given
     check_names(place, settings, tokenizer, whole=method.config is None)
     transformers.set_seed(arguments.seed)
     network, new_modules = load(settings, plan, str(arguments.device))
@@ -71,17 +89,25 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         optimizer = config.optimizer_options()
     elif optimizer is not None and hasattr(config, "optimizer_options"):
         optimizer = {**config.optimizer_options(), **optimizer}
-    trainer = Trainer(
+    generating: dict[str, Any] = {}
+    if measures.generate is not None:
+        generating = {"task": task, "measure": measures.of_texts, "options": measures.generate}
+        generating["padding"] = padding_of(network, tokenizer)
+    heads = heads_of(model, new_modules) if settings.head_learning_rate is not None else []
+    trainer = (AnsweringTrainer if generating else HeadTrainer)(
         model,
         arguments,
         collate,
         samples,
-        held_samples or None,
+        validation or held_samples or None,
         processing_class=tokenizer,
-        compute_metrics=accuracy if task == "SEQ_CLS" else token_metrics,
-        preprocess_logits_for_metrics=classes if task == "SEQ_CLS" else functools.partial(token_losses, task),
+        compute_metrics=measures.compute,
+        preprocess_logits_for_metrics=measures.reduced,
         callbacks=[*([method.callback()] if method.callback else []), *extras, *callbacks],
         **small_states(arguments, optimizer),
+        **generating,
+        heads=heads,
+        head_rate=settings.head_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)
     if not arguments.disable_tqdm:
@@ -94,7 +120,12 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
     with writing(place.where, "go on by resume"):
         outcome = trainer.train(resume_from_checkpoint=str(place.checkpoint) if place.checkpoint else None)
     save(trainer, place.where, main)
-    evaluation = trainer.evaluate() if held_samples else {}
+    found: dict[str, Any] = {}
+    if validation and (choosing or measures.best):
+        found["validation"] = evaluation_metrics(trainer.evaluate(), task, measures.keys)
+    prefix = "test" if validation else "eval"
+    of_test: dict[str, Any] = {"eval_dataset": held_samples, "metric_key_prefix": prefix} if validation else {}
+    evaluation = trainer.evaluate(**of_test) if held_samples else {}
     # resumed when nothing is left, a Trainer takes one step more, at a learning rate of zero
     log, last = trainer.state.log_history, trainer.state.max_steps
     history = [entry for entry in log if "loss" not in entry or entry["step"] <= last]
@@ -105,15 +136,23 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = ()) ->
         "method_settings": plain(chosen),
         "lower_ranks": narrow,
         "learning_rate": arguments.learning_rate,
+        **({"head_learning_rate": settings.head_learning_rate} if heads else {}),
         "seed": arguments.seed,
         "steps": min(trainer.state.global_step, last),
         "epochs": trainer.state.epoch,
         "processes": arguments.world_size,
-        "samples": {"train": len(samples), "trained_on": kept(extras, len(samples)), "eval": len(held_samples)},
+        "samples": {
+            "train": len(samples),
+            "trained_on": kept(extras, len(samples)),
+            **({"validation": len(validation)} if validation else {}),
+            "eval": len(held_samples),
+        },
         "trained_values": {"adapter": adapter, "whole_modules": whole},
         "train_loss": training_loss(history),
         "train_seconds": outcome.metrics["train_runtime"],
-        "eval": evaluation_metrics(evaluation, task),
+        **found,
+        "eval": evaluation_metrics(evaluation, task, measures.keys, prefix),
+        **({"best": {"metric": measures.best, "step": trainer.state.best_global_step}} if measures.best else {}),
         "labels": [network.config.id2label[i] for i in range(network.config.num_labels)]
         if task in CLASSIFIERS
         else None,
@@ -190,7 +229,10 @@ def training_arguments(settings: TrainSettings, method: Method) -> TrainingArgum
     """
     types = arguments_of(TrainingArguments)
     given = checked(settings.training, types, "training")
-    for name, instead in (("output_dir", "output"), ("resume_from_checkpoint", "resume")):
+    best = settings.best_metric is not None
+    own = [("output_dir", "output"), ("resume_from_checkpoint", "resume")]
+    own += [(name, "best_metric") for name in ("metric_for_best_model", "load_best_model_at_end") if best]
+    for name, instead in own:
         if name in given:
             raise ValueError(f"training: {name} is set by `{instead}`: leave it out")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -209,6 +251,8 @@ def training_arguments(settings: TrainSettings, method: Method) -> TrainingArgum
         "disable_tqdm": False,
         "log_level_replica": "error",
     }
+    if best:
+        defaults |= evaluated_and_saved(given)
     if given.get("push_to_hub"):
         defaults["hub_model_id"] = Path(settings.output).parent.name if Path(settings.output).name == NEW else None
     if method.config is not None:  # every adapter takes part in each step
@@ -219,3 +263,12 @@ def training_arguments(settings: TrainSettings, method: Method) -> TrainingArgum
         return TrainingArguments(settings.output, **{**defaults, **given})
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"training: {error}") from error
+
+
+def evaluated_and_saved(given: Section) -> Section:
+    """What a choice of the best checkpoint needs: evaluations wherever one is saved."""
+    steps = given.get("save_steps", given.get("eval_steps"))
+    strategies = (given.get("eval_strategy"), given.get("save_strategy"), "epoch" if steps is None else "steps")
+    strategy = next(value for value in strategies if value not in (None, "best"))
+    found: Section = {"load_best_model_at_end": True, "save_strategy": strategy, "eval_strategy": strategy}
+    return found if steps is None else {**found, "save_steps": steps, "eval_steps": steps}

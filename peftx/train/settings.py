@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +20,9 @@ T = TypeVar("T")
 Section = dict[str, Any]
 
 
-def setting(text: str, default: Any = None, shown: str | None = None) -> Any:
-    """A field with its help text, and with what the command line shows as its default."""
-    return field(default=default, metadata={"help": text, "shown": shown})
+def setting(text: str, default: Any = None, shown: str | None = None, many: bool = False) -> Any:
+    """A field with its help text, with what the command line shows as its default, and whether it takes several."""
+    return field(default=default, metadata={"help": text, "shown": shown, "many": many})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,22 @@ class Settings:
     eval_data: str | None = setting("Held-out data, as --data.", shown="a part of --data")
     eval_split: str | None = setting("Split of --eval-data, or of --data.")
     eval_share: float = setting("Part of --data that is held out where no other is named; 0 for none.", 0.1)
+    validation_share: float | None = setting(
+        "Part of the training samples that is set aside for choices: of checkpoints, of learning rates.",
+        shown="0.1 where there are such",
+    )
+    metric: str | list[str] | None = setting(
+        "Also measure this: f1, matthews_correlation, roc_auc, rouge, ..., a metric of evaluate, or a script's path.",
+        many=True,
+    )
+    best_metric: str | None = setting("End with the checkpoint that is best by this metric, loss or accuracy.")
+    generate: Section | bool | None = setting("Generate answers to the held-out prompts, for --metric rouge.")
     prompt: str | None = setting("Field of the prompt, or of the text to classify.", shown="found")
     answer: str | None = setting("Field of the answer.", shown="found")
     label: str | None = setting("Field of a classifier's label.", shown="found")
+    head_learning_rate: float | None = setting(
+        "Of modules that are trained whole, such as a new classifier.", shown="that of the adapter"
+    )
     max_length: int = setting("Tokens of a sample, if the model takes so many; the rest is cut off.", 512)
     dtype: str = setting("Of the base model's weights: auto, float32, bfloat16, float16.", "auto")
     experts: bool = setting("Adapt the fused experts of a mixture of experts too (target_parameters).", False)
@@ -65,10 +79,24 @@ class Settings:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other: choose one")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share must be in [0, 1), got {self.eval_share}")
+        if self.head_learning_rate is not None and not 0 <= self.head_learning_rate < math.inf:
+            raise ValueError(f"head_learning_rate must be a number of at least 0, got {self.head_learning_rate}")
+        if self.validation_share is not None and not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share must be in [0, 1), got {self.validation_share}")
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
         if self.dtype not in (known := ("auto", "float32", "bfloat16", "float16")):
             raise ValueError(f"dtype must be one of {', '.join(known)}, got {self.dtype}")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether something is chosen by what it measures."""
+        return self.best_metric is not None
+
+    @property
+    def validation(self) -> float:
+        """The share of what is trained on that is set aside for choices."""
+        return (0.1 if self.chooses else 0.0) if self.validation_share is None else self.validation_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +126,25 @@ class CompareSettings(Settings):
     )
     rank: int | None = setting("r of all methods, or of the yardstick.", shown="8, of --equal rank")
     seeds: int = setting("Runs of each method, with the seeds 0, 1, ...", 3)
+    learning_rates: str | list[float] | None = setting(
+        "Choose each method's learning rate on the validation part: of these, by comma, or auto: factors of 3 around "
+        "the method's own, further where the best is at an end.",
+    )
+    jobs: int = setting("Runs at a time, on CPUs; they share the threads.", 1)
+
+    @property
+    def chooses(self) -> bool:
+        return super().chooses or self.learning_rates is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank", "seeds"):
+        for name in ("rank", "seeds", "jobs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.equal == "none" and self.rank is not None:
             raise ValueError("rank is for equal: rank or budget, and not for none")
+        if self.learning_rates is not None and not self.validation:
+            raise ValueError("learning_rates are chosen on a validation part: name a validation_share above 0")
 
 
 S = TypeVar("S", bound=Settings)
@@ -144,6 +183,8 @@ def converted(value: Any, expected: Any, what: str) -> Any:
     candidates = [value, float(value)] if type(value) is int else [value]
     if isinstance(value, list):
         candidates += [set(value), tuple(value)] if all(isinstance(part, str | int) for part in value) else []
+    if value is False and "Strategy" in str(expected):  # YAML's `no`
+        candidates = ["no"]
     problems = []
     for candidate in candidates:
         try:

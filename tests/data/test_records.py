@@ -80,6 +80,10 @@ def sides(tokenizer: Any, record: Any, **names: Any) -> tuple[str, str]:
         {"user": "what is it", "assistant": "a b"},
         {"Question": "what is it", "Answer": "a b", "id": 3},
         {"text": "what is it", "summary": "a b"},
+        {"id": "1", "dialogue": "what is it", "summary": "a b"},
+        {"document": "what is it", "summary": "a b"},
+        {"article": "what is it", "highlights": "a b", "id": "1"},
+        {"query": "what is it", "response": "a b", "document": "c"},
     ],
     ids=lambda record: "-".join(record),
 )

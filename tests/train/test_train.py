@@ -629,6 +629,7 @@ def test_two_processes_train_as_one(files: Path, tmp_path: Path, model: str) -> 
     common = ["--model", files / model, "--data", data, "--method", "bone", "--max-steps", "3", "--eval-share", "0.2"]
     for pair in ("logging_steps=1", "use_cpu=true", "weight_decay=0.0"):
         common += ["--training", pair]
+    common += ["--generate", "--metric", "rouge"] if model == "llama" else ["--metric", "f1", "--metric", "recall"]
     # BERT has dropout, which draws other numbers in each process
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
@@ -652,7 +653,7 @@ def test_two_processes_train_as_one(files: Path, tmp_path: Path, model: str) -> 
     assert (found["processes"], wanted["processes"]) == (2, 1)
     losses = [[entry["loss"] for entry in part["history"] if "loss" in entry] for part in (found, wanted)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
-    assert found["eval"] == pytest.approx(wanted["eval"], rel=1e-5)
+    assert found["eval"] == pytest.approx(wanted["eval"], rel=1e-5) and len(found["eval"]) > 3
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
@@ -875,6 +876,15 @@ def test_rank_keeps_the_scale() -> None:
     assert sizes.with_rank(lora, {"lora_alpha": 16}, 32) == {"r": 32, "lora_alpha": 16}
     assert sizes.with_rank(bone, {}, 32) == {"r": 32}
     assert sizes.with_rank(methods.find("full"), {}, 32) == {}
+
+
+def test_no_is_a_strategy_and_not_false(tmp_path: Path) -> None:
+    """YAML takes `save_strategy: no` for false."""
+    (tmp_path / "run.yaml").write_text("training: {save_strategy: no, eval_strategy: no}")
+    training = read_yaml(tmp_path / "run.yaml")["training"]
+    given = TrainSettings(model="m", data="d", output=str(tmp_path / "out"), training=training)
+    arguments = run.training_arguments(given, methods.find("lora"))
+    assert (arguments.save_strategy, arguments.eval_strategy) == ("no", "no")
 
 
 @pytest.mark.parametrize(("name", "cls"), [("train.yaml", TrainSettings), ("compare.yaml", CompareSettings)])

@@ -1,0 +1,96 @@
+"""Which learning rate: a grid, and the choice on validation samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .metrics import more_is_better
+
+AUTO = "auto"
+FACTOR = 3.0
+REACH = 2  # factors to both sides of a method's own rate
+FURTHER = 4  # factors beyond, at most
+SEED = 10_000  # of the runs that choose, which no run that is reported has
+
+
+def parse_rates(said: str | Sequence[float] | None) -> list[float] | str | None:
+    """`auto`, or the rates in their order; None where none are to be chosen.
+
+    Raises:
+        ValueError: neither `auto` nor numbers above 0.
+    """
+    if said is None or said == AUTO:
+        return said
+    parts = [part for part in said.split(",") if part.strip()] if isinstance(said, str) else said
+    try:
+        rates = sorted({float(part) for part in parts})
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"learning_rates must be auto, or numbers above 0 by comma, got {said!r}")
+    return rates
+
+
+def grid(own: float) -> list[float]:
+    """Five rates around a method's own."""
+    return sorted(scaled(own, power) for power in range(-REACH, REACH + 1))
+
+
+def scaled(own: float, power: int) -> float:
+    return float(f"{own * FACTOR**power:.3g}") if power else own
+
+
+def further(own: float, measured: Mapping[float, Mapping[str, float] | None], name: str) -> float | None:
+    """The rate to try next, beyond the end of the grid where the best one is; None where it is not, or far enough."""
+    best = best_rate(measured, name)
+    if best is None:
+        return None
+    sides = ((max(measured), 1), (min(measured), -1))
+    for end, sign in sides:
+        powers = {scaled(own, sign * power): power for power in range(REACH, REACH + FURTHER + 1)}
+        if best == end and powers.get(end, REACH + FURTHER) < REACH + FURTHER:
+            return scaled(own, sign * (powers[end] + 1))
+    return None
+
+
+def best_rate(measured: Mapping[float, Mapping[str, float] | None], name: str) -> float | None:
+    """The rate with the best value of `name`; of equals that with the lowest loss, then the lowest. None of no value.
+
+    Args:
+        measured: values of the validation part by rate; None where a run failed.
+        name: the metric.
+    """
+    sign = -1 if more_is_better(name) else 1
+
+    def order(rate: float) -> tuple[float, float, float]:
+        found = measured[rate] or {}
+        value, loss = sign * found.get(name, math.nan), found.get("loss", math.nan)
+        return value if math.isfinite(value) else math.inf, loss if math.isfinite(loss) else math.inf, rate
+
+    ranked = sorted(measured, key=order)
+    return ranked[0] if ranked and math.isfinite(order(ranked[0])[0]) else None
+
+
+def summary(
+    chosen: Mapping[str, float], measured: Mapping[str, Mapping[float, Any]], name: str, count: int
+) -> list[str]:
+    """What was chosen from, for the notes of a comparison."""
+    sizes = {len(rates) for rates in measured.values()}
+    if not sizes:
+        return []
+    of = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"{min(sizes)}"
+    told = [
+        f"lr: the best of {of} by {name} on {count:,} validation samples, one run each with a seed of its own; "
+        "the held-out samples had no part in it"
+    ]
+    ends = [
+        method
+        for method, rate in chosen.items()
+        if len(measured[method]) > 1 and rate in (min(measured[method]), max(measured[method]))
+    ]
+    if ends:
+        told.append(f"the best rate of {', '.join(ends)} is at an end of the rates that were tried: try further ones")
+    failed = [f"{method} at {rate:g}" for method, rates in measured.items() for rate in rates if rates[rate] is None]
+    return told + ([f"did not run: {', '.join(failed)}"] if failed else [])
