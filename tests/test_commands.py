@@ -75,6 +75,7 @@ STANDS |= {"folder-of-all-MiniLM-L6-v2": "bert"}
 # What cannot run here, and where it does.
 ELSEWHERE = {
     "peftx run": "tests/cli/test_run.py",
+    "peftx compare --model folder --data data.csv --methods lora,bone --learning-rates": "tests/train/test_rates.py",
     "peftx train --config run.yaml --prune-keep 0.3 --load-in-4bit": "test_train.py: test_quantised_bases",
     "peftx train --config run.yaml --load-in-4bit": "test_train.py: test_quantised_bases",
     "peftx train --config run.yaml --experts": "test_train.py, on a mixture of experts",
