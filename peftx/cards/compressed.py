@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files import beside, writing
 from .adapter import UNFILLED, is_id
+from .papers import link
 
 QUANT_METHOD = "lowrank_svd"  # of a compressed model's `quantization_config`
 # of a method; a plain SVD has no paper
@@ -142,7 +143,7 @@ def page(
     shown = f"`{base_model if known else Path(base_model).name}`" if base_model else "A model"
     before, after = parameters
     paper = PAPERS.get(method, "")
-    cited = f" ([{paper}]({paper.replace('arXiv:', 'https://arxiv.org/abs/')}))" if paper else ""
+    cited = f" ({link(paper)})" if paper else ""
     share = "" if keep is None else f", keep {keep:g}"
     parts = [
         f"---\n{metadata.to_yaml().rstrip()}\n---",

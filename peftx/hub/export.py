@@ -26,6 +26,7 @@ from ..adapters.experts import Routed, target_key
 from ..adapters.files import belongs_to
 from ..adapters.lora import Variant
 from ..adapters.products import at_least_fp32
+from ..cards import exported as cards
 from ..files import drafted
 from ..registry import info_of, methods
 from ..tuners.bone import BoneConfig
@@ -87,6 +88,7 @@ def export_lora(
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a whole number, at least 1, or None, got {rank!r}.")
+    source = None
     if isinstance(model, (str, os.PathLike)):
         hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
         check_place(path, (), None, base_model, Path(model, subfolder or ""))
@@ -99,10 +101,10 @@ def export_lora(
                     f"The adapter {model} has NaN or infinity in {bad[0]} and {len(bad) - 1} more tensors."
                 )
             _check_factors(model, config, state)
-            _write(path, state, _as_lora(config))
+            _write(path, state, _as_lora(config), config, model)
             names = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in state if ".lora_" in key}
             return dict.fromkeys(sorted(names), 0.0)
-        model = load_adapter(model, base_model, **hub)
+        source, model = model, load_adapter(model, base_model, **hub)
     elif not isinstance(model, PeftModel):
         raise TypeError(
             "export_lora needs a PeftModel, as `get_peft_model` returns it, or the folder of a saved adapter, got "
@@ -138,7 +140,7 @@ def export_lora(
             state |= _tensors(f"base_model.model.{name}", layer, *factors[name])
         ranks = {target_key(layers[name], name): B.shape[-1] for name, (_, B) in factors.items()}
         exported = _describe(config, ranks, list(layers.values()))
-    _write(path, state, exported)
+    _write(path, state, exported, config, source, max(errors.values(), default=0.0))
     return errors
 
 
@@ -189,7 +191,8 @@ def export_miss(
     settings = {name: getattr(config, name) for name in taken - {"peft_type", "init_weights", "bias"}}
     bias = "MiSS_only" if config.bias.endswith("_only") else config.bias
     renamed = {key.replace(BLOCK, ".miss_block"): tensor for key, tensor in state.items()}
-    _write(path, renamed, MissConfig(**settings, bias=bias, init_weights="bat" if bat else True))
+    exported = MissConfig(**settings, bias=bias, init_weights="bat" if bat else True)
+    _write(path, renamed, exported, config, None if isinstance(model, PeftModel) else model)
 
 
 def _state_of(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -206,13 +209,30 @@ def _rescaled_blocks(model: Any, state: dict[str, torch.Tensor], adapter_name: s
     return {key: layers[key].adapters[adapter_name].scale * block for key, block in state.items() if key in layers}
 
 
-def _write(path: str | os.PathLike, state: dict[str, torch.Tensor], config: Any) -> None:
+def _write(
+    path: str | os.PathLike,
+    state: dict[str, torch.Tensor],
+    config: Any,
+    origin: Any,
+    source: Any = None,
+    error: float = 0.0,
+) -> None:
+    """The adapter and its card.
+
+    Args:
+        config: of what is written.
+        origin: config of the adapter that it was.
+        source: its folder or id.
+        error: the largest of a module.
+    """
     stock = {key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): t for key, t in state.items()}
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in stock.items()}
     config.inference_mode = True
     with drafted(path, BY) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
+        kind: Any = "miss" if isinstance(config, MissConfig) else "dora" if config.use_dora else "lora"
+        cards.put(folder, path, BY, kind, origin, source=source, error=error)
 
 
 def numbers_in(config: LoraConfig) -> list[tuple[str, Any]]:
