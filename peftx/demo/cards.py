@@ -12,8 +12,8 @@ from ..registry import methods
 from . import model as encoder
 from .data import MAX_TOKENS
 from .errors import DemoError
-from .report import standard_error
-from .run import BASELINE, LEARNING_RATE, WARMUP, Report, Result
+from .picture import standard_error
+from .run import BASELINE, HEAD_RATE, WARMUP, Report, Result
 
 LIMITS = (
     "One run with one seed, and each method's learning rate was chosen by hand with this task in view: differences of "
@@ -45,16 +45,18 @@ def finish_one(report: Report, result: Result) -> Path:
             "texts a step": options.batch_size,
             "optimizer": f"AdamW, no weight decay, {WARMUP:.0%} warm-up, then linear to zero",
             "learning rate of the adapter": result.learning_rate,
-            "learning rate of the head": LEARNING_RATE,
+            "learning rate of the head": HEAD_RATE,
             "trained values": f"{result.adapter_parameters:,} of the adapter, {result.head_parameters:,} of the head",
             "seed": options.seed,
+            "head": "starts as a logistic regression on the frozen encoder",
             "precision": "fp32",
             "CPU seconds": round(sum(result.step_seconds)),
         },
         examples=[(textwrap.shorten(text, 200), said(*answer)) for text, *answer in result.examples],
         notes=notes(report, result),
         limits=LIMITS,
-        base_model=base_model(options.model),
+        labels=report.families,
+        base_model=encoder.public_name(options.model),
     )
 
 
@@ -64,31 +66,26 @@ def said(family: str, answer: str) -> str:
 
 def notes(report: Report, result: Result) -> list[str]:
     """What the numbers stand for, and what somebody needs who uses the adapter."""
-    moved = {"loaded back": result.loaded_difference, "merged": result.merged_difference}
+    moved = {
+        "loaded back": result.loaded_difference,
+        "merged": result.merged_difference,
+        "exported as a plain LoRA": result.exported_difference,
+    }
     told = [
         f"{how}, {f'its logits differ by at most {value:.0e}' if value else 'its logits are equal'}"
         for how, value in moved.items()
         if value is not None
     ]
     broken = [] if result.equal else ["**Its answers changed: do not use it.**"]
-    origin = [encoder.ORIGIN] if base_model(report.options.model) == encoder.HUB_ID else []
+    origin = [encoder.ORIGIN] if encoder.public_name(report.options.model) == encoder.HUB_ID else []
     return [
         f"Accuracy on {report.test_texts:,} held-out texts, its standard error is "
         f"{standard_error(report, result.accuracy):.3f}. The file was tried: {'; '.join(told)}.",
         *broken,
         f"The task: from which module family does a docstring come? Families' names are masked in the texts, which are "
-        f"cut to {MAX_TOKENS} tokens. Labels 0 to {len(report.families) - 1}: {', '.join(report.families)}.",
+        f"cut to {MAX_TOKENS} tokens.",
         *origin,
     ]
-
-
-def base_model(folder: Path) -> str:
-    """The id on the Hub of the model that the demo brings along; any other as the user named it."""
-    try:
-        default = encoder.default_folder()
-    except DemoError:
-        return str(folder)
-    return encoder.HUB_ID if folder == default else str(folder)
 
 
 def copied(names: Iterable[str]) -> list[str]:

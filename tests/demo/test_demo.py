@@ -15,12 +15,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from datasets import DatasetDict
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 import peftx
 from peftx.demo import data, model, report, run
@@ -166,9 +169,7 @@ def test_comparison_is_fair(learned):
     assert {len(result.losses) for result in learned.results} == {steps}
     assert {len(result.step_seconds) for result in learned.results} == {steps}
     assert len({result.head_parameters for result in learned.results}) == 1
-    first = [
-        result.losses[0] for result in learned.results
-    ]  # same head, same batch, adapters that start as the identity
+    first = [result.losses[0] for result in learned.results]  # same head and batch, adapters start as the identity
     assert first == pytest.approx([first[0]] * len(first), abs=1e-3)
     assert learned.step_ratio(learned.results[0]) == 1.0
 
@@ -186,7 +187,40 @@ def test_report_files(outcome):
     assert [row["name"] for row in saved["results"]] == [result.name for result in outcome.results]
     assert saved["versions"]["peftx"] == peftx.__version__
     assert paths[2].read_bytes().startswith(b"\x89PNG")
-    assert report.table(outcome).row_count == len(outcome.results) + 2
+    assert report.table(outcome).row_count == len(outcome.results) + 3
+    best = max(result.accuracy for result in outcome.results)
+    assert report.headline(outcome).startswith(f"{outcome.best.name} gets {round(best * outcome.test_texts)} of ")
+
+
+def test_the_head_starts_as_the_better_regression_sees_it(tiny_encoder, task, outcome):
+    options = run.Options(tiny_encoder, outcome.options.output, texts=240)
+    small = data.load(model.tokenizer(tiny_encoder), limit=240)
+    bench = run.Bench(
+        options, small["train"], small["test"], DataCollatorWithPadding(model.tokenizer(tiny_encoder)), print
+    )
+    base = bench.base(0)
+    mean, head = model.embeddings(base, bench.test, bench.collate)
+    states = [base.bert(torch.tensor([row["input_ids"]])) for row in bench.test]
+    torch.testing.assert_close(
+        mean, torch.cat([s.last_hidden_state.mean(1) for s in states]).detach(), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(head, torch.cat([s.pooler_output for s in states]).detach(), atol=1e-4, rtol=1e-4)
+    probe = bench.probe()
+    train = model.embeddings(base, bench.train, bench.collate)[1].numpy()
+    regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    wanted = regression.fit(train, bench.train["label"]).decision_function(head.numpy())
+    logits = model.logits(bench.begin(probe, 0), bench.test, bench.collate)
+    assert torch.allclose(logits.double(), torch.tensor(wanted), atol=1e-4)
+    assert outcome.start <= outcome.probe and outcome.start_loss > 0
+
+
+def test_what_is_a_plain_lora_is_exported_and_loads_without_us(outcome):
+    for result in outcome.results:
+        folder = outcome.options.output / result.name / run.PLAIN
+        exported = result.name not in ("lora", "bone-bat", "compacter")
+        assert folder.is_dir() == exported == (result.exported_difference is not None), result.name
+        if exported:
+            assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
 def test_a_broken_adapter_is_reported(outcome):

