@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import beside, writing
 from .adapter import UNFILLED, is_id
-from .papers import link
+from .papers import citation, link
 
 QUANT_METHOD = "lowrank_svd"  # of a compressed model's `quantization_config`
 # of a method; a plain SVD has no paper
@@ -155,5 +155,6 @@ def page(
         "`peftx.compression.materialize(model)` makes ordinary dense layers again.",
         *results,
         f"Method: {method or 'not told'}{cited}{share} of {layers} layers{details}.",
+        *citation(method, paper),
     ]
     return "\n\n".join(parts) + "\n"

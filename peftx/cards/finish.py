@@ -21,6 +21,7 @@ from ..saved import read_config
 from .adapter import complete_card, drop_paths, is_id
 from .compressed import PAPERS, QUANT_METHOD, loader_of, loading
 from .labels import named_labels, with_labels
+from .papers import HEADING as CITATION
 from .papers import citation
 
 START, END = "<!-- results: peftx.hub.finish_card writes from here -->", "<!-- to here -->"
@@ -162,7 +163,7 @@ def finish_card(
             *table("Training", ("", ""), (training or {}).items()),
             *table("Examples", ("input", "answer"), examples or ()),
             f"## Limits\n\n{limits}",
-            *cited(info, settings),
+            *([] if CITATION in BLOCK.sub("", card.text) else cited(info, settings)),
         ]
         block = "\n\n".join([START, *sections, END]) + "\n"
         text = BLOCK.sub("", card.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ARXIV = "arXiv:"
+HEADING = "## Citation"
 
 
 class Paper(NamedTuple):
@@ -87,7 +88,7 @@ def citation(title: str, paper: str) -> list[str]:
     if not paper:
         return []
     if not paper.startswith(ARXIV):
-        return [f"## Citation\n\n{title}: {paper}"]
+        return [f"{HEADING}\n\n{title}: {paper}"]
     number = paper.removeprefix(ARXIV)
     known = PAPERS.get(number)
     fields = {"author": known.author, "title": f"{{{known.title}}}"} if known else {"title": f"{{{title}}}"}
@@ -98,4 +99,4 @@ def citation(title: str, paper: str) -> list[str]:
         "url": f"https://arxiv.org/abs/{number}",
     }
     entry = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
-    return [f"## Citation\n\n```bibtex\n@misc{{{known.key if known else paper},\n{entry}\n}}\n```"]
+    return [f"{HEADING}\n\n```bibtex\n@misc{{{known.key if known else paper},\n{entry}\n}}\n```"]

@@ -13,7 +13,7 @@ from . import model as encoder
 from .data import MAX_TOKENS
 from .errors import DemoError
 from .picture import standard_error
-from .run import BASELINE, HEAD_RATE, WARMUP, Report, Result
+from .run import BASELINE, LEARNING_RATE, WARMUP, Report, Result
 
 LIMITS = (
     "One run with one seed, and each method's learning rate was chosen by hand with this task in view: differences of "
@@ -45,10 +45,9 @@ def finish_one(report: Report, result: Result) -> Path:
             "texts a step": options.batch_size,
             "optimizer": f"AdamW, no weight decay, {WARMUP:.0%} warm-up, then linear to zero",
             "learning rate of the adapter": result.learning_rate,
-            "learning rate of the head": HEAD_RATE,
+            "learning rate of the head": LEARNING_RATE,
             "trained values": f"{result.adapter_parameters:,} of the adapter, {result.head_parameters:,} of the head",
             "seed": options.seed,
-            "head": "starts as a logistic regression on the frozen encoder",
             "precision": "fp32",
             "CPU seconds": round(sum(result.step_seconds)),
         },

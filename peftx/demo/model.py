@@ -102,26 +102,11 @@ def logits(model: nn.Module, data: Dataset, collate: Callable) -> Tensor:
     return outputs(model, data, collate, lambda batch: model(**batch).logits)
 
 
-def last_linear(model: PreTrainedModel) -> nn.Linear:
-    """The layer of the head that makes the logits."""
-    heads = [module for name in head_modules(model) for module in model.get_submodule(name).modules()]
-    return next(module for module in reversed(heads) if isinstance(module, nn.Linear))
+def embeddings(model: PreTrainedModel, data: Dataset, collate: Callable) -> Tensor:
+    """The encoder's last hidden states, averaged over the tokens: (texts, hidden)."""
 
-
-def embeddings(model: PreTrainedModel, data: Dataset, collate: Callable) -> tuple[Tensor, Tensor]:
-    """Of one pass: the encoder's last hidden states, averaged over the tokens, and what the head's last layer is given;
-    each (texts, hidden)."""
-    given: list[Tensor] = []
-
-    def both(batch: dict) -> Tensor:
-        states = model(**batch, output_hidden_states=True).hidden_states[-1]
+    def mean(batch: dict) -> Tensor:
         mask = batch["attention_mask"].unsqueeze(-1)
-        return torch.cat([(states * mask).sum(1) / mask.sum(1), given.pop()], dim=1)
+        return (model.base_model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
 
-    hook = last_linear(model).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    try:
-        found = outputs(model, data, collate, both)
-    finally:
-        hook.remove()
-    width = last_linear(model).in_features
-    return found[:, :-width], found[:, -width:]
+    return outputs(model, data, collate, mean)

@@ -44,7 +44,7 @@ def verdict(result: Result, difference: float | None) -> str:
 
 def baselines(report: Report) -> list[tuple[str, float]]:
     """What a method must beat, with its accuracy."""
-    return [("majority class", report.majority), ("frozen encoder", report.probe), ("at the start", report.start)]
+    return [("majority class", report.majority), ("frozen encoder", report.probe)]
 
 
 def headline(report: Report) -> str:
@@ -63,9 +63,9 @@ def notes(report: Report) -> list[str]:
     return [
         f"accuracy: on {report.test_texts} held-out docstrings, after {len(report.results[0].losses)} steps on "
         f"{report.train_texts:,} others; an accuracy of 0.9 has a standard error of {standard_error(report, 0.9):.3f}",
-        "frozen encoder: the better of two logistic regressions, on its mean states and on what its head sees",
-        f"at the start: with the latter as the head of all, at a held-out loss of {report.start_loss:.2f}; they end at "
-        f"{', '.join(f'{result.held_out_loss:.2f}' for result in report.results)}",
+        "frozen encoder: logistic regression on the embeddings of the encoder as it came",
+        f"the held-out loss fell from {report.start_loss:.2f}, under a new head, to "
+        f"{', '.join(f'{result.held_out_loss:.2f} ({result.name})' for result in report.results)}",
         f"values: the adapter's; the file holds the {report.results[0].head_parameters:,} of pooler and classifier too",
         f"step: CPU time of a training step over {BASELINE}'s on the same batch, median",
         "loaded, merged, exported: largest change of a held-out logit when the adapter is saved and loaded, merged "

@@ -1,7 +1,7 @@
 """Fine-tune one encoder with LoRA and methods of peftx; save, load back, merge and export each adapter, and compare.
 
 All methods get the same layers, head, batches, number of steps and seed; only the learning rate of the adapter is their
-own. The head starts as a logistic regression on the frozen encoder (arXiv:2202.10054), and learns at one rate.
+own. Pooler and classifier are new to every method and learn at one rate.
 """
 
 import statistics
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
@@ -36,8 +35,7 @@ from .recorder import Recorder, Watch
 BASELINE = "lora"
 LOAD_TOLERANCE = 0.0
 MERGE_TOLERANCE = 1e-4
-LEARNING_RATE = 2e-3  # LoRA's, and that of a head which starts at random
-HEAD_RATE = 5e-4  # of one that starts as a regression
+LEARNING_RATE = 2e-3  # LoRA's, and of every method's head
 WARMUP = 0.05  # share of the steps
 EXAMPLES = 3  # answers that are kept
 PLAIN = "plain-lora"  # where an adapter is exported to, in its own folder
@@ -99,8 +97,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """The results, the baseline's first, and what they are measured against: the accuracy of the largest class, of the
-    better logistic regression on the frozen encoder, and of the head before the training, with its held-out loss."""
+    """The results, the baseline's first, and what they are measured against: the accuracy of the largest class and of
+    a logistic regression on the frozen encoder, and the held-out loss before the training, under the new head."""
 
     options: Options
     families: list[str]
@@ -109,7 +107,6 @@ class Report:
     majority: float
     probe: float
     results: list[Result]
-    start: float = float("nan")
     start_loss: float = float("nan")
 
     @property
@@ -170,23 +167,12 @@ def run(options: Options, watch: Watch = lambda *_: None) -> Report:
         data = load(tokenizer, options.texts)
         bench = Bench(options, data["train"], data["test"], DataCollatorWithPadding(tokenizer), watch)
         probe = bench.probe()
-        before = encoder.logits(bench.begin(probe, options.seed), bench.test, bench.collate)
-        results = [bench.contend(entry, probe) for entry in entries]
+        start_loss = bench.loss(encoder.logits(bench.base(options.seed), bench.test, bench.collate))
+        results = [bench.contend(entry) for entry in entries]
     labels = torch.tensor(data["test"]["label"])
     majority = (labels.bincount().max() / len(labels)).item()
     sizes = len(bench.train), len(bench.test)
-    start = bench.accuracy(before.argmax(-1)), bench.loss(before)
-    return Report(options, bench.families, *sizes, majority, max(probe.accuracy, start[0]), results, *start)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Logistic regressions on the frozen encoder: the accuracy of one on its mean states, and the weights (labels,
-    hidden) and biases (labels) of one on what its head sees."""
-
-    accuracy: float
-    weight: torch.Tensor
-    bias: torch.Tensor
+    return Report(options, bench.families, *sizes, majority, probe, results, start_loss)
 
 
 @dataclass(frozen=True)
@@ -215,39 +201,19 @@ class Bench:
     def loss(self, logits: torch.Tensor) -> float:
         return torch.nn.functional.cross_entropy(logits, torch.tensor(self.test["label"])).item()
 
-    def probe(self) -> Probe:
+    def probe(self) -> float:
+        """Accuracy of logistic regression on the frozen encoder's embeddings."""
         base = self.base(self.options.seed)
-        train, test = (encoder.embeddings(base, data, self.collate) for data in (self.train, self.test))
-        mean, head = (
-            make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(
-                features.numpy(), self.train["label"]
-            )
-            for features in train
-        )
-        scaler, regression = head[0], head[1]
-        weight = np.zeros((len(self.families), scaler.n_features_in_))
-        bias = np.full(len(self.families), -1e4)  # of a class without a text to learn from
-        weight[regression.classes_] = regression.coef_ / scaler.scale_
-        bias[regression.classes_] = regression.intercept_ - regression.coef_ @ (scaler.mean_ / scaler.scale_)
-        tensors = (torch.tensor(part, dtype=torch.float32) for part in (weight, bias))
-        return Probe(self.accuracy(mean.predict(test[0].numpy())), *tensors)
+        train, test = (encoder.embeddings(base, data, self.collate).numpy() for data in (self.train, self.test))
+        regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        return self.accuracy(regression.fit(train, self.train["label"]).predict(test))
 
-    def begin(self, probe: Probe, seed: int) -> PreTrainedModel:
-        """The encoder under a head that answers as the regression does."""
-        base = self.base(seed)
-        last = encoder.last_linear(base)
-        with torch.no_grad():
-            last.weight.copy_(probe.weight)
-            if last.bias is not None:
-                last.bias.copy_(probe.bias)
-        return base
-
-    def contend(self, entry: Contender, probe: Probe) -> Result:
+    def contend(self, entry: Contender) -> Result:
         """Train one method, save it, load it into a fresh base, merge it there, and export it for stock PEFT."""
         folder = self.options.output / entry.name
-        base = self.begin(probe, self.options.seed)
+        base = self.base(self.options.seed)
         model = get_peft_model(base, peft_config(entry, base))
-        recorder = self.fit(model, entry, folder, HEAD_RATE)
+        recorder = self.fit(model, entry, folder)
         trained = encoder.logits(model, self.test, self.collate)
         model.save_pretrained(str(folder))
         adapter, head = (sum(p.numel() for p in part) for part in encoder.trainable(model))
@@ -291,7 +257,7 @@ class Bench:
             for row in rows
         ]
 
-    def fit(self, model: PeftModel, entry: Contender, folder: Path, head_rate: float = LEARNING_RATE) -> Recorder:
+    def fit(self, model: PeftModel, entry: Contender, folder: Path) -> Recorder:
         recorder = Recorder(entry.name, self.watch)
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -306,7 +272,7 @@ class Bench:
             dataloader_pin_memory=False,
         )
         adapter, head = encoder.trainable(model)
-        groups = [{"params": adapter, "lr": entry.learning_rate}, {"params": head, "lr": head_rate}]
+        groups = [{"params": adapter, "lr": entry.learning_rate}, {"params": head, "lr": LEARNING_RATE}]
         trainer = LengthGroupedTrainer(
             model,
             arguments,

@@ -64,3 +64,15 @@ def test_a_paper_of_somebody_elses_method() -> None:
     assert key == "arXiv:2601.00001" and fields["title"] == "{Mine}" and fields["year"] == "2026"
     assert citation("Mine", "a talk") == ["## Citation\n\nMine: a talk"] and citation("Mine", "") == []
     assert link("a talk") == "a talk" and link("arXiv:1.2") == "[arXiv:1.2](https://arxiv.org/abs/1.2)"
+
+
+def test_each_finished_card_cites_once() -> None:
+    folder = Path(__file__).parents[2] / "model_cards"
+    cards = {path.stem: path.read_text() for path in folder.glob("*.md") if path.stem not in ("README", "template")}
+    papers = {variant: info.paper for info in METHODS for variant in info.variants}
+    assert set(papers) < set(cards)
+    for name, text in cards.items():
+        _, _, fields = parsed(text.split("```bibtex\n")[1].split("```")[0])
+        assert text.count("```bibtex") == 1 and "author" in fields
+        assert f"arXiv:{fields['eprint']}" == papers.get(name, compressed.PAPERS["fwsvd"])
+        assert name == "compressed" or text.split("\n---\n", 1)[1].startswith("## Labels\n\n0 `asyncio`, 1 `email`")

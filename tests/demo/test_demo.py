@@ -15,18 +15,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 from datasets import DatasetDict
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, DataCollatorWithPadding, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import peftx
-from peftx.demo import data, model, report, run
+from peftx.demo import data, model, picture, report, run
 from peftx.demo.errors import DemoError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -159,8 +156,9 @@ def test_every_method_runs_learns_and_survives_saving_and_merging(learned):
     assert [result.name for result in learned.results] == ["lora", *variants]
     for result in learned.results:
         assert result.equal, result
-        start, end = report.smooth(result.losses)[2], report.smooth(result.losses)[-1]
+        start, end = picture.smooth(result.losses)[2], picture.smooth(result.losses)[-1]
         assert end < start, result.name
+        assert result.held_out_loss < learned.start_loss, result.name
 
 
 @pytest.mark.slow
@@ -187,37 +185,15 @@ def test_report_files(outcome):
     assert [row["name"] for row in saved["results"]] == [result.name for result in outcome.results]
     assert saved["versions"]["peftx"] == peftx.__version__
     assert paths[2].read_bytes().startswith(b"\x89PNG")
-    assert report.table(outcome).row_count == len(outcome.results) + 3
+    assert report.table(outcome).row_count == len(outcome.results) + 2
     best = max(result.accuracy for result in outcome.results)
     assert report.headline(outcome).startswith(f"{outcome.best.name} gets {round(best * outcome.test_texts)} of ")
-
-
-def test_the_head_starts_as_the_better_regression_sees_it(tiny_encoder, task, outcome):
-    options = run.Options(tiny_encoder, outcome.options.output, texts=240)
-    small = data.load(model.tokenizer(tiny_encoder), limit=240)
-    bench = run.Bench(
-        options, small["train"], small["test"], DataCollatorWithPadding(model.tokenizer(tiny_encoder)), print
-    )
-    base = bench.base(0)
-    mean, head = model.embeddings(base, bench.test, bench.collate)
-    states = [base.bert(torch.tensor([row["input_ids"]])) for row in bench.test]
-    torch.testing.assert_close(
-        mean, torch.cat([s.last_hidden_state.mean(1) for s in states]).detach(), atol=1e-4, rtol=1e-4
-    )
-    torch.testing.assert_close(head, torch.cat([s.pooler_output for s in states]).detach(), atol=1e-4, rtol=1e-4)
-    probe = bench.probe()
-    train = model.embeddings(base, bench.train, bench.collate)[1].numpy()
-    regression = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    wanted = regression.fit(train, bench.train["label"]).decision_function(head.numpy())
-    logits = model.logits(bench.begin(probe, 0), bench.test, bench.collate)
-    assert torch.allclose(logits.double(), torch.tensor(wanted), atol=1e-4)
-    assert outcome.start <= outcome.probe and outcome.start_loss > 0
 
 
 def test_what_is_a_plain_lora_is_exported_and_loads_without_us(outcome):
     for result in outcome.results:
         folder = outcome.options.output / result.name / run.PLAIN
-        exported = result.name not in ("lora", "bone-bat", "compacter")
+        exported = result.name not in ("lora", "bone-bat", "compacter", "krona")  # the last is of the tests
         assert folder.is_dir() == exported == (result.exported_difference is not None), result.name
         if exported:
             assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
