@@ -101,6 +101,9 @@ def demo(
         typer.Option(help="Variants to set beside LoRA, by comma, or all.", show_default=", ".join(SHOWN)),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the texts.", show_default="2; 4 with --llm")] = None,
+    texts: Annotated[
+        int | None, typer.Option(min=80, help="Texts to learn from and to test on.", show_default="all")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 8,
     output: Annotated[Path, typer.Option(help="Folder for adapters, table and picture.")] = Path("peftx-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of head, batches and adapters.")] = 0,
@@ -136,6 +139,7 @@ def demo(
             epochs=PASSES if epochs is None else epochs,
             batch_size=batch_size,
             seed=seed,
+            texts=texts,
         )
         console = Console()
         names = [entry.name for entry in run.check(options, overwrite)]

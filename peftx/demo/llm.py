@@ -183,16 +183,22 @@ def run(options: Options, watch: Watch = lambda *_: None) -> Outcome:
         options,
         before,
         after,
-        values,
-        everything - values,
-        *(sum(file.stat().st_size for file in place.glob("adapter_model.*")) for place in (folder, folder / PLAIN)),
-        {how: (found - trained).abs().max().item() for how, found in logits.items()},
-        all(torch.equal(found.argmax(-1), trained.argmax(-1)) for found in logits.values()),
-        loss_before,
-        loss_after,
-        recorder.losses,
-        recorder.seconds,
+        adapter_parameters=values,
+        model_parameters=everything - values,
+        adapter_bytes=weights_in(folder),
+        exported_bytes=weights_in(folder / PLAIN),
+        differences={how: (found - trained).abs().max().item() for how, found in logits.items()},
+        same_predictions=all(torch.equal(found.argmax(-1), trained.argmax(-1)) for found in logits.values()),
+        loss_before=loss_before,
+        loss_after=loss_after,
+        losses=recorder.losses,
+        step_seconds=recorder.seconds,
     )
+
+
+def weights_in(folder: Path) -> int:
+    """Bytes of a saved adapter."""
+    return sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ class Bench:
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )
-            found.append(self.tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True))
+            found.append(str(self.tokenizer.decode(said[0, asked.shape[1] :], skip_special_tokens=True)))
         return found
 
     @torch.inference_mode()
@@ -258,7 +264,7 @@ class Bench:
             dataloader_pin_memory=False,
         )
         samples = [self.sample(*pair) for pair in TRAIN]
-        trainer = Trainer(model, arguments, self.collate, samples, callbacks=[recorder])  # type: ignore[arg-type]
+        trainer = Trainer(model, arguments, self.collate, samples, callbacks=[recorder])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return recorder

@@ -103,8 +103,8 @@ def card(outcome: Outcome) -> Path:
 def plot(outcome: Outcome, path: Path) -> None:
     """A note and its answers before and after, beside the loss."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(12.8, 6.4), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.25, h_pad=0.12)  # type: ignore[union-attr]
+        figure = Figure(figsize=(12.8, 6.4))
+        figure.set_layout_engine("constrained", w_pad=0.25, h_pad=0.12)
         said, learning = figure.subplots(1, 2, width_ratios=(5, 3))
         said.set_axis_off()
         place = 1.0

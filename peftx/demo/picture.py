@@ -1,6 +1,7 @@
 """The demo's outcome as a picture: accuracy and size of each method, and how its loss fell."""
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
@@ -9,7 +10,13 @@ from .model import public_name
 from .run import BASELINE, Report, Result
 
 INK, DIM, FRAME = "#1f2933", "#7b8794", "#cbd2d9"
-STYLE = {"font.size": 13, "text.color": INK, "axes.labelcolor": DIM, "xtick.color": DIM, "ytick.color": INK}
+STYLE: dict[Any, Any] = {
+    "font.size": 13,
+    "text.color": INK,
+    "axes.labelcolor": DIM,
+    "xtick.color": DIM,
+    "ytick.color": INK,
+}
 STYLE |= {"axes.edgecolor": FRAME, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}
 
 
@@ -31,8 +38,8 @@ def smooth(values: list[float], share: float = 0.1) -> list[float]:
 def colours(results: list[Result]) -> list:
     """The baseline in grey, each other method in a colour of its own."""
     others = [result for result in results if result.name != BASELINE]
-    palette = colormaps["tab10" if len(others) <= 10 else "tab20"].colors
-    found = {result.name: palette[index % len(palette)] for index, result in enumerate(others)}
+    palette = colormaps["tab10" if len(others) <= 10 else "tab20"]
+    found = {result.name: palette(index) for index, result in enumerate(others)}
     return [found.get(result.name, DIM) for result in results]
 
 
@@ -47,16 +54,18 @@ def size(values: int) -> str:
 def plot(report: Report, path: Path) -> None:
     """A dot a method with its standard error, the best on top, against the frozen encoder; beside it the losses."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(12.8, 3.6 + 0.45 * max(6, len(report.results))), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.25, h_pad=0.12)  # type: ignore[union-attr]
+        figure = Figure(figsize=(12.8, 3.6 + 0.45 * max(6, len(report.results))))
+        figure.set_layout_engine("constrained", w_pad=0.25, h_pad=0.12)
         quality, learning = figure.subplots(1, 2, width_ratios=(3, 2))
         shown = dict(zip((result.name for result in report.results), colours(report.results), strict=True))
         _accuracies(quality, report, shown)
         _losses(learning, report, shown)
         best, steps = report.best, len(report.results[0].losses)
         points = 100 * (best.accuracy - report.probe)
+        side = "below" if points < 0 else "above"
         figure.suptitle(
-            f"{best.name}: {best.accuracy:.1%} of unseen texts right, {points:+.1f} points above the frozen encoder",
+            f"{best.name}: {best.accuracy:.1%} of unseen texts right, "
+            f"{abs(points):.1f} points {side} the frozen encoder",
             fontsize=19,
             fontweight="bold",
             x=0.02,

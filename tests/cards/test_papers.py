@@ -70,7 +70,7 @@ def test_each_finished_card_cites_once() -> None:
     folder = Path(__file__).parents[2] / "model_cards"
     cards = {path.stem: path.read_text() for path in folder.glob("*.md") if path.stem not in ("README", "template")}
     papers = {variant: info.paper for info in METHODS for variant in info.variants}
-    assert set(papers) < set(cards)
+    assert set(cards) - set(papers) == {"compressed"}
     for name, text in cards.items():
         _, _, fields = parsed(text.split("```bibtex\n")[1].split("```")[0])
         assert text.count("```bibtex") == 1 and "author" in fields

@@ -142,3 +142,18 @@ def test_a_tokenizer_without_a_template_is_refused(chat: Path, tmp_path: Path) -
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(DemoError, match="no chat template"):
         llm.chat_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command(chat: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["demo", "--llm", "--model", str(chat), "--epochs", "0.1", "--output", str(out)]
+    told = CliRunner().invoke(app, arguments)
+    assert told.exit_code == 0, (told.output, told.exception)
+    assert f"of {len(notes.TEST) * len(notes.KEYS)} fields right on unseen notes after 1 steps" in told.stdout
+    assert "Warning" not in told.output and told.stderr == ""
+    assert {"results.json", "results.png", "bone"} <= {path.name for path in out.iterdir()}
+    before = (out / "bone" / "README.md").read_text()
+    assert str(tmp_path) not in before and str(chat) not in before
+    assert CliRunner().invoke(app, arguments).exit_code == 2  # not over what is there
+    assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
