@@ -25,9 +25,12 @@ from safetensors import safe_open
 from ..files import beside, writing
 from ..registry import MethodInfo, info_of, methods
 from ..utils import AUTO_CLASSES, CLASSIFIERS
+from .labels import code, named_labels, with_labels
+from .papers import link
 
 UNFILLED = "# Model Card for Model ID"  # the title of the template that PEFT starts from, which says nothing yet
 LOADING = "## Load this adapter"
+LABELS = "labels of the base model"  # in a config's `vars`, no field of it: for the card, not for the file
 OF_BASE = "base_model:adapter:"  # how PEFT begins a tag
 # fields of a config that are shown whatever their value
 ALWAYS = ("r", "target_modules", "lora_alpha", "task_type")
@@ -46,10 +49,10 @@ HIDDEN = (
 def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
     """Fills in the card at `path`, which PEFT has just written: tags, and first of all the code that loads the adapter.
 
-    A card that nobody has written yet, the template of PEFT and transformers, gets a text too: method, paper, settings,
-    size. What a user wrote stays. For a card on its way to the Hub, `repo_id` is named in the code. A base model that
-    is a folder here is told without its path; in the metadata, where PEFT writes it and the Hub refuses it, only until
-    then.
+    The labels of a classifier, where its base model's config names them, stand before it. A card that nobody has
+    written yet, the template of PEFT and transformers, gets a text too: method, paper, settings, size. What a user
+    wrote stays. For a card on its way to the Hub, `repo_id` is named in the code. A base model that is a folder here is
+    told without its path; in the metadata, where PEFT writes it and the Hub refuses it, only until then.
     """
     card = ModelCard.load(path, ignore_metadata_errors=True)
     info = info_of(type(config))
@@ -69,7 +72,8 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
         title = re.compile(rf"^# {re.escape(_title(config, ''))}(?: of \S+)?$", re.MULTILINE)
         text = title.sub(lambda _: f"# {_title(config)}", text, count=1)
     earlier = re.compile(rf"{LOADING}\n\n```python\nimport peftx.*?```\n*", re.DOTALL)
-    card.text = f"{loading_code(info, config, labels_in(config, shapes), repo_id)}\n\n{earlier.sub('', text).lstrip()}"
+    text = f"{loading_code(info, config, labels_in(config, shapes), repo_id)}\n\n{earlier.sub('', text).lstrip()}"
+    card.text = with_labels(text, vars(config).get(LABELS, ()))
     with writing(path), beside(path) as draft:
         card.save(draft)
 
@@ -93,6 +97,10 @@ def keep_card(model: Any) -> None:
     models of other methods, stay as they are.
     """
     if isinstance(model, peft.PeftModel):
+        base: Any = getattr(model.get_base_model(), "config", None)
+        for config in model.peft_config.values():
+            if config.task_type in CLASSIFIERS and hasattr(base, "to_dict"):
+                vars(config)[LABELS] = named_labels(base.to_dict())
         vars(model).update(
             _upload_modified_files=partial(_complete_and_upload, model),
             create_or_update_model_card=partial(_update_and_complete, model),
@@ -153,8 +161,7 @@ def loading_code(info: MethodInfo, config: Any, labels: int | None = None, repo_
 def description(info: MethodInfo, config: Any) -> list[str]:
     """What the method is, and the adapter's settings."""
     title = type(config).__name__.removesuffix("Config")
-    address = info.paper.replace("arXiv:", "https://arxiv.org/abs/") if info.paper.startswith("arXiv:") else ""
-    paper = f"[{info.paper}]({address})" if address else info.paper
+    paper = link(info.paper)
     how = {
         "exact": "`peftx.export_lora` writes it as a plain LoRA adapter with equal outputs, which needs no peftx.",
         "dora": "`peftx.export_lora` writes it as PEFT's DoRA adapter with equal outputs, which needs no peftx.",
@@ -191,12 +198,6 @@ def settings(config: Any) -> dict[str, str]:
             value = ", ".join(str(part) for part in dict.fromkeys(sorted(value, key=str)))
         shown[f.name] = code(str(value)).replace("|", "\\|")
     return shown
-
-
-def code(text: str) -> str:
-    """Inline code of Markdown, in one line."""
-    text = " ".join(text.split())
-    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def shapes_in(weights: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files import beside, writing
 from .adapter import UNFILLED, is_id
+from .papers import citation, link
 
 QUANT_METHOD = "lowrank_svd"  # of a compressed model's `quantization_config`
 # of a method; a plain SVD has no paper
@@ -158,7 +159,7 @@ def page(
     shown = f"`{base_model if known else Path(base_model).name}`" if base_model else "A model"
     before, after = parameters
     paper = PAPERS.get(method, "")
-    cited = f" ([{paper}]({paper.replace('arXiv:', 'https://arxiv.org/abs/')}))" if paper else ""
+    cited = f" ({link(paper)})" if paper else ""
     share = "" if keep is None else f", keep {keep:g}"
     counted = f"{layers} layers" + (f" ({stacks} stacks of experts among them)" if stacks else "")
     parts = [
@@ -171,5 +172,6 @@ def page(
         "`peftx.compression.materialize(model)` makes ordinary dense layers again.",
         *results,
         f"Method: {method or 'not told'}{cited}{share} of {counted}{details}.",
+        *citation(method, paper),
     ]
     return "\n\n".join(parts) + "\n"

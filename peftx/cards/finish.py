@@ -20,6 +20,9 @@ from ..registry import MethodInfo, info_of
 from ..saved import read_config
 from .adapter import complete_card, drop_paths, is_id
 from .compressed import PAPERS, QUANT_METHOD, loader_of, loading
+from .labels import named_labels, with_labels
+from .papers import HEADING as CITATION
+from .papers import citation
 
 START, END = "<!-- results: peftx.hub.finish_card writes from here -->", "<!-- to here -->"
 BLOCK = re.compile(f"{re.escape(START)}.*?{re.escape(END)}\n*", re.DOTALL)
@@ -60,6 +63,7 @@ def finish_card(
     base_model: str | None = None,
     name: str | None = None,
     license: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Path:
     """Writes measured results onto the card of a saved adapter or compressed model, as text and as metadata.
 
@@ -82,6 +86,7 @@ def finish_card(
         base_model: id or path to name instead of the one that the card names, which may be of this machine.
         name: of the model in `model-index`; default: the one that is there, or the folder's name.
         license: id as of the Hub, e.g. `"apache-2.0"`; nothing is assumed.
+        labels: names of a classifier's classes, from 0; they stand first on the card. Default: those that are there.
 
     Returns:
         Path of the card.
@@ -103,6 +108,8 @@ def finish_card(
         raise ValueError(f"dataset must say what the metrics were measured on, got {dataset!r}.")
     if training is not None and not isinstance(training, Mapping):
         raise ValueError(f"training must map names to values, got {training!r}.")
+    if labels is not None and (isinstance(labels, str) or not all(isinstance(name, str) for name in labels)):
+        raise ValueError(f"labels must be the names of the classes, from 0, got {labels!r}.")
     if any(isinstance(pair, str) or len(pair) != 2 for pair in examples or ()):
         raise ValueError("examples must be pairs of an input and an answer.")
     card = read_card(path)
@@ -126,6 +133,7 @@ def finish_card(
             (architecture,) = (settings.get("architectures") or ["AutoModel"])[:1]
             code = loading(loader_of(str(architecture)), name or Path(folder).resolve().name)
             card.text = f"{code}\n\n{card.text.lstrip()}"
+        card.text = with_labels(card.text, named_labels(settings) if labels is None else labels)
 
         data = card.data
         if base_model:
@@ -155,7 +163,7 @@ def finish_card(
             *table("Training", ("", ""), (training or {}).items()),
             *table("Examples", ("input", "answer"), examples or ()),
             f"## Limits\n\n{limits}",
-            *citation(info, settings),
+            *([] if CITATION in BLOCK.sub("", card.text) else cited(info, settings)),
         ]
         block = "\n\n".join([START, *sections, END]) + "\n"
         text = BLOCK.sub("", card.text)
@@ -271,25 +279,10 @@ def cell(value: Any) -> str:
     return " ".join(shown.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def citation(info: MethodInfo | None, settings: Mapping[str, Any]) -> list[str]:
-    """The method's paper, as far as we know it: its address, without title and authors."""
+def cited(info: MethodInfo | None, settings: Mapping[str, Any]) -> list[str]:
+    """The section that names the method's paper, where there is one."""
     compressed = settings.get("quantization_config")
     if info is not None:
-        title, paper = info.config.__name__.removesuffix("Config"), info.paper
-    elif isinstance(compressed, dict) and compressed.get("method") in PAPERS:
-        title = str(compressed["method"])
-        paper = PAPERS[title]
-    else:
-        return []
-    if not paper.startswith("arXiv:"):
-        return [f"## Citation\n\n{title}: {paper}"] if paper else []
-    number = paper.removeprefix("arXiv:")
-    fields = {
-        "eprint": number,
-        "archivePrefix": "arXiv",
-        "year": f"20{number[:2]}",  # as arXiv numbers since 2007
-        "url": f"https://arxiv.org/abs/{number}",
-        "note": f"The method {title}",
-    }
-    entry = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
-    return [f"## Citation\n\n```bibtex\n@misc{{{paper},\n{entry}\n}}\n```"]
+        return citation(info.config.__name__.removesuffix("Config"), info.paper)
+    method = str(compressed.get("method")) if isinstance(compressed, dict) else ""
+    return citation(method, PAPERS.get(method, ""))

@@ -17,10 +17,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 
-QUICK_TEXTS = 800
-QUICK_METHODS = 2
+SHOWN = ("bone", "loldu", "triadaptlora")  # by `peftx demo`, beside LoRA; the first of them by its quick form
+PASSES = 2.0  # over the texts: with fewer, a logistic regression on the frozen encoder is ahead
 OVERWRITE = "Replace what this command has written there before, and only that."
-PASSES = 8.0  # over the texts, by all methods together: some six minutes on two cores
 
 
 def tell_version(wanted: bool) -> None:
@@ -88,16 +87,22 @@ def list_methods(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer texts, one epoch, LoRA and two methods.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="LoRA and one method.")] = False,
+    llm: Annotated[
+        bool,
+        typer.Option("--llm", help="A chat model before and after, from peftx[demo-llm]; its methods: bone, loldu."),
+    ] = False,
     model: Annotated[
-        Path | None, typer.Option(help="Folder of an encoder.", show_default="MiniLM-L6, from peftx[demo]")
+        Path | None,
+        typer.Option(help="Folder of an encoder, or of a chat model.", show_default="MiniLM-L6, from peftx[demo]"),
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Variants to set beside LoRA, by comma, or all.", show_default="the first of each method"),
+        typer.Option(help="Variants to set beside LoRA, by comma, or all.", show_default=", ".join(SHOWN)),
     ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Passes over the texts.", show_default="8 by all methods, at most 2 each")
+    epochs: Annotated[float | None, typer.Option(help="Passes over the texts.", show_default="2; 4 with --llm")] = None,
+    texts: Annotated[
+        int | None, typer.Option(min=80, help="Texts to learn from and to test on.", show_default="all")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 8,
     output: Annotated[Path, typer.Option(help="Folder for adapters, table and picture.")] = Path("peftx-demo"),
@@ -111,8 +116,11 @@ def demo(
     """Fine-tune a real encoder with LoRA and with the methods of peftx, offline, and compare them.
 
     The task: which module family of Python's standard library does this docstring come from? Each adapter is saved,
-    loaded back and merged, and must still answer the same. Its model card tells the results.
+    loaded back, merged and exported as a plain LoRA, and must still answer the same. Its model card tells the results.
     """
+    if llm:
+        chat(model, methods, epochs, output, seed, overwrite)
+        return
     with user_errors():
         from .. import files
         from ..demo import cards, report, run
@@ -123,16 +131,15 @@ def demo(
         elif methods:
             chosen = tuple(name.strip() for name in methods.split(","))
         else:
-            chosen = run.first_variants(QUICK_METHODS if quick else None)
-        passes = 1.0 if quick else min(2.0, PASSES / len(run.contenders(chosen)))
+            chosen = SHOWN[:1] if quick else SHOWN
         options = run.Options(
             model or default_folder(),
             output,
             chosen,
-            epochs=passes if epochs is None else epochs,
+            epochs=PASSES if epochs is None else epochs,
             batch_size=batch_size,
             seed=seed,
-            texts=QUICK_TEXTS if quick else None,
+            texts=texts,
         )
         console = Console()
         names = [entry.name for entry in run.check(options, overwrite)]
@@ -146,11 +153,40 @@ def demo(
             cards.finish(outcome)
             copies = cards.collect(outcome, model_cards) if model_cards else []
     console.print(report.table(outcome))
+    console.print(f"[bold]{report.headline(outcome)}[/bold]\n", highlight=False)
     console.print(f"Adapters: {output}. Report: {', '.join(str(path) for path in paths)}", soft_wrap=True)
     if copies:
         console.print(f"Model cards: {', '.join(str(path) for path in copies)}", soft_wrap=True)
     if different := [result.name for result in outcome.results if not result.equal]:
         typer.echo(f"peftx: answers changed by saving, loading or merging: {', '.join(different)}", err=True)
+        raise typer.Exit(1)
+
+
+def chat(
+    model: Path | None, methods: str | None, epochs: float | None, output: Path, seed: int, overwrite: bool
+) -> None:
+    """`peftx demo --llm`: a chat model learns to turn notes into JSON."""
+    with user_errors():
+        from .. import files
+        from ..demo import llm, llm_report
+
+        options = llm.Options(
+            output, model, methods or "bone", epochs=llm.EPOCHS if epochs is None else epochs, seed=seed
+        )
+        llm.check(options, overwrite)
+        console = Console()
+        console.print("Asking a chat model as it came, then fine-tuning it:")
+        with files.drafted(output, "demo") as draft:
+            with bars([options.method], console) as watch:
+                outcome = llm.run(dataclasses.replace(options, output=draft), watch)
+            paths = [output / path.name for path in llm_report.write(outcome)]
+    console.print(llm_report.table(outcome))
+    console.print(f"[bold]{llm_report.headline(outcome)}[/bold]\n", highlight=False)
+    console.print("\n".join(llm_report.facts(outcome)), highlight=False)
+    shown = ", ".join(str(path) for path in paths)
+    console.print(f"Adapter: {output / options.method}. Report: {shown}", soft_wrap=True)
+    if not outcome.equal:
+        typer.echo("peftx: answers changed by saving, loading, merging or exporting", err=True)
         raise typer.Exit(1)
 
 

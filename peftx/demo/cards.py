@@ -12,7 +12,7 @@ from ..registry import methods
 from . import model as encoder
 from .data import MAX_TOKENS
 from .errors import DemoError
-from .report import standard_error
+from .picture import standard_error
 from .run import BASELINE, LEARNING_RATE, WARMUP, Report, Result
 
 LIMITS = (
@@ -54,7 +54,8 @@ def finish_one(report: Report, result: Result) -> Path:
         examples=[(textwrap.shorten(text, 200), said(*answer)) for text, *answer in result.examples],
         notes=notes(report, result),
         limits=LIMITS,
-        base_model=base_model(options.model),
+        labels=report.families,
+        base_model=encoder.public_name(options.model),
     )
 
 
@@ -64,31 +65,26 @@ def said(family: str, answer: str) -> str:
 
 def notes(report: Report, result: Result) -> list[str]:
     """What the numbers stand for, and what somebody needs who uses the adapter."""
-    moved = {"loaded back": result.loaded_difference, "merged": result.merged_difference}
+    moved = {
+        "loaded back": result.loaded_difference,
+        "merged": result.merged_difference,
+        "exported as a plain LoRA": result.exported_difference,
+    }
     told = [
         f"{how}, {f'its logits differ by at most {value:.0e}' if value else 'its logits are equal'}"
         for how, value in moved.items()
         if value is not None
     ]
     broken = [] if result.equal else ["**Its answers changed: do not use it.**"]
-    origin = [encoder.ORIGIN] if base_model(report.options.model) == encoder.HUB_ID else []
+    origin = [encoder.ORIGIN] if encoder.public_name(report.options.model) == encoder.HUB_ID else []
     return [
         f"Accuracy on {report.test_texts:,} held-out texts, its standard error is "
         f"{standard_error(report, result.accuracy):.3f}. The file was tried: {'; '.join(told)}.",
         *broken,
         f"The task: from which module family does a docstring come? Families' names are masked in the texts, which are "
-        f"cut to {MAX_TOKENS} tokens. Labels 0 to {len(report.families) - 1}: {', '.join(report.families)}.",
+        f"cut to {MAX_TOKENS} tokens.",
         *origin,
     ]
-
-
-def base_model(folder: Path) -> str:
-    """The id on the Hub of the model that the demo brings along; any other as the user named it."""
-    try:
-        default = encoder.default_folder()
-    except DemoError:
-        return str(folder)
-    return encoder.HUB_ID if folder == default else str(folder)
 
 
 def copied(names: Iterable[str]) -> list[str]:

@@ -30,6 +30,15 @@ def default_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def public_name(folder: Path) -> str:
+    """The id on the Hub of the model that the demo brings along; any other as the user named it."""
+    try:
+        default = default_folder()
+    except DemoError:
+        return str(folder)
+    return HUB_ID if folder == default else str(folder)
+
+
 def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise DemoError(f"no model in {folder}: expected a folder with config.json, model.safetensors and a tokenizer")

@@ -1,11 +1,10 @@
-"""Fine-tune one encoder with LoRA and every method of peftx; save, load back and merge each adapter, and compare.
+"""Fine-tune one encoder with LoRA and methods of peftx; save, load back, merge and export each adapter, and compare.
 
 All methods get the same layers, head, batches, number of steps and seed; only the learning rate of the adapter is their
 own. Pooler and classifier are new to every method and learn at one rate.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +18,19 @@ from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Sampler
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import peftx
 
 from ..files import claim
+from ..registry import MethodInfo
 from ..utils import quiet
 from . import model as encoder
 from .data import load
 from .errors import DemoError
+from .recorder import Recorder, Watch
 
 BASELINE = "lora"
 LOAD_TOLERANCE = 0.0
@@ -37,8 +38,7 @@ MERGE_TOLERANCE = 1e-4
 LEARNING_RATE = 2e-3  # LoRA's, and of every method's head
 WARMUP = 0.05  # share of the steps
 EXAMPLES = 3  # answers that are kept
-
-Watch = Callable[[str, int, int, float], None]  # method, step, steps, training loss
+PLAIN = "plain-lora"  # where an adapter is exported to, in its own folder
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ class Contender:
     learning_rate: float
     mergeable: bool = True
     callback: type[TrainerCallback] | None = None
+    exported: bool = False  # whether it is a plain LoRA (or DoRA) too
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one method did. Differences are the largest between held-out logits; None if the method cannot merge.
+    """What one method did. Differences are the largest between held-out logits; None if the method cannot merge, or is
+    no plain LoRA (or is one already).
     Examples are held-out texts, one of each length from short to long, with their family and the method's answer."""
 
     name: str
@@ -83,17 +85,20 @@ class Result:
     losses: list[float] = field(repr=False)
     step_seconds: list[float] = field(repr=False)
     examples: list[tuple[str, str, str]] = field(repr=False)
+    exported_difference: float | None = None
+    held_out_loss: float = float("nan")
 
     @property
     def equal(self) -> bool:
-        """Whether the loaded and the merged model answer like the trained one."""
-        close = self.loaded_difference <= LOAD_TOLERANCE and (self.merged_difference or 0.0) <= MERGE_TOLERANCE
-        return close and self.same_predictions
+        """Whether the loaded, the merged and the exported model answer like the trained one."""
+        summed = max(self.merged_difference or 0.0, self.exported_difference or 0.0)
+        return self.loaded_difference <= LOAD_TOLERANCE and summed <= MERGE_TOLERANCE and self.same_predictions
 
 
 @dataclass(frozen=True)
 class Report:
-    """The results, the baseline's first, and what they are measured against."""
+    """The results, the baseline's first, and what they are measured against: the accuracy of the largest class and of
+    a logistic regression on the frozen encoder, and the held-out loss before the training, under the new head."""
 
     options: Options
     families: list[str]
@@ -102,6 +107,12 @@ class Report:
     majority: float
     probe: float
     results: list[Result]
+    start_loss: float = float("nan")
+
+    @property
+    def best(self) -> Result:
+        """The most accurate; of several the smallest."""
+        return max(self.results, key=lambda result: (result.accuracy, -result.adapter_parameters))
 
     def step_ratio(self, result: Result) -> float:
         """CPU time of a step against the baseline's on the same batch; the median over all steps."""
@@ -113,7 +124,9 @@ def contenders(names: tuple[str, ...] = ()) -> list[Contender]:
     """LoRA, then the named variants of peftx's methods, or all of them."""
     lora = Contender(BASELINE, LoraConfig, {"r": 8, "lora_alpha": 16}, learning_rate=LEARNING_RATE)
     ours = [
-        Contender(name, info.config, settings, info.learning_rate, info.mergeable, info.callback)
+        Contender(
+            name, info.config, settings, info.learning_rate, info.mergeable, info.callback, is_exported(info, settings)
+        )
         for info in peftx.methods()
         for name, settings in info.variants.items()
     ]
@@ -123,9 +136,9 @@ def contenders(names: tuple[str, ...] = ()) -> list[Contender]:
     return [lora, *(contender for contender in ours if not names or contender.name in names)]
 
 
-def first_variants(count: int | None = None) -> tuple[str, ...]:
-    """One variant of each of the first `count` methods, or of all."""
-    return tuple(next(iter(info.variants)) for info in peftx.methods()[:count])
+def is_exported(info: MethodInfo, settings: Mapping[str, Any]) -> bool:
+    """Bone's bat depends on the weight: it has no plain LoRA of its own rank."""
+    return info.lora_export in ("exact", "dora") and settings.get("init_weights") != "bat"
 
 
 def check(options: Options, overwrite: bool = False) -> list[Contender]:
@@ -154,10 +167,12 @@ def run(options: Options, watch: Watch = lambda *_: None) -> Report:
         data = load(tokenizer, options.texts)
         bench = Bench(options, data["train"], data["test"], DataCollatorWithPadding(tokenizer), watch)
         probe = bench.probe()
+        start_loss = bench.loss(encoder.logits(bench.base(options.seed), bench.test, bench.collate))
         results = [bench.contend(entry) for entry in entries]
     labels = torch.tensor(data["test"]["label"])
     majority = (labels.bincount().max() / len(labels)).item()
-    return Report(options, bench.families, len(bench.train), len(bench.test), majority, probe, results)
+    sizes = len(bench.train), len(bench.test)
+    return Report(options, bench.families, *sizes, majority, probe, results, start_loss)
 
 
 @dataclass(frozen=True)
@@ -174,11 +189,17 @@ class Bench:
     def families(self) -> list[str]:
         return self.test.features["label"].names
 
-    def base(self, seed: int):
-        return encoder.classifier(self.options.model, len(self.families), seed)
+    def base(self, seed: int) -> PreTrainedModel:
+        """The encoder under a random head."""
+        base = encoder.classifier(self.options.model, len(self.families), seed)
+        base.config.id2label = dict(enumerate(self.families))  # for the card
+        return base
 
     def accuracy(self, predictions) -> float:
         return float(accuracy_score(self.test["label"], predictions))
+
+    def loss(self, logits: torch.Tensor) -> float:
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(self.test["label"])).item()
 
     def probe(self) -> float:
         """Accuracy of logistic regression on the frozen encoder's embeddings."""
@@ -188,7 +209,7 @@ class Bench:
         return self.accuracy(regression.fit(train, self.train["label"]).predict(test))
 
     def contend(self, entry: Contender) -> Result:
-        """Train one method, save it, load it into a fresh base and merge it there."""
+        """Train one method, save it, load it into a fresh base, merge it there, and export it for stock PEFT."""
         folder = self.options.output / entry.name
         base = self.base(self.options.seed)
         model = get_peft_model(base, peft_config(entry, base))
@@ -197,12 +218,20 @@ class Bench:
         model.save_pretrained(str(folder))
         adapter, head = (sum(p.numel() for p in part) for part in encoder.trainable(model))
 
-        other = self.base(self.options.seed + 1)  # with another random head, which the saved one must replace
-        reloaded = PeftModel.from_pretrained(other, folder).to(model.device)
-        answers = [encoder.logits(reloaded, self.test, self.collate)]
+        def answers(network: torch.nn.Module) -> torch.Tensor:
+            return encoder.logits(network.to(model.device), self.test, self.collate)
+
+        def loaded(path: Path) -> PeftModel:  # with another random head, which the saved one must replace
+            return PeftModel.from_pretrained(self.base(self.options.seed + 1), path)
+
+        again = loaded(folder)
+        moved = {"loaded": answers(again)}
         if entry.mergeable:
-            answers.append(encoder.logits(reloaded.merge_and_unload(), self.test, self.collate))
-        loaded, *merged = [(answer - trained).abs().max().item() for answer in answers]
+            moved["merged"] = answers(again.merge_and_unload())
+        if entry.exported:
+            peftx.export_lora(model, folder / PLAIN)
+            moved["exported"] = answers(loaded(folder / PLAIN))
+        differences = {how: (logits - trained).abs().max().item() for how, logits in moved.items()}
         return Result(
             entry.name,
             self.accuracy(trained.argmax(-1)),
@@ -210,12 +239,14 @@ class Bench:
             adapter,
             head,
             adapter_bytes=sum(path.stat().st_size for path in folder.glob("adapter_model.*")),
-            loaded_difference=loaded,
-            merged_difference=merged[0] if merged else None,
-            same_predictions=all(torch.equal(answer.argmax(-1), trained.argmax(-1)) for answer in answers),
+            loaded_difference=differences["loaded"],
+            merged_difference=differences.get("merged"),
+            same_predictions=all(torch.equal(logits.argmax(-1), trained.argmax(-1)) for logits in moved.values()),
             losses=recorder.losses,
             step_seconds=recorder.seconds,
             examples=self.examples(trained.argmax(-1)),
+            exported_difference=differences.get("exported"),
+            held_out_loss=self.loss(trained),
         )
 
     def examples(self, answers: torch.Tensor) -> list[tuple[str, str, str]]:
@@ -226,7 +257,7 @@ class Bench:
             for row in rows
         ]
 
-    def fit(self, model: PeftModel, entry: Contender, folder: Path) -> "Recorder":
+    def fit(self, model: PeftModel, entry: Contender, folder: Path) -> Recorder:
         recorder = Recorder(entry.name, self.watch)
         arguments = TrainingArguments(
             output_dir=str(folder),
@@ -273,24 +304,3 @@ class LengthGroupedTrainer(Trainer):
         lengths = [len(ids) for ids in train_dataset["input_ids"]]
         generator = torch.Generator().manual_seed(self.args.seed)
         return LengthGroupedSampler(self.args.train_batch_size, lengths=lengths, generator=generator)
-
-
-class Recorder(TrainerCallback):
-    """Keeps the loss and the CPU seconds of every step, and tells the watcher."""
-
-    def __init__(self, name: str, watch: Watch):
-        self.name, self.watch = name, watch
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.started = 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.process_time()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.process_time() - self.started)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
-            self.watch(self.name, state.global_step, state.max_steps, self.losses[-1])

@@ -26,6 +26,7 @@ from ..adapters.experts import Routed, target_key
 from ..adapters.files import belongs_to
 from ..adapters.lora import Variant
 from ..adapters.products import at_least_fp32
+from ..cards import exported as cards
 from ..files import drafted
 from ..registry import info_of, methods
 from ..tuners.bone import BoneConfig
@@ -87,13 +88,17 @@ def export_lora(
     """
     hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
 
+    own: list[Any] = []
+
     def check(config: Any) -> None:
+        own.append(config)
         check_place(path, ADAPTER, config)
 
-    if isinstance(model, (str, os.PathLike)):
+    saved = isinstance(model, (str, os.PathLike))
+    if saved:
         check_place(path, (), None, base_model, Path(model, subfolder or ""))
     state, exported, errors = plain_lora(model, adapter_name, rank, check, base_model=base_model, **hub)
-    _write(path, state, exported)
+    _write(path, state, exported, own[-1], model if saved else None, max(errors.values(), default=0.0))
     return errors
 
 
@@ -212,7 +217,8 @@ def export_miss(
     settings = {name: getattr(config, name) for name in taken - {"peft_type", "init_weights", "bias"}}
     bias = "MiSS_only" if config.bias.endswith("_only") else config.bias
     renamed = {key.replace(BLOCK, ".miss_block"): tensor for key, tensor in state.items()}
-    _write(path, renamed, MissConfig(**settings, bias=bias, init_weights="bat" if bat else True))
+    exported = MissConfig(**settings, bias=bias, init_weights="bat" if bat else True)
+    _write(path, renamed, exported, config, None if isinstance(model, PeftModel) else model)
 
 
 def _state_of(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -229,13 +235,30 @@ def _rescaled_blocks(model: Any, state: dict[str, torch.Tensor], adapter_name: s
     return {key: layers[key].adapters[adapter_name].scale * block for key, block in state.items() if key in layers}
 
 
-def _write(path: str | os.PathLike, state: dict[str, torch.Tensor], config: Any) -> None:
+def _write(
+    path: str | os.PathLike,
+    state: dict[str, torch.Tensor],
+    config: Any,
+    origin: Any,
+    source: Any = None,
+    error: float = 0.0,
+) -> None:
+    """The adapter and its card.
+
+    Args:
+        config: of what is written.
+        origin: config of the adapter that it was.
+        source: its folder or id.
+        error: the largest of a module.
+    """
     stock = {key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector"): t for key, t in state.items()}
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in stock.items()}
     config.inference_mode = True
     with drafted(path, BY) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
+        kind: Any = "miss" if isinstance(config, MissConfig) else "dora" if config.use_dora else "lora"
+        cards.put(folder, path, BY, kind, origin, source=source, error=error)
 
 
 def numbers_in(config: LoraConfig) -> list[tuple[str, Any]]:

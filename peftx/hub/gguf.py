@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from ..cards import exported as cards
 from ..files import drafted
 from .export import plain_lora
 from .merged import BY, check_place
@@ -108,15 +109,19 @@ def export_gguf(
 
     def check(config: Any) -> None:
         check_place(path, (FILE,), config)
+        known["config"] = config
         known["base"] = base = _base_config(model, config, base_model, token)
         _family(base)
 
-    if isinstance(model, (str, os.PathLike)):
+    saved = isinstance(model, (str, os.PathLike))
+    if saved:
         check_place(path, (), None, base_model, Path(model, subfolder or ""))
     state, config, errors = plain_lora(model, adapter_name, rank, check, base_model=base_model, **hub)
     tensors, alpha = _converted(state, config, known["base"], dtype)
     with drafted(path, BY) as folder:
         _write(folder / FILE, tensors, alpha, _family(known["base"]), config, dtype)
+        lost, source = max(errors.values(), default=0.0), model if saved else None
+        cards.put(folder, path, BY, "gguf", known["config"], source=source, error=lost, file=FILE)
     return errors
 
 

@@ -13,6 +13,8 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..cards import exported as cards
+from ..cards.labels import named_labels
 from ..files import check_apart, check_free, drafted
 from ..saved import read_config
 from .loading import fetch_adapter, load_adapter
@@ -94,6 +96,8 @@ def export_merged(
                 continue
             tokenizer.save_pretrained(str(folder))
             break
+        labels = named_labels(merged.config.to_dict())
+        cards.put(folder, path, BY, "merged", config, source=adapter, base_model=base_model, labels=labels)
     return merged
 
 

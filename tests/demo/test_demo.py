@@ -23,7 +23,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import peftx
-from peftx.demo import data, model, report, run
+from peftx.demo import data, model, picture, report, run
 from peftx.demo.errors import DemoError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -156,8 +156,9 @@ def test_every_method_runs_learns_and_survives_saving_and_merging(learned):
     assert [result.name for result in learned.results] == ["lora", *variants]
     for result in learned.results:
         assert result.equal, result
-        start, end = report.smooth(result.losses)[2], report.smooth(result.losses)[-1]
+        start, end = picture.smooth(result.losses)[2], picture.smooth(result.losses)[-1]
         assert end < start, result.name
+        assert result.held_out_loss < learned.start_loss, result.name
 
 
 @pytest.mark.slow
@@ -166,9 +167,7 @@ def test_comparison_is_fair(learned):
     assert {len(result.losses) for result in learned.results} == {steps}
     assert {len(result.step_seconds) for result in learned.results} == {steps}
     assert len({result.head_parameters for result in learned.results}) == 1
-    first = [
-        result.losses[0] for result in learned.results
-    ]  # same head, same batch, adapters that start as the identity
+    first = [result.losses[0] for result in learned.results]  # same head and batch, adapters start as the identity
     assert first == pytest.approx([first[0]] * len(first), abs=1e-3)
     assert learned.step_ratio(learned.results[0]) == 1.0
 
@@ -187,6 +186,17 @@ def test_report_files(outcome):
     assert saved["versions"]["peftx"] == peftx.__version__
     assert paths[2].read_bytes().startswith(b"\x89PNG")
     assert report.table(outcome).row_count == len(outcome.results) + 2
+    best = max(result.accuracy for result in outcome.results)
+    assert report.headline(outcome).startswith(f"{outcome.best.name} gets {round(best * outcome.test_texts)} of ")
+
+
+def test_what_is_a_plain_lora_is_exported_and_loads_without_us(outcome):
+    for result in outcome.results:
+        folder = outcome.options.output / result.name / run.PLAIN
+        exported = result.name not in ("lora", "bone-bat", "compacter", "krona")  # the last is of the tests
+        assert folder.is_dir() == exported == (result.exported_difference is not None), result.name
+        if exported:
+            assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
 def test_a_broken_adapter_is_reported(outcome):
