@@ -45,6 +45,7 @@ class CheckedTuner(BaseTuner):
                 self._file = files.Opened(self, source)
             with experts.patterns_of_parameters(self, config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+            experts.check_matched(self, model, config)
             # PEFT asks for the check of the values itself, but for heads that the file lacks, too late.
             heads = config.modules_to_save or config.trainable_token_indices
             if self._file is not None and (heads or self._file.misfit or self._file.source.native):

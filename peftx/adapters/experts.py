@@ -85,6 +85,15 @@ def patterns_of_parameters(tuner: Any, config: Any) -> Iterator[None]:
             warnings.warn(f"The {field} keys {lost} match no target, and are ignored.", stacklevel=4)
 
 
+def check_matched(tuner: Any, model: nn.Module, config: Any) -> None:
+    """Raises ValueError where some of the `target_parameters` match nothing; where none does, PEFT has said so."""
+    found = [f".{name}" for name in tuner.targeted_parameter_names]
+    asked = getattr(config, "target_parameters", None) or ()
+    if lost := sorted(name for name in asked if not any(one.endswith(f".{name}") for one in found)):
+        known = sorted({name.replace(".base_layer", "") for name in fused_experts(model)})
+        raise ValueError(f"target_parameters {lost} match no parameter of the model, whose fused experts are {known}.")
+
+
 def fused_experts(model: nn.Module) -> list[str]:
     """Names of the stacked weights of all fused experts in a model, as `target_parameters` takes them."""
     found: dict[str, None] = {}

@@ -133,7 +133,8 @@ class AdapterModel(CheckedTuner):
         """Where the tensors of an adapter are made: on the meta device, without memory, if its file does not fit."""
         if self._file is None:
             return nullcontext()
-        site = target.site if isinstance(target, kind) else kind.site_for(innermost(target), **options)
+        known = isinstance(target, kind) and getattr(target, "parameter_name", None) == options.get("parameter_name")
+        site = target.site if known else kind.site_for(innermost(target), **options)
         keys = [key]
         if isinstance(site, ExpertsSite):  # nested as it will be, which is not known yet
             keys = experts.nested_keys(key, site.base)

@@ -427,7 +427,7 @@ def test_half_precision_checkpointing_and_generation(one: Case, ids: torch.Tenso
     assert output.logits.dtype == torch.bfloat16 and torch.isfinite(output.logits).all()
 
 
-def test_ranks_by_name(one: Case) -> None:
+def test_ranks_by_name(one: Case, ids: torch.Tensor, tmp_path: Any) -> None:
     if "rank_pattern" not in one.info.config.__dataclass_fields__ or "r" not in one.info.tiny:
         pytest.skip("the method has no ranks")
     base = mixture("mixtral")
@@ -442,6 +442,11 @@ def test_ranks_by_name(one: Case) -> None:
         for layer in tuner_layers(same).values()
     }
     assert sizes["gate_up_proj"] == before["gate_up_proj"] and sizes["down_proj"] > before["down_proj"]
+    spread(model)
+    model.save_pretrained(tmp_path)
+    for small in (False, True):
+        loaded = peft.PeftModel.from_pretrained(mixture("mixtral"), tmp_path, low_cpu_mem_usage=small)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
 
 
 def test_exports_are_stock_lora(one: Case, ids: torch.Tensor, tmp_path: Any) -> None:
@@ -600,6 +605,18 @@ def test_compiles_without_a_break(one: Case, ids: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_compiles_sizes_that_torchs_grouped_product_does_not_take(dtype: torch.dtype) -> None:
+    config = peftx.BoneConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"])
+    model = peft.get_peft_model(Block("mixtral", dtype), config)
+    spread(model)
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager", fullgraph=True)()
+    torch.testing.assert_close(found, model())
+    found.sum().backward()
+
+
+@pytest.mark.slow
 def test_a_trainer_beside_donod_and_fisher(one: Case, tmp_path: Any) -> None:
     model = mixture("qwen3_moe")
     model = peft.get_peft_model(model, one.config(**over(model)))
@@ -664,6 +681,8 @@ def test_what_is_no_stack_of_experts(one: Case) -> None:
     refused(one, Odd(), ["stack"], TypeError, "stack of a Odd is no parameter of fused experts")
     refused(one, Odd(), ["lin0.weight"], TypeError, "weight of a Linear is no parameter of fused experts")
     refused(one, Odd(), ["nothing"], ValueError, "nothing|target_parameters|not found|No modules")
+    lost = r"\['experts.nothing'\] match no parameter of the model, whose fused experts are \[.*experts.down_proj'"
+    refused(one, Block("mixtral"), ["experts.down_proj", "experts.nothing"], ValueError, lost)
     refused(one, Block("gpt_oss"), ["experts.down_proj_bias"], TypeError, "down_proj_bias.*2 axes")
     split = Block("mixtral")
     split.experts._is_expert_parallel = True

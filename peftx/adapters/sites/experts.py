@@ -53,7 +53,9 @@ def grouped(
     # as on one with few.
     odd = any(size * weight.itemsize % ALIGNED for size in weight.shape[2 if inner else 1 :])
     idle = x.device.type == "cpu" and 0 < len(x) < len(offsets) and not torch.compiler.is_compiling()
-    if weight.dtype != torch.float64 and not (odd or idle):
+    # Compiled, transformers has an operator for all but bf16, where a loop here would break the graph.
+    general = torch.compiler.is_compiling() and weight.dtype != torch.bfloat16
+    if general or (weight.dtype != torch.float64 and not (odd or idle)):
         return _grouped_linear(x, weight, bias=bias, offs=offsets, is_transposed=transposed)
     x, matrices = x.to(weight.dtype), weight if transposed else weight.mT
     parts = [x[rows] @ matrices[expert] for expert, rows in segments(offsets)]
