@@ -82,7 +82,7 @@ class ALLoRA(Variant):
         if self.config.norm_of == "b":
             norm = B.norm(dim=-1)
         else:  # ||B_i A||^2 = B_i (A A^T) B_i^T
-            norm = ((B @ (A @ A.mT)) * B).sum(dim=-1).clamp(min=0).sqrt()
+            norm = torch.einsum("...r,...r->...", B @ (A @ A.mT), B).clamp(min=0).sqrt()
             norm = norm if scale == 1 else norm * abs(scale)
         return (norm + self.config.eta**-2).rsqrt()
 

@@ -239,8 +239,8 @@ class LoLDU(Adapter):
         return self.sigma.to(self.c0.dtype) * self.z.to(self.c0.dtype) - self.c0
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        c, h = self.site.per_row(self.scale * self.coefficients()), self.site.reduce(x, self.U)
-        return self.site.accumulate(result, h * c.to(h.dtype), self.PL)
+        c, h = self.site.per_row(self.coefficients()), self.site.reduce(x, self.U)
+        return self.site.accumulate(result, h * c.to(h.dtype), self.PL, self.scale)
 
     def prefers_dense(self, tokens: int) -> bool:
         return tokens > self._dense_from

@@ -18,7 +18,9 @@ STD = 0.02  # of every Gaussian start, from the author's code
 
 def core(L: torch.Tensor, U: torch.Tensor, r: int) -> torch.Tensor:
     """L + U at rank r, (r, r): of L the lower and of U the upper triangle, both with the diagonal."""
-    return L[..., :r, :r].tril() + U[..., :r, :r].triu()
+    if r < L.shape[-1]:
+        L, U = L[..., :r, :r], U[..., :r, :r]
+    return L.tril() + U.triu()
 
 
 def norm(core: torch.Tensor) -> torch.Tensor:
@@ -116,7 +118,9 @@ class TriAdaptLoRA(Adapter):
         return self.training and self.config.lora_dropout > 0
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        A, B = self.A[..., : self.rank, :], self.B[..., : self.rank]
+        A, B = self.A, self.B
+        if self.rank < self.size:
+            A, B = A[..., : self.rank, :], B[..., : self.rank]
         if self.drops:
             x = F.dropout(x, self.config.lora_dropout)
         h = self.site.reduce(self.site.reduce(x, A), self.core())
