@@ -700,6 +700,22 @@ def test_methods_without_experts_say_so(case: Case) -> None:
         peft.get_peft_model(base, case.config(**over(base)))
 
 
+@pytest.mark.parametrize("r", [2, 3, 4])
+def test_mgpo_steps_against_its_moments(r: int, ids: torch.Tensor) -> None:
+    model = mixture("qwen3_moe")
+    model = peft.get_peft_model(model, peftx.LoRAGGPOConfig(r=r, mode="mgpo", auto_update=False, **over(model)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.base_model.attach_optimizer(optimizer)
+    for step in range(3):
+        assert not step or model(input_ids=ids).logits.isfinite().all()
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        model.base_model.update_ggpo_stats()
+        optimizer.step()
+        optimizer.zero_grad()
+    perturbed = model(input_ids=ids).logits  # in learning passes only
+    assert not torch.allclose(perturbed, model.eval()(input_ids=ids).logits, rtol=1e-6)
+
+
 # Behind fused experts
 
 FULL = {"phm_dim": 2, "reduction_factor": 2, "init_weights": False}

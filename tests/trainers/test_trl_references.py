@@ -13,7 +13,7 @@ from conftest import CASES, SMALL, Case, randomize
 from runs import TEMPLATE, base, config, datasets, driver, logged, make, rows, tokenizer, trained, values
 
 pytestmark = pytest.mark.trl
-LN2 = pytest.approx(math.log(2), abs=1e-6)
+LN2 = pytest.approx(math.log(2), abs=5e-6)  # passes with and without gradients round differently
 
 
 def test_trained_tokens(case: Case, tmp_path: Path) -> None:

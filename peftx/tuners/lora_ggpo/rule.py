@@ -169,8 +169,8 @@ class GGPO(Variant):
             return super().over_experts(layer, adapter_name, x, result)
         (A, B), site, scale = layer.factors(adapter_name), layer.site, layer.scaling[adapter_name]
         U, V = factors
-        h = torch.cat([site.reduce(x, A), site.reduce(x, V)], dim=-1)
-        return site.accumulate(result, h, torch.cat([scale * B, U.to(B.dtype)], dim=-1))
+        result = site.accumulate(result, site.reduce(x, A), B, scale)
+        return site.accumulate(result, site.reduce(x, V), U)
 
 
 def stacked(module: Any, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
