@@ -214,6 +214,7 @@ def main() -> None:
             rows[name][part] = value
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, peftx)}
     about = {**versions, "python": platform.python_version(), "date": date.today().isoformat(), "rounds": args.rounds}
+    about["model"] = Path(args.model).name if args.model else "random"
     page = f"{', '.join(f'{key} {value}' for key, value in about.items())}; ratios to PEFT's LoRA\n\n{markdown(rows)}\n"
     print(page)
     if args.save:

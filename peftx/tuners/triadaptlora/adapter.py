@@ -118,7 +118,8 @@ class TriAdaptLoRA(Adapter):
         return self.training and self.config.lora_dropout > 0
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        A, B = self.A, self.B
+        A: torch.Tensor = self.A
+        B: torch.Tensor = self.B
         if self.rank < self.size:
             A, B = A[..., : self.rank, :], B[..., : self.rank]
         if self.drops:
