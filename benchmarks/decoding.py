@@ -6,6 +6,7 @@ is the median over rounds of CPU times in one round.
 
 - decode: tokens one at a time, batch 1, from a prompt of 8; plainly, and within `peftx.inference`.
 - mixed: the same with 8 rows, each with an adapter of its own (`adapter_names`).
+- short step: forward and backward in training on 2 x 128 tokens, where what does not shrink with the batch shows.
 - operations: of one linear layer with its adapter, forward and backward, as torch's profiler counts them; views and
   allocations are none. On a GPU they are launches.
 
@@ -41,6 +42,7 @@ import peftx
 
 RESULTS = Path(__file__).parent / "results"
 YARDSTICK, LAYERS = "LoRA", 30
+PARTS = ("decode", "within", "mixed", "mixed within", "short step", "operations")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VIEWS = {
     *("alias", "as_strided", "detach", "detach_", "empty", "empty_like", "empty_strided", "expand", "expand_as"),
@@ -144,6 +146,27 @@ def mixed(root: Any, found: dict[str, Any], rounds: int, tokens: int, within: bo
         return ratios(calls, rounds, "mixed, within" if within else "mixed")
 
 
+def short(root: Any, found: dict[str, Any], rounds: int) -> dict[str, float]:
+    ids, calls = torch.randint(4096, (2, 128), generator=torch.Generator().manual_seed(0)), {}
+    for name, config in found.items():
+        model = build(root, config).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+        if hasattr(model.base_model, "attach_optimizer"):
+            model.base_model.attach_optimizer(optimizer)
+
+        def step(model: Any = model, optimizer: Any = optimizer) -> float:
+            begin = time.process_time()
+            model(input_ids=ids, labels=ids).loss.backward()
+            if hasattr(model.base_model, "update_ggpo_stats"):
+                model.base_model.update_ggpo_stats()
+            optimizer.step()
+            optimizer.zero_grad()
+            return time.process_time() - begin
+
+        calls[name] = step
+    return ratios(calls, rounds, "short step")
+
+
 def operations(config: Any) -> int:
     """Of one linear layer with its adapter, forward and backward."""
     torch.manual_seed(0)
@@ -177,12 +200,10 @@ def is_leaf(event: Any) -> bool:
 
 
 def markdown(rows: dict[str, dict[str, float]]) -> str:
-    lines = ["| | decoding | within `peftx.inference` | mixed batch | within it | operations |"]
-    lines.append("| --- " + "| ---: " * 5 + "|")
+    lines = ["| | decoding | within `peftx.inference` | mixed batch | within it | step of 256 tokens | operations |"]
+    lines.append("| --- " + "| ---: " * 6 + "|")
     for name, row in rows.items():
-        cells = (
-            "-" if row.get(key) is None else f"{row[key]:.2f}" for key in ("decode", "within", "mixed", "mixed within")
-        )
+        cells = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in PARTS[:-1])
         lines.append(f"| {name} | {' | '.join(cells)} | {row.get('operations', '-')} |")
     return "\n".join(lines)
 
@@ -191,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a causal language model; default: random weights")
     parser.add_argument("--methods", nargs="*", help="names of methods or variants; default: all")
-    parser.add_argument("--parts", nargs="*", default=["decode", "within", "mixed", "mixed within", "operations"])
+    parser.add_argument("--parts", nargs="*", default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=9, help="of each contender; default: 9")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a round; default: 16")
     parser.add_argument("--small", action="store_true", help="a tiny model: shows that everything runs")
@@ -207,6 +228,7 @@ def main() -> None:
         "within": lambda: decoding(root, found, args.rounds, args.tokens, within=True),
         "mixed": lambda: mixed(root, found, args.rounds, args.tokens, within=False),
         "mixed within": lambda: mixed(root, found, args.rounds, args.tokens, within=True),
+        "short step": lambda: short(root, found, args.rounds),
         "operations": lambda: {name: operations(config) for name, config in found.items()},
     }
     for part in args.parts:
