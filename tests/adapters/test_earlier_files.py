@@ -26,7 +26,9 @@ def test_an_earlier_file_loads_and_is_saved_anew(
         pytest.skip("the method is not older than the layout")
     io = load_file(FILES / "io.safetensors")
     model = peft.PeftModel.from_pretrained(base, FILES / case.name, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(model(io["x"]), io[case.name])
+    torch.testing.assert_close(
+        model(io["x"]), io[case.name], rtol=1e-6, atol=1e-6
+    )  # products may be taken in another order
     model.save_pretrained(tmp_path)
     old, new = (load_file(folder / "adapter_model.safetensors") for folder in (FILES / case.name, tmp_path))
     renamed = {type(model.base_model).current_key(key): tensor for key, tensor in old.items()}

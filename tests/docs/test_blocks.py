@@ -147,6 +147,13 @@ def examples() -> dict[str, str]:
 EXAMPLES = examples()
 # What each takes for granted; the code of the others' lines is the same for all, see `world`.
 SETUP = {
+    "peftx.adapters.inference.inference": """
+import torch, transformers
+sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, pad_token_id=0))
+model = get_peft_model(model, peftx.GradNormLoRPConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long), "max_new_tokens": 2}
+""",
     "peftx.compression": "from peftx.compression import collect, compress; dataset = data",
     "peftx.compression.callback.FisherCallback": "from peftx.compression import compress",
     "peftx.compression.hooks.Collector": """
@@ -176,7 +183,7 @@ model = get_peft_model(base(), peftx.TriAdaptLoRAConfig(target_modules="all-line
 step = 1
 """,
 }
-QUICK = ("create_optimizer", "trainer_kwargs", "GradNormLoRPConfig", "TriAdaptLoRAConfig", "Collector")
+QUICK = ("create_optimizer", "trainer_kwargs", "GradNormLoRPConfig", "TriAdaptLoRAConfig", "Collector", "inference")
 
 
 @pytest.fixture
