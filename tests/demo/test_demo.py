@@ -143,7 +143,8 @@ def learned(tiny_encoder, tmp_path_factory) -> run.Report:
 @pytest.fixture(scope="module")
 def outcome(tiny_encoder, tmp_path_factory) -> run.Report:
     watched: list[tuple[str, int, int, float]] = []
-    options = run.Options(tiny_encoder, tmp_path_factory.mktemp("demo") / "out", epochs=0.5, texts=120)
+    folder, few = tmp_path_factory.mktemp("demo") / "out", ("lora", "bone", "bone-bat", "compacter", "gradnormlorp")
+    options = run.Options(tiny_encoder, folder, few, epochs=0.5, texts=120)
     outcome = run.run(options, lambda *step: watched.append(step))
     assert len(watched) == sum(len(result.losses) for result in outcome.results)
     assert {name for name, *_ in watched} == {result.name for result in outcome.results}

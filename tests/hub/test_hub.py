@@ -243,6 +243,7 @@ def test_a_pushed_adapter_gives_the_same_logits_in_another_process(logits, metho
     assert not torch.equal(found[method], wanted["compressed"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_code_on_the_card_loads_it(logits, method):
     wanted, found = logits
@@ -250,6 +251,7 @@ def test_the_code_on_the_card_loads_it(logits, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_the_card_on_the_hub_says_what_the_adapter_is(hub, pushed, method):
     info, repo = METHODS[method], f"user/adapter-{method}"
     card = card_of(hub, repo)
@@ -270,6 +272,7 @@ def tensors_of(hub, repo: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_weights_travel_as_the_hub_wants(hub, pushed, method):
     repo = hub.repos[f"user/adapter-{method}"]
     assert set(repo.files()) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -277,11 +280,13 @@ def test_weights_travel_as_the_hub_wants(hub, pushed, method):
     assert blob.lfs == (method not in REGULAR) and blob.content
 
 
+@pytest.mark.slow
 def test_a_branch_is_loaded_by_its_name(logits):
     wanted, found = logits
     assert torch.equal(found["v2"], wanted["v2"]) and not torch.equal(found["v2"], wanted["bone"])
 
 
+@pytest.mark.slow
 def test_a_finished_card_tells_its_results_on_the_hub(hub, pushed):
     card = card_of(hub, "user/finished")
     assert code_of(card).startswith("import peftx")
@@ -292,6 +297,7 @@ def test_a_finished_card_tells_its_results_on_the_hub(hub, pushed):
     assert card.data.datasets == ["user/data"] and card.data.metrics == ["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_card_of_trainer_says_how_to_load(hub, logits):
     wanted, found = logits
     assert torch.equal(found["trained"], wanted["trained"])
@@ -301,6 +307,7 @@ def test_a_card_of_trainer_says_how_to_load(hub, logits):
     assert {"peft", "peftx"} <= set(card.data.tags) and card.data.library_name == "peft"
 
 
+@pytest.mark.slow
 def test_a_compressed_model_comes_back(hub, logits):
     wanted, found = logits
     assert torch.equal(found["compressed"], wanted["compressed"])
@@ -308,6 +315,7 @@ def test_a_compressed_model_comes_back(hub, logits):
     assert config["quantization_config"]["quant_method"] == "lowrank_svd"
 
 
+@pytest.mark.slow
 def test_commands_take_ids_of_the_hub(logits, said):
     wanted, found = logits
     status, output, errors = said["inspect"]
@@ -318,6 +326,7 @@ def test_commands_take_ids_of_the_hub(logits, said):
     torch.testing.assert_close(found["exported"], wanted["bone"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_card_of_a_pushed_compressed_model_says_how_to_load_it(hub, pushed):
     config = json.loads(hub.repos["user/compressed"].files()["config.json"])["quantization_config"]
     for repo, name in (("compressed", "user/compressed"), ("again", "user/again"), ("uploaded", "small")):
@@ -332,6 +341,7 @@ def test_the_card_of_a_pushed_compressed_model_says_how_to_load_it(hub, pushed):
     assert "import peftx" not in card_of(hub, "user/dense").text
 
 
+@pytest.mark.slow
 def test_a_revision_and_a_subfolder_are_read(logits, said):
     wanted, found = logits
     assert torch.equal(found["v2 by load_adapter"], wanted["v2"])
@@ -345,6 +355,7 @@ def test_a_revision_and_a_subfolder_are_read(logits, said):
     torch.testing.assert_close(found["deeper"], wanted["v2"])
 
 
+@pytest.mark.slow
 def test_why_nothing_came_from_the_hub_is_said(said):
     for name, message in (
         ("inspect v3", "user/adapter-bone holds no adapter that can be read: it has no revision 'v3'"),
@@ -364,12 +375,14 @@ def test_a_folder_has_no_revision(original):
 
 
 @pytest.mark.parametrize("command", ["inspect", "export"])
+@pytest.mark.slow
 def test_a_missing_repository_is_one_clear_line(said, command):
     status, output, errors = said[f"{command} missing"]
     assert status == 2 and not output and errors.count("\n") == 1
     assert errors.startswith("peftx: user/none holds no adapter")
 
 
+@pytest.mark.slow
 def test_nothing_was_asked_that_is_not_served(hub, loaded):
     assert not hub.unknown
     assert not [path for _, path in hub.requests if path.endswith((".bin", ".pt", ".pkl"))]
