@@ -143,7 +143,7 @@ def test_the_fields_of_the_file(tmp_path):
     model = get_peft_model(tiny("qwen2"), LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj"]))
     model.peft_config["default"].base_model_name_or_path = "some-one/a-model"
     peftx.export_gguf(model, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".peftx.json", FILE]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".peftx.json", "README.md", FILE]
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out" / FILE).fields.items()}
     wanted = {"architecture": "qwen2", "type": "adapter", "base_model.0.organization": "Some One"}
     assert {name: fields.get(f"general.{name}") for name in list(wanted)[:2]} == dict(list(wanted.items())[:2])
