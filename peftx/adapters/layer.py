@@ -162,7 +162,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not is_dense(adapters, self.site.tokens(x)):
             return added(adapters, x, self.base_layer(x, *args, **kwargs))
         if self._is_plain:
-            weight = kept(self, (*adapters, x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype))
+            weight = kept(
+                self, (self._state(adapters), x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype)
+            )
             return self.site.project(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         return self._adapt(adapters, x, self.base_layer(x, *args, **kwargs))
 
@@ -174,8 +176,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _adapt(self, adapters: Sequence[Adapter], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """The base layer's output `result` for `x`, with the contributions of the adapters."""
         if is_dense(adapters, self.site.tokens(x)):
-            return self.site.add_dense(kept(self, (*adapters,), lambda: self._change(adapters)), x, result)
+            return self.site.add_dense(kept(self, self._state(adapters), lambda: self._change(adapters)), x, result)
         return added(adapters, x, result)
+
+    @staticmethod
+    def _state(adapters: Sequence[Adapter]) -> tuple[Any, ...]:
+        """What the dense weight depends on beside the tensors."""
+        return tuple((adapter, adapter.scale) for adapter in adapters)
 
     def _change(self, adapters: Sequence[Adapter]) -> torch.Tensor:
         weight = at_least_fp32(self.site.weight())

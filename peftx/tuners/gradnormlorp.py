@@ -226,7 +226,8 @@ class GradNormLoRP(Variant):
         """c (out_features,), at least fp32; 1 for a row of zeros. Of a stack as `row_norms`."""
         if self.kept is not None and not torch.is_grad_enabled() and experts is not None:
             return self.row_factor(module, adapter_name)[experts]
-        return kept(self, adapter_name, lambda: self._row_factor(module, adapter_name, experts))
+        state = adapter_name, module.scaling[adapter_name]
+        return kept(self, state, lambda: self._row_factor(module, adapter_name, experts))
 
     def _row_factor(self, module: Any, adapter_name: str, experts: slice | None) -> torch.Tensor:
         magnitude, norms = module.lora_magnitude_vector[adapter_name](), self.row_norms(module, adapter_name, experts)

@@ -1,8 +1,6 @@
 """Fused experts: every method that reaches them against a loop over tokens and experts, in float64."""
 
 import copy
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import CASES, Case, tuner_layers
+from mixtures import HIDDEN, INNER, MODULES, SIZES, E, K
 from processes import join, leave
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,22 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftx
 
-HIDDEN, INNER, E, TOKENS, K = 12, 8, 5, 9, 2
-SIZES = dict(hidden_size=HIDDEN, moe_hidden_size=HIDDEN, intermediate_size=INNER, moe_intermediate_size=INNER)
-SIZES |= dict(num_local_experts=E, n_routed_experts=E, moe_num_experts=E, moe_latent_size=None, post_norm_eps=1e-6)
-SIZES |= dict(hidden_act="silu", mlp_hidden_act="relu2", swiglu_alpha=1.702, swiglu_limit=7.0)
-MODULES = {}  # those that this transformers has
-for kind, name in {
-    "mixtral": "MixtralExperts",
-    "gpt_oss": "GptOssExperts",  # transposed, with bias, with interleaved gate
-    "nemotron_h": "NemotronHExperts",  # without gate
-    "muse_spark": "MuseSparkExperts",  # with a norm behind
-    "aria": "AriaExperts",  # transposed
-}.items():
-    if find_spec(f"transformers.models.{kind}"):
-        cls = getattr(import_module(f"transformers.models.{kind}.modeling_{kind}"), name, None)
-        if hasattr(cls, "_apply_gate"):
-            MODULES[kind] = cls
+TOKENS = 9
 REACHING = [case for case in CASES if case.info.experts and case.name not in ("bone-bat", "lora-ggpo")]
 
 

@@ -70,6 +70,17 @@ def test_merging_inside(mergeable: Case, tokens: torch.Tensor) -> None:
             torch.testing.assert_close(forward(model, tokens), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_change_of_scale_inside_counts(case: Case, tokens: torch.Tensor) -> None:
+    model = adapted(tiny_model("llama"), case).eval()
+    with torch.no_grad(), peftx.rescale_adapter_scale(model, 2.0):
+        wanted = forward(model, tokens)
+    with peftx.inference(model):
+        first = forward(model, tokens)
+        with peftx.rescale_adapter_scale(model, 2.0):
+            torch.testing.assert_close(forward(model, tokens), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(forward(model, tokens), first)
+
+
 def test_training_inside_is_refused(case: Case, tokens: torch.Tensor) -> None:
     model = adapted(tiny_model("llama"), case).train()
     with pytest.raises(RuntimeError, match="cannot be trained"), peftx.inference(model):

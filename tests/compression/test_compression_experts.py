@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL, words
+from mixtures import HIDDEN, MODULES, SIZES, E, K
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -43,22 +43,7 @@ from peftx.compression.layers import shape_of
 from peftx.compression.totals import Totals
 
 f64 = torch.float64
-HIDDEN, INNER, E, LENGTH, K = 12, 8, 5, 6, 2
-SIZES = dict(hidden_size=HIDDEN, moe_hidden_size=HIDDEN, intermediate_size=INNER, moe_intermediate_size=INNER)
-SIZES |= dict(num_local_experts=E, n_routed_experts=E, moe_num_experts=E, moe_latent_size=None, post_norm_eps=1e-6)
-SIZES |= dict(hidden_act="silu", mlp_hidden_act="relu2", swiglu_alpha=1.702, swiglu_limit=7.0)
-MODULES = {}  # those that this transformers has
-for kind, name in {
-    "mixtral": "MixtralExperts",
-    "gpt_oss": "GptOssExperts",  # transposed, with bias, with interleaved gate
-    "nemotron_h": "NemotronHExperts",  # without gate
-    "muse_spark": "MuseSparkExperts",  # with a norm behind
-    "aria": "AriaExperts",  # transposed
-}.items():
-    if find_spec(f"transformers.models.{kind}"):
-        cls = getattr(import_module(f"transformers.models.{kind}.modeling_{kind}"), name, None)
-        if hasattr(cls, "_apply_gate"):
-            MODULES[kind] = cls
+LENGTH = 6
 
 
 class Block(nn.Module):
@@ -152,7 +137,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# --- sums ------------------------------------------------------------------------------------------------------------
+# Sums
 
 
 @pytest.mark.parametrize("estimator", ["per_sample", "per_batch"])
@@ -285,7 +270,7 @@ def test_sums_of_processes_add_up() -> None:
         assert torch.equal(summed[2], torch.eye(HIDDEN, dtype=f64)) and not summed[[0, 1, 3, 4]].any()
 
 
-# --- decomposition ---------------------------------------------------------------------------------------------------
+# Decomposition
 
 
 def best(weight: torch.Tensor, rank: int, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -565,7 +550,7 @@ def test_an_adapter_sits_on_a_stack_that_stayed_dense(own: bool) -> None:
     torch.testing.assert_close(merged(**inputs).y[0], wanted)
 
 
-# --- models of transformers ------------------------------------------------------------------------------------------
+# Models of transformers
 
 
 def mixture(kind: str) -> Any:
