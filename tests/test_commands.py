@@ -49,6 +49,7 @@ SMALL: dict[str, str] = {
     "peftx inspect": "",
     "peftx run": "",
     "peftx demo": "--quick --texts 80 --epochs 0.2 --methods bone --model-cards cards --overwrite",
+    "python benchmarks/cards.py": "",
     "python benchmarks/compression.py": "--small --rounds 2 --model llama --training lora",
     "python benchmarks/compression_models.py": "--smoke --data data --work work",
     "python benchmarks/decoding.py": "--small --rounds 2 --tokens 4 --methods bone gradnormlorp",
@@ -57,6 +58,11 @@ SMALL: dict[str, str] = {
     "python benchmarks/federated_study.py": "--smoke --data data --methods fedsvd",
     "python benchmarks/gpu.py": "--dry --methods loldu --parts dense experts optimizer 4-bit compile --out gpu",
     "python benchmarks/import_time.py": "--rounds 2",
+    "python benchmarks/leaderboard.py": "--seeds 2 --steps 2 --rates 1e-3 --methods bone --groups budget --jobs 1 "
+    "--work w --out w.json",
+    "python benchmarks/leaderboard.py path/to/data": "--tasks sst2 --seeds 2 --steps 2 --rates 1e-3 --methods bone "
+    "--groups budget --jobs 1 --work board --out board.json",
+    "python benchmarks/leaderboard.py --report": "",
     "python benchmarks/method_table.py": "",
     "python benchmarks/optimizer.py": "--parts memory --rounds 2",
     "python benchmarks/optimizer.py --parts loss": "--steps 2 --seeds 1 --contenders AdamW",
@@ -71,6 +77,7 @@ SMALL: dict[str, str] = {
 # The words of a page that stand for something of the reader's.
 STANDS = {"folder-or-id": "folder", "SMOLLM2": "folder", "path/to/SmolLM2-135M": "folder", "path/to/sst2": "data/sst2"}
 STANDS |= {"path/to/gsm8k": "data/gsm8k", "shared/data/stories260k/hf": "folder", "shared/data/gsm8k": "data/gsm8k"}
+STANDS |= {"path/to/data": "data", "path/to/model": "bert"}
 STANDS |= {"folder-of-all-MiniLM-L6-v2": "bert"}
 # What cannot run here, and where it does.
 ELSEWHERE = {
@@ -84,6 +91,7 @@ ELSEWHERE = {
     "python benchmarks/method_table.py --keep": "needs the results of a whole demo",
     "peftx demo --llm": "test_llm.py, on a tiny chat model",
     "python benchmarks/optimizer.py --parts loss": "needs the real stories260K and GSM8K",
+    "python benchmarks/cards.py": "needs the adapters of a whole leaderboard",
     "python benchmarks/smollm2.py": "needs the real SmolLM2",
     "python benchmarks/compression_models.py smollm2": "needs the real SmolLM2",
     "python benchmarks/pruning_noise.py gsm8k": "needs the real SmolLM2",
