@@ -27,8 +27,8 @@ from peftx.train.report import told
 TASK = "sst2"
 CARDS = Path(__file__).parents[1] / "model_cards"
 LIMITS = (
-    "Whole sentences of film reviews in English, one to some dozen words each. Nothing else was measured: no other texts or "
-    "languages, and neither bias nor safety."
+    "Whole sentences of film reviews in English, one to some dozen words each. Nothing else was measured: no other "
+    "texts or languages, and neither bias nor safety."
 )
 
 

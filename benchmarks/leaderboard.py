@@ -71,7 +71,7 @@ class Task:
     seeds: int
     training: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
-    every_variant: bool = True
+    every_variant: bool = False
 
 
 def sst2(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
@@ -129,6 +129,7 @@ def short(pairs: Pairs, args: argparse.Namespace) -> Pairs:
 
 
 LENGTH = 152
+ENCODER = {"max_steps": 100, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64}
 CLASSIFIER = {
     "options": {"task": "SEQ_CLS", "max_length": 64, "head_learning_rate": NATIVE_RATE},
     "model": "encoder",
@@ -138,32 +139,32 @@ WRITER: dict[str, Any] = {
     "options": {"task": "CAUSAL_LM", "max_length": LENGTH, "dtype": "float32"},
     "model": "smollm2",
     "seeds": 3,
-    "every_variant": False,
 }
-SMALL_BATCH = {"max_steps": 100, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 8, "bf16": True}
+WRITER_STEPS = {"max_steps": 80, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 8, "bf16": True}
 TASKS = {
     "sst2": Task(
         "SST-2, sentiment of a sentence in two classes, MiniLM (22M)",
         sst2,
-        training={"max_steps": 150, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32},
+        training=ENCODER,
         **CLASSIFIER,
+        every_variant=True,
     ),
     "docstrings": Task(
         "docstrings of Python's library in eight families, MiniLM (22M)",
         docstrings,
-        training={"max_steps": 150, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32},
+        training=ENCODER,
         **CLASSIFIER,
     ),
     "gsm8k": Task(
         "GSM8K, worked answers to questions of arithmetic, SmolLM2-135M-Instruct, loss per token of the answer",
         gsm8k,
-        training=SMALL_BATCH,
+        training=WRITER_STEPS,
         **WRITER,
     ),
     "selfinstruct": Task(
         "self-instruct's human-written instructions, SmolLM2-135M-Instruct, loss per token of the answer",
         selfinstruct,
-        training=SMALL_BATCH,
+        training=WRITER_STEPS,
         **WRITER,
     ),
 }

@@ -247,6 +247,61 @@ def method_table() -> str:
     return module.table(load("amd-epyc-fp32"), json.loads(module.DEMO.read_text(encoding="utf-8")))
 
 
+def placed() -> dict[str, dict[tuple[str, str], Any]]:
+    """The leaderboard's rows of each task, by method and group (`budget`, `own`), LoRA first."""
+    module, found = script("leaderboard"), {}
+    for task, results in load("leaderboard")["tasks"].items():
+        lines, _ = module.table(results)
+        groups: dict[tuple[str, str], str] = {}
+        for group in ("budget", "own"):
+            for run in results["groups"].get(group, {"runs": []})["runs"]:
+                groups.setdefault((run["method"], module.describe(run["method_settings"])), group)
+        found[task] = {(line.method, groups[line.method, line.settings]): line for line in lines}
+    return found
+
+
+def board(*names: str) -> str:
+    """Quality on every task of the leaderboard, and less LoRA's with the same seeds, of these methods or of all."""
+    tasks, module = placed(), script("leaderboard")
+    first = next(iter(tasks.values()))
+    keys = dict.fromkeys(key for lines in tasks.values() for key in lines)
+    heads = ["", "size", "values, LoRA = 1:", *(f"{task}, {quality(task)}:" for task in tasks)]
+    lines: list[Any] = [heads]
+    for name, group in [key for key in keys if not names or key[0] in ("lora", *names)]:
+        share = first[name, group].trained_values / first["lora", "budget"].trained_values
+        cells = []
+        for rows_of in tasks.values():
+            line = rows_of.get((name, group))
+            told = "" if line is None or line.difference is None else f" ({module.told(line.difference)})"
+            cells.append("" if line is None else f"{line.quality:.4f}{told}")
+        size = "LoRA's" if group == "budget" else "its own"
+        lines.append((f"`{name}`", size, f"{share:.2f}" if share >= 0.01 else f"{share:.4f}", *cells))
+    return rows(*lines)
+
+
+def quality(task: str) -> str:
+    return script("leaderboard").quality_of(load("leaderboard")["tasks"][task]["groups"]["budget"]["runs"])[0]
+
+
+def beside(name: str) -> str:
+    """On how many tasks a method at LoRA's size, or near it, is better than LoRA, not told apart from it, or worse."""
+    counts = {"better": 0, "equal": 0, "worse": 0}
+    for task, lines in placed().items():
+        difference = lines[name, "budget"].difference
+        if difference is not None:
+            less = (difference.mean < 0) is (quality(task) == "loss")
+            counts["equal" if difference.holds_zero else "better" if less else "worse"] += 1
+    return ", ".join(f"{word} on {count}" for word, count in counts.items() if count)
+
+
+def decoding(*names: str) -> str:
+    """Time of a token with the adapter attached, PEFT's LoRA = 1, of these methods."""
+    known = load("decoding")["rows"]
+    lines: list[Any] = [("", "attached:", "within `peftx.inference`:")]
+    lines += [(f"`{name}`", *(f"{known[name][what]:.2f}" for what in ("decode", "within"))) for name in names]
+    return rows(*lines)
+
+
 def real_data() -> str:
     """Accuracy of the training rules, mean and standard deviation, as benchmarks/results/real_data.md has it."""
     return result("real_data")
