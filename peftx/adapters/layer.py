@@ -13,6 +13,7 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
 from .adapter import Adapter, is_dense
+from .mixed import by_adapter
 from .products import at_least_fp32, kept, onloaded, unobserved, unpack
 from .sites import Site, site_of
 from .weighted import LowRank
@@ -202,11 +203,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name in self.present(list(dict.fromkeys(adapter_names))):
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result = result.index_copy(0, rows, self._adapt([self.adapters[name]], x[rows], result[rows]))
-        return result
+        def adapt(name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+            return self._adapt([self.adapters[name]], x, result) if name in self.adapters else result
+
+        return by_adapter(adapter_names, adapt, x, self.base_layer(x, *args, **kwargs))
 
     # Merging
 
