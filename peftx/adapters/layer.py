@@ -14,7 +14,7 @@ from torch import nn
 
 from .adapter import Adapter, is_dense
 from .mixed import by_adapter
-from .products import at_least_fp32, kept, onloaded, unobserved, unpack
+from .products import at_least_fp32, base_weight, kept, onloaded, unobserved, unpack
 from .sites import Site, site_of
 from .weighted import LowRank
 
@@ -161,7 +161,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
         if not is_dense(adapters, self.site.tokens(x)):
-            return added(adapters, x, self.base_layer(x, *args, **kwargs))
+            result = self.base_layer(x, *args, **kwargs)
+            if adapters[0].joins and not adapters[0].drops:
+                weight = base_weight(self.base_layer, x, result)
+                if weight is not None:
+                    first, *adapters = adapters
+                    result = first(x, result.detach(), weight)
+            return added(adapters, x, result)
         if self._is_plain:
             weight = kept(
                 self, (self._state(adapters), x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype)

@@ -30,7 +30,7 @@ from .config import FileConfig, Names, Number
 from .experts import Routed, check_experts, convert_to_experts, nested_keys
 from .lora_experts import FactoredParamWrapper, add_low_rank
 from .lora_layers import VariantEmbedding, VariantLinear
-from .products import accumulate, autocasted, input_gradient, onloaded, times, uncast, unobserved
+from .products import accumulate, autocasted, base_weight, input_gradient, onloaded, times, uncast, unobserved
 from .sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from .sites.site import unsupported
 from .tuner import CheckedTuner, errors_naming
@@ -326,7 +326,7 @@ def low_rank(
         V: (k, in_features), A in its first r rows; default: A.
         U: (out_features, k); default: `scale` B.
         rule: (out_features, r); default: U.
-        weight: the base layer's, where the gradient of `result` is to go on to x only (`base_weight`).
+        weight: the base layer's, where the gradient of `result` is to go on to x only (`weight_along`).
     """
     x = autocasted(x)
     if not torch.is_grad_enabled() and U is None and isinstance(scale, int | float):
@@ -340,20 +340,11 @@ def low_rank(
     return accumulate(result, F.linear(x, V), wide[: len(V)])
 
 
-def base_weight(module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
-    """The base layer's weight, where no backward but that of its product with x is hidden in its output `result`.
-
-    Such a result needs no backward of its own: the gradients that x has from it and from the adapter are one sum
-    (`input_gradient`). `result` is what the base layer returned for `x`, without what a rule adds.
-    """
-    base, first = module.base_layer, next((name for name in module.active_adapters if name in module.lora_A), None)
-    if not (x.requires_grad and result.requires_grad and type(base) is nn.Linear and unobserved(base)):
-        return None
-    parameters, dropout = (base.weight, base.bias), module.lora_dropout[adapter_name]
-    plain = not any(parameter is not None and parameter.requires_grad for parameter in parameters)
-    same = x.dtype == result.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    dropped = module.training and not isinstance(dropout, nn.Identity)
-    return base.weight if plain and same and not dropped and adapter_name == first else None
+def weight_along(module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
+    """`base_weight` of a layer, for the first of its active adapters; `result` is without what a rule adds."""
+    first = next((name for name in module.active_adapters if name in module.lora_A), None)
+    dropped = module.training and not isinstance(module.lora_dropout[adapter_name], nn.Identity)
+    return base_weight(module.base_layer, x, result) if adapter_name == first and not dropped else None
 
 
 class Retrained(torch.autograd.Function):

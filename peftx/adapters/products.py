@@ -41,6 +41,20 @@ def times(B: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     return torch.mul(B, rows, out=torch.empty_like(B, memory_format=torch.contiguous_format))
 
 
+def base_weight(base: nn.Module, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
+    """The base layer's weight, where its output `result` for `x` hides no backward but that of their product.
+
+    Such a result needs no backward of its own: the gradients that x has from it and from an adapter are one sum, made
+    by `input_gradient`, and it can be detached.
+    """
+    wanted = by_hand() and x.requires_grad and result.requires_grad
+    if not (wanted and type(base) is nn.Linear and unobserved(base)):
+        return None
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    same = x.dtype == result.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return base.weight if same and not trained else None
+
+
 def input_gradient(
     g: torch.Tensor, inner: torch.Tensor, down: torch.Tensor, weight: torch.Tensor | None
 ) -> torch.Tensor:

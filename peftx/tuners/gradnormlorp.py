@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapters import Number, register
 from ..adapters.experts import Routed
-from ..adapters.lora import Variant, VariantConfig, VariantModel, base_weight, is_plain, with_rules
+from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, weight_along, with_rules
 from ..adapters.lora_layers import VariantLayer
 from ..adapters.norms import Rescaled, RowNorms, cross_product, row_norms2, scale_rows
 from ..adapters.products import at_least_fp32, autocasted, by_hand, kept, onloaded, uncast
@@ -228,7 +228,7 @@ class GradNormLoRP(Variant):
         if not (by_hand() and is_plain(lora_A, lora_B)):
             return scale_rows(self._add(module, name, x, result), self.row_factor(module, name), bias)
         norms, m, scale = self.row_norms(module, name), module.lora_magnitude_vector[name](), module.scaling[name]
-        weight = base_weight(module, name, x, result)
+        weight = weight_along(module, name, x, result)
         result, x = result if weight is None else result.detach(), autocasted(x)
         return Rescaled.apply(result, x, lora_A.weight, lora_B.weight, m, norms, scale, bias, weight)
 

@@ -114,6 +114,6 @@ class Up(torch.autograd.Function):
         if to_t:
             grad_t = product(z.T, rows, ctx.scale).to(narrow.dtype).view(n, -1, parts)
         if to_bias:
-            grad_bias = g.reshape(-1, g.shape[-1]).sum(0, dtype=narrow.dtype)
+            grad_bias = g.reshape(-1, g.shape[-1]).sum(0).to(narrow.dtype)
             grad_bias = grad_bias if ctx.scale == 1 else grad_bias * ctx.scale
         return g, grad_x, grad_rule, grad_s if to_s else None, grad_t, grad_bias, None

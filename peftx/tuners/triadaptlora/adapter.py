@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ...adapters import Adapter, ExpertsSite, LinearSite, Site
-from ...adapters.products import accumulate, at_least_fp32, autocasted, by_hand, kept, product, uncast
+from ...adapters.products import accumulate, at_least_fp32, autocasted, by_hand, input_gradient, kept, product, uncast
 from .config import TriAdaptLoRAConfig, fixed
 
 STD = 0.02  # of every Gaussian start, from the author's code
@@ -34,18 +34,18 @@ class _Delta(torch.autograd.Function):
     """`result` with `scale` B (L + U) A x at rank r; the gradients are as large as the tensors."""
 
     @staticmethod
-    def forward(ctx, result, x, A, B, lower, upper, r, scale):
+    def forward(ctx, result, x, A, B, lower, upper, r, scale, weight):
         with uncast(x):
             down, C = A[:r].to(x.dtype), core(lower, upper, r)
             h, up = F.linear(x, down), product(C.mT, B[:, :r].mT, scale).to(result.dtype)
         ctx.r, ctx.scale = r, scale
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, down, B, C, up)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, down, B, C, up, weight)
         return accumulate(result, h, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, h, down, B, C, up = ctx.saved_tensors
+        x, h, down, B, C, up, weight = ctx.saved_tensors
         _, to_x, to_A, to_B, to_L, to_U, *_ = ctx.needs_input_grad
         r, size, grad_x = ctx.r, B.shape[1], None
         flat, h = g.reshape(-1, g.shape[-1]), h.reshape(-1, ctx.r)
@@ -54,7 +54,7 @@ class _Delta(torch.autograd.Function):
             if to_x or to_A:
                 inner = F.linear(flat, up).to(h.dtype)
             if to_x:
-                grad_x = (inner @ down).view(*g.shape[:-1], -1)
+                grad_x = input_gradient(flat, inner, down, weight).view(*g.shape[:-1], -1)
             if to_A:
                 product(inner.T, x.reshape(-1, x.shape[-1]), into=A_[:r])
             if to_B or to_L or to_U:
@@ -64,7 +64,7 @@ class _Delta(torch.autograd.Function):
             if to_L or to_U:
                 product(B[:, :r].T, grad_up.T, ctx.scale, into=C_[:r, :r])
         grads = A_ if to_A else None, B_ if to_B else None, C_.tril() if to_L else None, C_.triu() if to_U else None
-        return g, grad_x, *grads, None, None
+        return g if weight is None else None, grad_x, *grads, None, None, None
 
 
 def room(like: torch.Tensor, *shapes: tuple[int, ...], filled: bool) -> list[torch.Tensor]:
@@ -88,6 +88,7 @@ class TriAdaptLoRA(Adapter):
     """
 
     grouped = True
+    joins = True
 
     A: nn.Parameter  # (size, in)
     B: nn.Parameter  # (out, size)
@@ -165,14 +166,15 @@ class TriAdaptLoRA(Adapter):
     def drops(self) -> bool:
         return self.training and self.config.lora_dropout > 0
 
-    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def add_delta(self, x: torch.Tensor, result: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         A: torch.Tensor = self.A
         B: torch.Tensor = self.B
         scale = self.scale * self.constant
         if self.drops:
             x = F.dropout(x, self.config.lora_dropout)
         if by_hand() and isinstance(self.site, LinearSite):
-            return _Delta.apply(result, autocasted(x), A, B, self.lower, self.upper, self.rank, scale)
+            own = A, B, self.lower, self.upper
+            return _Delta.apply(result, autocasted(x), *own, self.rank, scale, weight)
         if self.rank < self.size:
             A, B = A[..., : self.rank, :], B[..., : self.rank]
         h = self.site.reduce(x, A)
