@@ -92,6 +92,13 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied where it lies in memory as tensors of a file do, anywhere: products round as operands lie."""
+    if torch.compiler.is_compiling() or (tensor.is_contiguous() and tensor.data_ptr() % 64 == 0):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def kept(owner: Any, key: Any, make: Callable[[], Any]) -> Any:
     """What `make` returns; made once where `owner.kept` is a dictionary, as within `peftx.inference`."""
     if owner.kept is None or torch.is_grad_enabled():

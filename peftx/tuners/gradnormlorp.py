@@ -16,7 +16,7 @@ from ..adapters.experts import Routed
 from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, weight_along, with_rules
 from ..adapters.lora_layers import VariantLayer
 from ..adapters.norms import Rescaled, RowNorms, cross_product, row_norms2, scale_rows
-from ..adapters.products import at_least_fp32, autocasted, by_hand, kept, onloaded, uncast
+from ..adapters.products import aligned, at_least_fp32, autocasted, by_hand, kept, onloaded, uncast
 from ..adapters.sites.experts import segments
 
 
@@ -155,7 +155,7 @@ class GradNormLoRP(Variant):
             pair = [factor.weight for factor in factors]
             if experts is not None:
                 pair = [factor[experts] for factor in module.stacked(*pair)]
-            A, B = (at_least_fp32(factor) for factor in pair)
+            A, B = (aligned(at_least_fp32(factor)) for factor in pair)
         if self.config.norm_grad == "detached":
             A, B = A.detach(), B.detach()
         with uncast(A):
