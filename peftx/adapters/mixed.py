@@ -17,6 +17,8 @@ def by_adapter(
 
     `names` has one for each row of `x` and `result`. Rows of one adapter that lie side by side are not copied.
     """
+    if not names:
+        return result
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)

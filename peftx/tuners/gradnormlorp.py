@@ -183,7 +183,7 @@ class GradNormLoRP(Variant):
         if module.training or torch.is_grad_enabled():
             return base, cross_product(A, read()), None, read
         if self._cross is None or not torch.equal(self._cross[0], A):
-            self._cross = A, cross_product(A, read())
+            self._cross = A.clone(), cross_product(A, read())
         return base, self._cross[1], None, read
 
     def quantized_norms2(self, module: Any, dtype: torch.dtype) -> torch.Tensor:

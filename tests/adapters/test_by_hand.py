@@ -120,9 +120,23 @@ def test_a_row_of_zeros_is_not_rescaled_whatever_its_magnitude() -> None:
     assert magnitude.grad[2] == 0 and (magnitude.grad[:2] != 0).all() and layer.lora_B["default"].weight.grad[2].any()
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_magnitude_vector"])
+def test_a_quantised_layer_follows_a_change_in_place_between_evaluations(part: str) -> None:
+    base = pytest.importorskip("bitsandbytes").nn.Linear4bit(64, 32).to("cpu")
+    model: Any = peft.get_peft_model(nn.Sequential(base), peftx.GradNormLoRPConfig(target_modules=["0"])).eval()
+    layer, x = model.base_model.model[0], torch.randn(4, 64)
+    layer.lora_B["default"].weight.data.normal_()
+    with torch.no_grad():
+        before = model(x)
+        getattr(layer, part)["default"].weight.data.mul_(2)
+        after = model(x)
+        layer.lora_variant["default"]._cross = None
+        assert torch.equal(model(x), after) and not torch.allclose(before, after)
+
+
 @pytest.mark.parametrize("names", ["aabbb", "ababb", "bbbbb", "bxaxb"])
 def test_rows_of_a_mixed_batch_keep_their_order_and_gradients(names: str) -> None:
-    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(len(names), 2, 3, dtype=torch.float64, requires_grad=True)
     factors, asked = {"a": 2.0, "b": -3.0}, []
 
     def adapt(name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -134,6 +148,7 @@ def test_rows_of_a_mixed_batch_keep_their_order_and_gradients(names: str) -> Non
     torch.testing.assert_close(y, x.sin() + scale * x)
     assert sorted(asked) == sorted((name, names.count(name)) for name in set(names))
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], scale.expand_as(x))
+    assert by_adapter("", adapt, x[:0], x[:0]).shape == (0, 2, 3)
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.5, 0.0])
