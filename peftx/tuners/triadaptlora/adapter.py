@@ -172,7 +172,7 @@ class TriAdaptLoRA(Adapter):
         scale = self.scale * self.constant
         if self.drops:
             x = F.dropout(x, self.config.lora_dropout)
-        if by_hand() and isinstance(self.site, LinearSite):
+        if by_hand() and isinstance(self.site, LinearSite) and A.ndim == 2:  # not of a stack of experts
             own = A, B, self.lower, self.upper
             return _Delta.apply(result, autocasted(x), *own, self.rank, scale, weight)
         if self.rank < self.size:
