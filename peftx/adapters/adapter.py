@@ -39,6 +39,9 @@ class Adapter(nn.Module):
     sites: ClassVar[tuple[type[Site], ...]] = (LinearSite,)
     no_delta: ClassVar[str] = ""
     kept: dict[Any, Any] | None = None  # what is made of the tensors, within `peftx.inference`
+    # Whether `add_delta` takes the base layer's weight too, where `result` is detached, and the gradient that x has
+    # through the base layer is the adapter's to make.
+    joins: ClassVar[bool] = False
     grouped: ClassVar[bool] = False  # whether `add_delta` takes tensors with a leading axis of experts too
 
     def __init__(self, site: Site, config: Any) -> None:
@@ -48,9 +51,9 @@ class Adapter(nn.Module):
         self.scale = 1.0
         self.frozen: tuple[str, ...] = ()
 
-    def forward(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """The layer's output `result` for `x` with the adapter's contribution."""
-        return self.add_delta(x, result)
+    def forward(self, x: torch.Tensor, result: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The layer's output `result` for `x` with the adapter's contribution. `weight` is given where `joins`."""
+        return self.add_delta(x, result) if weight is None else self.add_delta(x, result, weight)  # type: ignore[call-arg]
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """As `forward`. Shapes for a linear layer: x (..., in_features), result (..., out_features)."""

@@ -20,16 +20,17 @@ def inference(model: nn.Module) -> Iterator[None]:
     """While active, a model with adapters only infers, and what its adapters make of their weights is made once.
 
     Attached adapters read their weights in every forward, since a weight can change in ways that nobody sees. Some make
-    much of them: GradNormLoRP the norms of all rows, Bone's `"bat"` a dense weight, Compacter its two projections. Here
-    these are made at their first use and kept until the end, so that a decoded token costs about what LoRA's does.
+    much of them: GradNormLoRP the norms of all rows, Bone's `"bat"` a dense weight, Compacter its two projections,
+    TriAdaptLoRA the product of B and its core. Here these are made at their first use and kept until the end, so that a
+    decoded token costs about what LoRA's does.
 
         with peftx.inference(model):
             model.generate(**inputs)
 
     Inside, the model is in evaluation mode and gradients are off. Do not change its weights; adapters may be added,
     switched, disabled, merged and mixed in a batch. What is kept takes memory: of GradNormLoRP a number for each row,
-    of Compacter 2 d b numbers for each module, of `"bat"` a copy of each adapted weight, for each set of adapters that
-    is used together.
+    of TriAdaptLoRA r of them, of Compacter 2 d b numbers for each module, of `"bat"` a copy of each adapted weight, for
+    each set of adapters that is used together.
 
     Args:
         model: a `PeftModel`, or any model with adapters.

@@ -13,7 +13,8 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import nn
 
 from .adapter import Adapter, is_dense
-from .products import at_least_fp32, kept, onloaded, unobserved, unpack
+from .mixed import by_adapter
+from .products import at_least_fp32, base_weight, kept, onloaded, unobserved, unpack
 from .sites import Site, site_of
 from .weighted import LowRank
 
@@ -160,7 +161,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
         if not is_dense(adapters, self.site.tokens(x)):
-            return added(adapters, x, self.base_layer(x, *args, **kwargs))
+            result = self.base_layer(x, *args, **kwargs)
+            if adapters[0].joins and not adapters[0].drops:
+                weight = base_weight(self.base_layer, x, result)
+                if weight is not None:
+                    first, *adapters = adapters
+                    result = first(x, result.detach(), weight)
+            return added(adapters, x, result)
         if self._is_plain:
             weight = kept(
                 self, (self._state(adapters), x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype)
@@ -202,11 +209,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name in self.present(list(dict.fromkeys(adapter_names))):
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result = result.index_copy(0, rows, self._adapt([self.adapters[name]], x[rows], result[rows]))
-        return result
+        def adapt(name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+            return self._adapt([self.adapters[name]], x, result) if name in self.adapters else result
+
+        return by_adapter(adapter_names, adapt, x, self.base_layer(x, *args, **kwargs))
 
     # Merging
 

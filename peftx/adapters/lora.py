@@ -30,7 +30,7 @@ from .config import FileConfig, Names, Number
 from .experts import Routed, check_experts, convert_to_experts, nested_keys
 from .lora_experts import FactoredParamWrapper, add_low_rank
 from .lora_layers import VariantEmbedding, VariantLinear
-from .products import accumulate, autocasted, onloaded, unobserved
+from .products import accumulate, autocasted, base_weight, input_gradient, onloaded, times, uncast, unobserved
 from .sites import ConvSite, EmbeddingSite, LinearSite, site_of
 from .sites.site import unsupported
 from .tuner import CheckedTuner, errors_naming
@@ -309,6 +309,7 @@ def low_rank(
     V: torch.Tensor | None = None,
     U: torch.Tensor | None = None,
     rule: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`result + (x V^T) U^T`, with a rule of its own for the gradients to A and B.
 
@@ -325,6 +326,7 @@ def low_rank(
         V: (k, in_features), A in its first r rows; default: A.
         U: (out_features, k); default: `scale` B.
         rule: (out_features, r); default: U.
+        weight: the base layer's, where the gradient of `result` is to go on to x only (`weight_along`).
     """
     x = autocasted(x)
     if not torch.is_grad_enabled() and U is None and isinstance(scale, int | float):
@@ -334,16 +336,15 @@ def low_rank(
         U = times(B, scale) if U is None else U
         wide = torch.cat([U.T] if rule is None else [U.T, rule.T]).to(result.dtype)
     if torch.is_grad_enabled():
-        return _LowRank.apply(result, x, A, B, scale, V, wide)
+        return _LowRank.apply(result if weight is None else result.detach(), x, A, B, scale, V, wide, weight)
     return accumulate(result, F.linear(x, V), wide[: len(V)])
 
 
-def times(B: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """diag(`scale`) B, row-major; `scale` is a number or (out_features,)."""
-    rows = scale[:, None].to(B.dtype) if isinstance(scale, torch.Tensor) else scale
-    if isinstance(rows, float | int) and rows == 1:
-        return B.contiguous()
-    return torch.mul(B, rows, out=torch.empty_like(B, memory_format=torch.contiguous_format))
+def weight_along(module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
+    """`base_weight` of a layer, for the first of its active adapters; `result` is without what a rule adds."""
+    first = next((name for name in module.active_adapters if name in module.lora_A), None)
+    dropped = module.training and not isinstance(module.lora_dropout[adapter_name], nn.Identity)
+    return base_weight(module.base_layer, x, result) if adapter_name == first and not dropped else None
 
 
 class Retrained(torch.autograd.Function):
@@ -363,27 +364,28 @@ class Retrained(torch.autograd.Function):
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, result, x, A, B, scale, V, wide):
+    def forward(ctx, result, x, A, B, scale, V, wide, weight):
         h = F.linear(x, V)
         ctx.r, ctx.scale, ctx.dtypes, ctx.x = len(A), scale, (A.dtype, B.dtype), (x.dtype, x.shape)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h[..., : ctx.r], V, wide)  # a frozen A needs no x
+        own = x if ctx.needs_input_grad[2] else None  # a frozen A needs no x
+        ctx.save_for_backward(own, h[..., : ctx.r], V, wide, weight)
         return accumulate(result, h, wide[: len(V)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, h, V, wide = ctx.saved_tensors
+        x, h, V, wide, weight = ctx.saved_tensors
         dtype, shape = ctx.x
         grad_x = grad_A = grad_B = None
         flat = g.reshape(-1, g.shape[-1])
-        with torch.autocast(g.device.type, enabled=False):
+        with uncast(g):
             if any(ctx.needs_input_grad[1:3]):
                 inner = F.linear(flat, wide).to(dtype)
             if ctx.needs_input_grad[1]:
-                grad_x = (inner[:, : len(V)] @ V).view(shape)
+                grad_x = input_gradient(flat, inner[:, : len(V)], V, weight).view(shape)
             if ctx.needs_input_grad[2]:
                 grad_A = (inner[:, -ctx.r :].T @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
             if ctx.needs_input_grad[3]:
                 grad_B = h.reshape(-1, ctx.r).to(g.dtype).T @ flat
                 grad_B = times(grad_B.to(ctx.dtypes[1]).T, ctx.scale)
-        return g, grad_x, grad_A, grad_B, None, None, None
+        return g if weight is None else None, grad_x, grad_A, grad_B, None, None, None, None

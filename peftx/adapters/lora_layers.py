@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, Embedding, Linear
 
+from .mixed import by_adapter
 from .products import onloaded
 
 
@@ -21,6 +22,23 @@ class VariantLayer:
         if rule is not None and hasattr(rule, "delta_weight"):
             return rule.delta_weight(self, adapter)
         return super().get_delta_weight(adapter)  # type: ignore[misc]
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        layer: Any = self
+        factors, rules = layer.lora_A, self.lora_variant
+        if not all(hasattr(rules.get(name), "kept") for name in adapter_names if name in factors):
+            # plain LoRA, or one of PEFT's own variants
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
+
+        def adapt(name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+            if name not in factors:
+                return result
+            return rules[name].forward(layer, active_adapter=name, x=x.to(factors[name].weight.dtype), result=result)
+
+        kwargs = {key: value for key, value in kwargs.items() if key not in VARIANT_KWARG_KEYS}
+        return by_adapter(adapter_names, adapt, x, layer.base_layer(x, *args, **kwargs))
 
 
 class VariantLinear(VariantLayer, Linear):

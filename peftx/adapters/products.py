@@ -25,10 +25,58 @@ def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scal
     return torch.addmm(flat, h.reshape(-1, h.shape[-1]), weight, alpha=scale).view(result.shape)
 
 
+def product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, into: torch.Tensor | None = None) -> torch.Tensor:
+    """`scale * a @ b` of two matrices as one operation; `into` gets it, in its own dtype, if given."""
+    if into is not None and into.dtype == a.dtype:
+        return into.addmm_(a, b, beta=0, alpha=scale)
+    found = a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    return found if into is None else into.copy_(found)
+
+
+def times(B: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """diag(`scale`) B, row-major; `scale` is a number or (out_features,)."""
+    rows = scale[:, None].to(B.dtype) if isinstance(scale, torch.Tensor) else scale
+    if isinstance(rows, float | int) and rows == 1:
+        return B.contiguous()
+    return torch.mul(B, rows, out=torch.empty_like(B, memory_format=torch.contiguous_format))
+
+
+def base_weight(base: nn.Module, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
+    """The base layer's weight, where its output `result` for `x` hides no backward but that of their product.
+
+    Such a result needs no backward of its own: the gradients that x has from it and from an adapter are one sum, made
+    by `input_gradient`, and it can be detached.
+    """
+    wanted = by_hand() and x.requires_grad and result.requires_grad
+    if not (wanted and type(base) is nn.Linear and unobserved(base)):
+        return None
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    same = x.dtype == result.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return base.weight if same and not trained else None
+
+
+def input_gradient(
+    g: torch.Tensor, inner: torch.Tensor, down: torch.Tensor, weight: torch.Tensor | None
+) -> torch.Tensor:
+    """The gradient `inner @ down` of an adapter's input; with that of the base layer, `g @ weight`, if it is given."""
+    return inner @ down if weight is None else (g @ weight).addmm_(inner, down)
+
+
+def by_hand() -> bool:
+    """Whether a backward written by hand is of use: gradients are wanted, and by no transform of `torch.func`."""
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
 def autocasted(x: torch.Tensor) -> torch.Tensor:
     """`x` in the dtype in which autocast takes products, where it is on."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def uncast(tensor: torch.Tensor) -> AbstractContextManager:
+    """While active, autocast is off on the tensor's device."""
+    device = tensor.device.type  # entering costs as much as a small product, so only where there is something to do
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def would_round(result: torch.Tensor) -> bool:
@@ -44,6 +92,13 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied where it lies in memory as tensors of a file do, anywhere: products round as operands lie."""
+    if torch.compiler.is_compiling() or (tensor.is_contiguous() and tensor.data_ptr() % 64 == 0):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def kept(owner: Any, key: Any, make: Callable[[], Any]) -> Any:
     """What `make` returns; made once where `owner.kept` is a dictionary, as within `peftx.inference`."""
     if owner.kept is None or torch.is_grad_enabled():
@@ -55,8 +110,13 @@ def kept(owner: Any, key: Any, make: Callable[[], Any]) -> Any:
 
 def unobserved(module: nn.Module) -> bool:
     """Whether nobody would notice if the module's parameters were used without calling it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return not any(hooks) and "forward" not in module.__dict__
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def onloaded(*modules: nn.Module) -> AbstractContextManager:

@@ -10,7 +10,7 @@ from peft.tuners.lora import Embedding
 from torch.func import functional_call
 
 from ..adapters import Number, register
-from ..adapters.lora import Retrained, Variant, VariantConfig, VariantModel, is_plain, low_rank
+from ..adapters.lora import Retrained, Variant, VariantConfig, VariantModel, is_plain, low_rank, weight_along
 from ..adapters.products import at_least_fp32
 
 
@@ -99,7 +99,8 @@ class ALLoRA(Variant):
         A, B, x = lora_A.weight, lora_B.weight, module.lora_dropout[active_adapter](x)
         if is_plain(lora_A, lora_B):
             U, s = (B.detach(), s) if scale == 1 else (scale * B.detach(), scale * s)
-            return low_rank(result, x, A, B, s, U=U, rule=s[:, None] * B.detach())
+            weight = weight_along(module, active_adapter, x, result)
+            return low_rank(result, x, A, B, s, U=U, rule=s[:, None] * B.detach(), weight=weight)
         # One pass gives x its gradient, another one of equal value gives A and B theirs.
         h = functional_call(lora_A, {"weight": A.detach()}, (x,))
         value = functional_call(lora_B, {"weight": B.detach()}, (h,))

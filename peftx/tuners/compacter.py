@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapters import Adapter, AdapterConfig, AdapterModel, LinearSite, MixtureSite, Number, Site, register
-from ..adapters.products import accumulate, at_least_fp32, kept
+from ..adapters.products import accumulate, at_least_fp32, by_hand, kept, uncast
 from ..adapters.sites.experts import is_experts
+from .hypercomplex import Down, Up, down_factors, up_factor
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -80,6 +81,8 @@ class CompacterConfig(AdapterConfig):
     DDP, gradient checkpointing must not be reentrant (`{"use_reentrant": False}`), since the rule is used in many
     checkpointed blocks. With FSDP keep the rule, which is outside of the blocks, in the root unit.
 
+    The backward is written by hand: it has no second derivative.
+
     Args:
         phm_dim: n; it divides d of every target. Default 4.
         reduction_factor: d over b; default 32.
@@ -131,23 +134,6 @@ class CompacterConfig(AdapterConfig):
             raise ValueError(f"`phm_init_range` must not be negative, got {self.phm_init_range}.")
         if self.non_linearity not in ACTIVATIONS:
             raise ValueError(f"`non_linearity` must be one of {', '.join(ACTIVATIONS)}; got {self.non_linearity!r}.")
-
-
-# x H for H = sum_i kron(rule[i], s[i] @ t[i]) of shape (p, q), which is never built: the rule is folded into the narrow
-# side's factor, n^2 k values for each of its columns. Shapes: rule (n, n, n), s (n, p/n, k), t (n, k, q/n).
-
-
-def down_factors(rule: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where p is the wide side: `wide` (n k, p/n) and `narrow` (q, n n k), with which x H is, for the n parts of x,
-    `wide` times each, and `narrow` times all of these."""
-    wide = s.transpose(1, 2).flatten(0, 1)  # row-major: three times as fast as its transpose
-    return wide, torch.einsum("iab,irv->bvair", rule, t).flatten(2).flatten(0, 1)
-
-
-def up_factor(rule: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """Where q is the wide side: `narrow` (p, n n k), with which x H is the n parts of `x @ narrow`, each times
-    t.flatten(0, 1), side by side."""
-    return torch.einsum("iab,iur->aubir", rule, s).flatten(2).flatten(0, 1)
 
 
 class Rule(nn.Module):
@@ -329,30 +315,38 @@ class Compacter(Adapter):
         rule = at_least_fp32(self.shared()).to(device)
         return rule, rule
 
-    def projections(self, device: torch.device) -> tuple[Any, ...]:
-        """`wide`, `narrow` and the bias of down, or None; `narrow` and `wide` of up, here with its bias below."""
+    def factors(self, device: torch.device) -> tuple[list[Any], list[Any]]:
+        """The rule, s, t and the bias, or None, of down and of up, in the dtype of the rules."""
         config, (down, up) = self.config, self.rules(device)
-        n, k = config.phm_dim, self.bottleneck // config.phm_dim
+        k = self.bottleneck // config.phm_dim
         own: dict[str, Any] = {name: parameter.to(down.dtype) for name, parameter in self.named_parameters()}
         if not config.factorized_phm:
-            own["down_t"] = own["up_s"] = torch.eye(k, dtype=down.dtype, device=down.device).expand(n, k, k)
-        wide = own["up_t"].flatten(0, 1)
-        if config.phm_bias:
-            wide = torch.cat([wide, own["up_bias"].view(n, -1)])
-        return *down_factors(down, own["down_s"], own["down_t"]), own.get("down_bias"), up_factor(up, own["up_s"]), wide
+            own["down_t"] = own["up_s"] = torch.eye(k, dtype=down.dtype, device=down.device).expand(len(down), k, k)
+        ends = ("s", "t", "bias")
+        return [down, *(own.get(f"down_{end}") for end in ends)], [up, *(own.get(f"up_{end}") for end in ends)]
+
+    def projections(self, device: torch.device) -> tuple[Any, ...]:
+        """`wide`, `narrow` and the bias of down, or None; `narrow`, `wide` and the bias of up."""
+        (rule, s, t, bias), (up_rule, up_s, up_t, up_bias) = self.factors(device)
+        return *down_factors(rule, s, t), bias, up_factor(up_rule, up_s), up_t.flatten(0, 1), up_bias
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        config, n = self.config, self.config.phm_dim
-        with torch.autocast(result.device.type, enabled=False):  # the rule's products are too small for fp16
-            wide, narrow, bias, up, out = kept(self, result.device, lambda: self.projections(result.device))
-            z = F.linear(result.unflatten(-1, (n, -1)), wide.to(result.dtype)).flatten(-2)
-            g = ACTIVATIONS[config.non_linearity](F.linear(z.to(narrow.dtype), narrow, bias))
-            z, wide = (g @ up).unflatten(-1, (n, -1)), out
-            if config.phm_bias:  # n more coefficients, the same for all rows, instead of a further pass over the output
-                z = torch.cat([z, torch.eye(n, dtype=z.dtype, device=z.device).expand(*z.shape[:-2], n, n)], dim=-1)
-            drop = config.dropout if self.training else 0.0
-            start = torch.zeros_like(result) if drop else result
-            y = accumulate(start.unflatten(-1, (n, -1)), z, wide, self.scale).flatten(-2)
+        config, n, phi = self.config, self.config.phm_dim, ACTIVATIONS[self.config.non_linearity]
+        drop = config.dropout if self.training else 0.0
+        with uncast(result):  # the rule's products are too small for fp16
+            if by_hand():
+                down, up = self.factors(result.device)
+                result, h = Down.apply(result, *down)
+                y = Up.apply(torch.zeros_like(result) if drop else result, phi(h), *up, self.scale)
+            else:
+                projections = kept(self, result.device, lambda: self.projections(result.device))
+                wide, narrow, bias, up, out, up_bias = projections
+                z = F.linear(result.unflatten(-1, (n, -1)), wide.to(result.dtype)).flatten(-2)
+                z = (phi(F.linear(z.to(narrow.dtype), narrow, bias)) @ up).unflatten(-1, (n, -1))
+                y = torch.zeros_like(result) if drop else result
+                if up_bias is not None:
+                    y = torch.add(y, up_bias.to(y.dtype), alpha=self.scale)
+                y = accumulate(y.unflatten(-1, (n, -1)), z, out, self.scale).flatten(-2)
             return result + F.dropout(y, drop) if drop else y
 
 

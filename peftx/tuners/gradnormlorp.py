@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from ..adapters import Number, register
 from ..adapters.experts import Routed
-from ..adapters.lora import (
-    Variant,
-    VariantConfig,
-    VariantModel,
-    with_rules,
-)
+from ..adapters.lora import Variant, VariantConfig, VariantModel, is_plain, weight_along, with_rules
 from ..adapters.lora_layers import VariantLayer
-from ..adapters.norms import row_norms2, weight_row_norms2
-from ..adapters.products import at_least_fp32, kept, onloaded
+from ..adapters.norms import Rescaled, RowNorms, cross_product, row_norms2, scale_rows
+from ..adapters.products import aligned, at_least_fp32, autocasted, by_hand, kept, onloaded, uncast
 from ..adapters.sites.experts import segments
 
 
@@ -126,22 +118,6 @@ class GradNormLoRPConfig(VariantConfig):
 BLOCK = 2**22  # elements of a stack of experts whose norms are made at a time
 
 
-class _Cross(torch.autograd.Function):
-    """W A^T, (..., out_features, r). W is read `again` for the backward, if that is given, and otherwise kept."""
-
-    @staticmethod
-    def forward(ctx, A: torch.Tensor, weight: torch.Tensor, again: Callable[[], torch.Tensor] | None):
-        ctx.again = again
-        ctx.save_for_backward(*(() if again else (weight,)))
-        return weight.to(A.dtype) @ A.mT
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: torch.Tensor):
-        weight = ctx.again() if ctx.again else ctx.saved_tensors[0]
-        return g.mT @ weight.to(g.dtype), None, None
-
-
 def unmerged_weight(module: Any) -> torch.Tensor:
     """The base weight (out_features, in_features), dequantised if need be, without the adapters merged into it."""
     weight = module.site.laid_out(module.site.weight())
@@ -179,21 +155,17 @@ class GradNormLoRP(Variant):
             pair = [factor.weight for factor in factors]
             if experts is not None:
                 pair = [factor[experts] for factor in module.stacked(*pair)]
-            # Copies: matrix products round as their operands are aligned in memory, and those from a file lie anywhere.
-            A, B = (at_least_fp32(factor).clone(memory_format=torch.contiguous_format) for factor in pair)
-        full = self.config.norm_grad == "full" and torch.is_grad_enabled()
-        with torch.set_grad_enabled(full), torch.autocast(A.device.type, enabled=False):
-            base, cross = self._products(module, A, experts)
-            norms2 = weight_row_norms2(base, cross, A, B, module.scaling[adapter_name])
-            # Below this, W and s B A cancel, and what is left is rounding.
-            norms2 = torch.maximum(norms2, torch.finfo(base.dtype).eps * base)
-            if not full:
-                return norms2.sqrt_()
-            zero = norms2 == 0
-            return norms2.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+            A, B = (aligned(at_least_fp32(factor)) for factor in pair)
+        if self.config.norm_grad == "detached":
+            A, B = A.detach(), B.detach()
+        with uncast(A):
+            base, cross, weight, again = self._products(module, A.detach(), experts)
+            return RowNorms.apply(A, B, base, cross, module.scaling[adapter_name], weight, again)
 
-    def _products(self, module: Any, A: torch.Tensor, experts: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """||W||^2 of each row (..., out_features), in A's dtype or a wider one, and W A^T (..., out_features, r)."""
+    @torch.no_grad()
+    def _products(self, module: Any, A: torch.Tensor, experts: slice | None) -> tuple[Any, ...]:
+        """||W||^2 of each row (..., out_features), in A's dtype or a wider one, and W A^T (..., out_features, r); W, or
+        how it is read again."""
 
         def read() -> torch.Tensor:
             weight = unmerged_weight(module) if experts is None else module.unmerged(experts)
@@ -205,13 +177,14 @@ class GradNormLoRP(Variant):
         if not quantized or torch.compiler.is_compiling():
             weight = read()
             wide = weight.to(torch.promote_types(weight.dtype, A.dtype))
-            return row_norms2(wide), _Cross.apply(A, wide, read if quantized or wide is not weight else None)
+            again = read if quantized or wide is not weight else None
+            return row_norms2(wide), cross_product(A, wide), None if again else weight, again
         base = self.quantized_norms2(module, A.dtype)
         if module.training or torch.is_grad_enabled():
-            return base, _Cross.apply(A, read(), read)
+            return base, cross_product(A, read()), None, read
         if self._cross is None or not torch.equal(self._cross[0], A):
-            self._cross = A.detach(), F.linear(A, read().to(A.dtype)).T
-        return base, self._cross[1]
+            self._cross = A.clone(), cross_product(A, read())
+        return base, self._cross[1], None, read
 
     def quantized_norms2(self, module: Any, dtype: torch.dtype) -> torch.Tensor:
         """||W||^2 of each row (out_features,) in `dtype`; kept, as an evaluation may lay W out anew, and round."""
@@ -242,12 +215,22 @@ class GradNormLoRP(Variant):
     def forward(  # type: ignore[override]
         self, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        dropout, c = module.lora_dropout[active_adapter], self.row_factor(module, active_adapter)
+        dropout = module.lora_dropout[active_adapter]
         if not (isinstance(dropout, nn.Dropout) and module.training):
-            return scale_rows(super().forward(module, active_adapter, x, result), c, module.site.bias())
+            return self._rescaled(module, active_adapter, x, result)
         x = dropout(x)
         dropped = module.base_layer(x.to(result.dtype))
-        return result + (scale_rows(self._add(module, active_adapter, x, dropped), c, module.site.bias()) - dropped)
+        return result + (self._rescaled(module, active_adapter, x, dropped) - dropped)
+
+    def _rescaled(self, module: Any, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """The output `result` of the base layer, as that of c (W + s B A)."""
+        bias, lora_A, lora_B = module.site.bias(), module.lora_A[name], module.lora_B[name]
+        if not (by_hand() and is_plain(lora_A, lora_B)):
+            return scale_rows(self._add(module, name, x, result), self.row_factor(module, name), bias)
+        norms, m, scale = self.row_norms(module, name), module.lora_magnitude_vector[name](), module.scaling[name]
+        weight = weight_along(module, name, x, result)
+        result, x = result if weight is None else result.detach(), autocasted(x)
+        return Rescaled.apply(result, x, lora_A.weight, lora_B.weight, m, norms, scale, bias, weight)
 
     def over_experts(self, layer: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         site = layer.site
@@ -303,12 +286,6 @@ class GradNormLoRP(Variant):
         weight = weight / c[:, None] - delta
         weight[c == 0] = lost
         return weight
-
-
-def scale_rows(result: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The output `result` = W x + bias, (..., out_features), as that of diag(c) W with the same bias."""
-    scaled = result * c if bias is None else torch.addcmul((1 - c) * bias, result, c)
-    return scaled.to(result.dtype)
 
 
 class Magnitude(nn.Module):

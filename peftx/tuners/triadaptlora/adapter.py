@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...adapters import Adapter, ExpertsSite, Site
-from ...adapters.products import at_least_fp32
+from ...adapters import Adapter, ExpertsSite, LinearSite, Site
+from ...adapters.products import accumulate, at_least_fp32, autocasted, by_hand, input_gradient, kept, product, uncast
 from .config import TriAdaptLoRAConfig, fixed
 
 STD = 0.02  # of every Gaussian start, from the author's code
@@ -28,6 +30,52 @@ def norm(core: torch.Tensor) -> torch.Tensor:
     return torch.linalg.matrix_norm(core.float()).mean()[None] / core.shape[-1]
 
 
+class _Delta(torch.autograd.Function):
+    """`result` with `scale` B (L + U) A x at rank r; the gradients are as large as the tensors."""
+
+    @staticmethod
+    def forward(ctx, result, x, A, B, lower, upper, r, scale, weight):
+        with uncast(x):
+            down, C = A[:r].to(x.dtype), core(lower, upper, r)
+            h, up = F.linear(x, down), product(C.mT, B[:, :r].mT, scale).to(result.dtype)
+        ctx.r, ctx.scale = r, scale
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h, down, B, C, up, weight)
+        return accumulate(result, h, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, h, down, B, C, up, weight = ctx.saved_tensors
+        _, to_x, to_A, to_B, to_L, to_U, *_ = ctx.needs_input_grad
+        r, size, grad_x = ctx.r, B.shape[1], None
+        flat, h = g.reshape(-1, g.shape[-1]), h.reshape(-1, ctx.r)
+        A_, B_, C_ = room(B, (size, down.shape[1]), B.shape, (size, size), filled=r < size)
+        with uncast(g):
+            if to_x or to_A:
+                inner = F.linear(flat, up).to(h.dtype)
+            if to_x:
+                grad_x = input_gradient(flat, inner, down, weight).view(*g.shape[:-1], -1)
+            if to_A:
+                product(inner.T, x.reshape(-1, x.shape[-1]), into=A_[:r])
+            if to_B or to_L or to_U:
+                grad_up = (h.to(g.dtype).T @ flat).to(B.dtype)
+            if to_B:
+                product(grad_up.T, C.T, ctx.scale, into=B_[:, :r])
+            if to_L or to_U:
+                product(B[:, :r].T, grad_up.T, ctx.scale, into=C_[:r, :r])
+        grads = A_ if to_A else None, B_ if to_B else None, C_.tril() if to_L else None, C_.triu() if to_U else None
+        return g if weight is None else None, grad_x, *grads, None, None, None
+
+
+def room(like: torch.Tensor, *shapes: tuple[int, ...], filled: bool) -> list[torch.Tensor]:
+    """Tensors of these shapes; if `filled`, with zeros, and parts of one tensor, so that one operation does it."""
+    if not filled:
+        return [like.new_empty(shape) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = like.new_zeros(sum(sizes)).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 class TriAdaptLoRA(Adapter):
     """W' = W + s B (L + U) A at the active rank; factors have room for `size` ranks.
 
@@ -40,6 +88,7 @@ class TriAdaptLoRA(Adapter):
     """
 
     grouped = True
+    joins = True
 
     A: nn.Parameter  # (size, in)
     B: nn.Parameter  # (out, size)
@@ -117,15 +166,23 @@ class TriAdaptLoRA(Adapter):
     def drops(self) -> bool:
         return self.training and self.config.lora_dropout > 0
 
-    def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    def add_delta(self, x: torch.Tensor, result: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         A: torch.Tensor = self.A
         B: torch.Tensor = self.B
-        if self.rank < self.size:
-            A, B = A[..., : self.rank, :], B[..., : self.rank]
+        scale = self.scale * self.constant
         if self.drops:
             x = F.dropout(x, self.config.lora_dropout)
-        h = self.site.reduce(self.site.reduce(x, A), self.core())
-        return self.site.accumulate(result, h, B, self.scale * self.constant)
+        if by_hand() and isinstance(self.site, LinearSite) and A.ndim == 2:  # not of a stack of experts
+            own = A, B, self.lower, self.upper
+            return _Delta.apply(result, autocasted(x), *own, self.rank, scale, weight)
+        if self.rank < self.size:
+            A, B = A[..., : self.rank, :], B[..., : self.rank]
+        h = self.site.reduce(x, A)
+        if self.kept is None:
+            h = self.site.reduce(h, self.core())
+        else:
+            B = kept(self, self.rank, lambda: B @ self.core())
+        return self.site.accumulate(result, h, B, scale)
 
     def delta_weight(self) -> torch.Tensor:
         A, CB = self.factors()

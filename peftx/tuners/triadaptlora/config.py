@@ -45,6 +45,8 @@ class TriAdaptLoRAConfig(AdapterConfig):
     order of the modules; the defaults of `init_warmup` and `growth_interval`, which are the 100 steps of IncreLoRA's
     code for small tasks, at 3000 steps.
 
+    The backward of a linear layer is written by hand: it has no second derivative.
+
     Args:
         init_r: rank at the start; default 1.
         target_r: average rank at the end; default 8.
