@@ -518,24 +518,35 @@ def test_unloading_and_deleting_leave_no_hook_behind():
     assert len(inner._forward_pre_hooks) == 1
 
 
-@pytest.mark.parametrize("mode", ["ggpo", "mgpo"])
-def test_compiled_training_is_perturbed_alike(mode):
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"kind": "Conv1D"}, {"mode": "mgpo"}, {"warmup_steps": 2}, {"ramp": "cosine", "total_step": 6}],
+    ids=lambda kwargs: "-".join(map(str, kwargs.values())) or "Linear",
+)
+def test_compiled_training_is_one_graph_perturbed_alike(kwargs):
     torch._dynamo.reset()
-    found = []
+    torch._dynamo.utils.counters.clear()
+    kwargs, found = dict(kwargs), []
+    kind = kwargs.pop("kind", "Linear")
     for compiled in (False, True):
-        model = wrap(mode=mode, mgpo_rho=100.0)
-        run_ = torch.compile(model, backend="eager") if compiled else model
+        model = wrap(net(kind), mgpo_rho=100.0, **kwargs)
+        run_ = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9)
         model.base_model.attach_optimizer(optimizer)
-        for _ in range(3):
+        outputs = []
+        for _ in range(5):
             y = run_(data())
             y.square().sum().backward()
             model.base_model.update_ggpo_stats()
             optimizer.step()
             optimizer.zero_grad()
-        found.append(y.detach())
-        assert not torch.allclose(run_(data()), model.eval()(data()))
+            outputs.append(y.detach())
+        found.append([*outputs, *(p.detach() for p in model.parameters())])
+        assert not torch.allclose(outputs[-1], model.eval()(data()))
     torch.testing.assert_close(*found)
+    # without statistics, warming up, and with them: no graph for each step
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    torch._dynamo.reset()
 
 
 def test_base_biases_can_be_trained():

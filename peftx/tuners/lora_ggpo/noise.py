@@ -46,7 +46,7 @@ def opaque(like: Callable[..., torch.Tensor]) -> Callable[[Callable[..., torch.T
     return decorate
 
 
-@opaque(lambda clock, name, per_micro: torch.empty((), dtype=torch.int64))
+@opaque(lambda clock, name, per_micro: clock.new_empty(()))
 def noise_seed(clock: torch.Tensor, name: str, per_micro: bool) -> torch.Tensor:
     """The seed () of a name's noise in this step and micro-batch (`clock`) and process, on the CPU."""
     step, micro = clock.tolist()

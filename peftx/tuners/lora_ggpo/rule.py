@@ -72,7 +72,6 @@ class GGPO(Variant):
         name = f"{config.seed}/{self.name}/{adapter_name}"
         return schedule.grown(self.tau), noise_seed(schedule.clock, name, config.noise_per == "micro")
 
-    @torch.compiler.disable
     @torch.no_grad()
     def direction(self, module: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """U (out_features, 2r) and V (2r, in_features; A first) of the MGPO perturbation eps = U V, or None.

@@ -72,7 +72,7 @@ def weight_norms2(members: Sequence[Place]) -> torch.Tensor:
                 rule.base_norms2 = row_norms2(weight)
             if not rule.config.cheap_norms:
                 cross.append(factor.to(weight.dtype) @ weight.T)
-    base = torch.stack([rule.base_norms2.to(A.device) for rule, *_ in members])
+    base = torch.stack([rule.base_norms2.to(A) for rule, *_ in members])
     return weight_row_norms2(base, torch.stack(cross).mT.to(A.dtype) if cross else 0.0, A, B, _scale(members[0]))
 
 
