@@ -162,11 +162,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not is_dense(adapters, self.site.tokens(x)):
             return added(adapters, x, self.base_layer(x, *args, **kwargs))
         if self._is_plain:
-            weight = kept(
-                self, (self._state(adapters), x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype)
-            )
-            return self.site.project(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+            return self._projected(adapters, x)
         return self._adapt(adapters, x, self.base_layer(x, *args, **kwargs))
+
+    def _projected(self, adapters: Sequence[Adapter], x: torch.Tensor) -> torch.Tensor:
+        """What the layer computes with the adapted weight in the place of its own."""
+        weight = kept(self, (self._state(adapters), x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype))
+        return self.site.project(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     @property
     def _is_plain(self) -> bool:
@@ -202,10 +204,35 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name in self.present(list(dict.fromkeys(adapter_names))):
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result = result.index_copy(0, rows, self._adapt([self.adapters[name]], x[rows], result[rows]))
+        groups: dict[Any, list[int]] = {}
+        tokens = self.site.tokens(x) // max(len(x), 1)
+        for i, name in enumerate(adapter_names):
+            if name in self.adapters:
+                shared = self.adapters[name].joins(tokens)
+                groups.setdefault(name if shared is None else (shared,), []).append(i)
+        outputs: list[torch.Tensor] = []
+        order: list[int] = []
+        for key, found in list(groups.items()):  # whose own weights take the place of the base's
+            if self._is_plain and isinstance(key, str) and is_dense([self.adapters[key]], tokens * len(found)):
+                outputs.append(self._projected([self.adapters[key]], x[found]))
+                order += groups.pop(key)
+        if not outputs:
+            result = self.base_layer(x, *args, **kwargs)
+        elif rest := sorted({*range(len(x))}.difference(order)):
+            outputs.append(self.base_layer(x[rest], *args, **kwargs))
+            order += rest
+        if outputs:
+            result = torch.cat(outputs)[sorted(range(len(x)), key=order.__getitem__)]
+        for key, found in groups.items():
+            adapters = [self.adapters[adapter_names[i]] for i in found]
+            rows = torch.tensor(found, device=x.device)
+            inner, outer = (x, result) if len(found) == len(x) else (x[rows], result[rows])
+            if isinstance(key, str):
+                outer = self._adapt(adapters[:1], inner, outer)
+            else:
+                with onloaded(*adapters):
+                    outer = self.adapter_cls.add_rows(adapters, inner, outer)
+            result = outer if len(found) == len(x) else result.index_copy(0, rows, outer)
         return result
 
     # Merging

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import peftx
 from peftx.tuners.lora_ggpo import schedules, statistics
 
-VIEWS = {"as_strided", "detach", "empty", "empty_strided", "resolve_conj", "promote_types", "to", "view"}
+VIEWS = {"as_strided", "detach", "empty", "empty_strided", "permute", "resolve_conj", "promote_types", "to", "view"}
 VIEWS |= {
     "numpy_T",
     "_local_scalar_dense",
