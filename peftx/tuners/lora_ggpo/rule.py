@@ -78,7 +78,7 @@ class GGPO(Variant):
 
         eps = -rho f d / ||d|| with d = scale (M_B A + B M_A), M the first moments, and f = 1 / mean gradient norm.
         """
-        config, schedule, scale = self.config, self.schedule, module.scaling[adapter_name]
+        config, schedule = self.config, self.schedule
         if not config.mgpo_rho or schedule.waiting:
             return None
         factors = [w[adapter_name].weight for w in (self.layer.lora_A, self.layer.lora_B)]
@@ -89,10 +89,13 @@ class GGPO(Variant):
         M_A, M_B = (moment.to(A.device) for moment in moments if moment is not None)
         (A, B), (M_A, M_B) = stacked(module, A, B), stacked(module, M_A, M_B)
         U, V = torch.cat([M_B, B], dim=-1), torch.cat([A, M_A], dim=-2)
-        length = scale * ((U.mT @ U) * (V @ V.mT)).sum().clamp(min=0).sqrt()  # of a stack as a whole
-        mean = torch.ones_like(length) if self.mean_norm is None else self.mean_norm.to(length)
-        factor = (1 / (mean + 1e-12)).clamp(max=config.mgpo_max_scale)
-        return -config.mgpo_rho * scale * factor / (length + 1e-12) * U, V
+        # of a stack of experts as a whole
+        length2 = torch.dot((U.mT @ U).flatten(), (V @ V.mT).flatten())  # (||d|| / scale)^2
+        factor = -config.mgpo_rho * length2.clamp(min=torch.finfo(length2.dtype).tiny).rsqrt()
+        if self.mean_norm is None:
+            return min(1.0, config.mgpo_max_scale) * factor * U, V
+        least = max(1 / config.mgpo_max_scale, 1e-12)
+        return factor / self.mean_norm.to(factor).clamp(min=least) * U, V
 
     def _steps_aside(self, module: Any, adapter_name: str) -> bool:
         """Whether the weight is to see MGPO's perturbation."""
@@ -117,7 +120,7 @@ class GGPO(Variant):
         if is_plain(lora_A, lora_B) and isinstance(module.lora_dropout[adapter_name], nn.Identity):
             A, B, scale = lora_A.weight, lora_B.weight, module.scaling[adapter_name]
             rule = scale * B.detach()
-            U = torch.cat([U[:, : len(A)] + rule, U[:, len(A) :]], dim=1)
+            U[:, : len(A)] += rule
             return low_rank(result, x, A, B, scale, U=U, V=V, rule=rule)
         return super().forward(module, adapter_name, x, accumulate(result, F.linear(x, V.to(x.dtype)), U.T))
 
