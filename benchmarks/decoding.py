@@ -19,29 +19,25 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import contenders
-import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from report import publish
 from rich.console import Console
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
 
 import peftx
 
-RESULTS = Path(__file__).parent / "results"
 YARDSTICK, LAYERS = "LoRA", 30
 PARTS = ("decode", "within", "mixed", "mixed within", "short step", "operations")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -216,7 +212,9 @@ def markdown(rows: dict[str, dict[str, float]]) -> str:
     lines.append("| --- " + "| ---: " * 6 + "|")
     for name, row in rows.items():
         cells = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in PARTS[:-1])
-        lines.append(f"| {name} | {' | '.join(cells)} | {row.get('operations', '-'):{'g' if 'operations' in row else ''}} |")
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {row.get('operations', '-'):{'g' if 'operations' in row else ''}} |"
+        )
     return "\n".join(lines)
 
 
@@ -246,15 +244,8 @@ def main() -> None:
     for part in args.parts:
         for name, value in parts[part]().items():
             rows[name][part] = value
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, peftx)}
-    about = {**versions, "python": platform.python_version(), "date": date.today().isoformat(), "rounds": args.rounds}
-    about["model"] = Path(args.model).name if args.model else "random"
-    page = f"{', '.join(f'{key} {value}' for key, value in about.items())}; ratios to PEFT's LoRA\n\n{markdown(rows)}\n"
-    print(page)
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "decoding.md").write_text(page)
-        (RESULTS / "decoding.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    model = Path(args.model).name if args.model else "random"
+    publish("decoding", rows, markdown(rows), "PEFT's LoRA", args.save, rounds=args.rounds, model=model)
 
 
 if __name__ == "__main__":

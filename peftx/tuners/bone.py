@@ -144,7 +144,7 @@ class Bone(Adapter):
 
     @property
     def is_bat(self) -> bool:
-        return self.block.ndim == 3
+        return self.block.ndim == 3 and not isinstance(self.site, ExpertsSite)
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         if self.is_bat:
