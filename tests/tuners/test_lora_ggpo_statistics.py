@@ -74,7 +74,7 @@ def operations(call):
     ],
 )
 def test_they_are_those_of_each_layer_alone(monkeypatch, kwargs, block):
-    monkeypatch.setattr(statistics, "BLOCK", block)
+    monkeypatch.setattr(statistics, "BLOCK", (block, block))
     model = stack(**kwargs)
     alone = copy.deepcopy(model)
     for factor in (1.0, 0.5):

@@ -13,7 +13,7 @@ from ...adapters.products import at_least_fp32
 from .noise import gradient_row_norms2
 
 Place = tuple[Any, Any, str]  # a rule, its layer, the adapter's name
-BLOCK = 2**24  # values of factors and their gradients that are stacked at a time
+BLOCK = 2**18, 2**24  # values of factors and their gradients that are stacked at a time, on a CPU and elsewhere
 
 
 @torch.no_grad()
@@ -130,5 +130,5 @@ def _alike(places: Sequence[Place], indices: Sequence[int]) -> Iterator[list[int
         groups.setdefault(key, []).append(i)
     for group in groups.values():
         A, B = _weights(places[group[0]])
-        size = max(1, BLOCK // (2 * (A.numel() + B.numel())))
+        size = max(1, BLOCK[A.device.type != "cpu"] // (2 * (A.numel() + B.numel())))
         yield from (group[start : start + size] for start in range(0, len(group), size))
