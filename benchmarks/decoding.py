@@ -8,7 +8,8 @@ is the median over rounds of CPU times in one round.
 - mixed: the same with 8 rows, each with an adapter of its own (`adapter_names`).
 - short step: forward and backward in training on 2 x 128 tokens, where what does not shrink with the batch shows.
 - operations: of one linear layer with its adapter, forward and backward, as torch's profiler counts them; views and
-  allocations are none. On a GPU they are launches.
+  allocations are none. On a GPU they are launches. GGPO's and MGPO's are those of a perturbed step, with a layer's
+  share of the statistics that they take of 30 layers of one shape at once.
 
     python benchmarks/decoding.py                                     # all; some 15 minutes
     python benchmarks/decoding.py --methods bone allora --rounds 5 --save
@@ -18,29 +19,25 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import contenders
-import peft
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from report import publish
 from rich.console import Console
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
 
 import peftx
 
-RESULTS = Path(__file__).parent / "results"
 YARDSTICK, LAYERS = "LoRA", 30
 PARTS = ("decode", "within", "mixed", "mixed within", "short step", "operations")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -167,31 +164,42 @@ def short(root: Any, found: dict[str, Any], rounds: int) -> dict[str, float]:
     return ratios(calls, rounds, "short step")
 
 
-def operations(config: Any) -> int:
-    """Of one linear layer with its adapter, forward and backward."""
+def operations(config: Any) -> float:
+    """Of one linear layer with its adapter, forward and backward; of GGPO perturbed, with a layer's share of what the
+    update of the statistics of all layers takes, which are of one shape here."""
     torch.manual_seed(0)
     root = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64
+            hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=1, vocab_size=64
         )
     )
     config = copy.deepcopy(config)
     config.target_modules = ["q_proj"]
     model = get_peft_model(root, config)
     stir(model)
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ruled = hasattr(model.base_model, "update_ggpo_stats")
+    if ruled:
+        model.base_model.attach_optimizer(optimizer)
+    layers = [block.self_attn.q_proj for block in model.base_model.model.model.layers]
     x = torch.randn(32, 64, requires_grad=True)
 
     def step() -> None:
-        layer(x).backward(torch.ones(32, 64))
-        model.zero_grad()
-        x.grad = None
+        for layer in layers:
+            layer(x).backward(torch.ones(32, 64))
+            x.grad = None
+        if ruled:
+            model.base_model.update_ggpo_stats()
 
-    step()
+    for _ in range(2):
+        step()
+        optimizer.step()
+        optimizer.zero_grad()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         step()
     leaves = [event for event in found.events() if event.name.startswith("aten::") and is_leaf(event)]
-    return sum(event.name.removeprefix("aten::") not in {*VIEWS, "ones"} for event in leaves)
+    count = sum(event.name.removeprefix("aten::") not in {*VIEWS, "ones"} for event in leaves)
+    return round(count / LAYERS, 1)
 
 
 def is_leaf(event: Any) -> bool:
@@ -204,7 +212,9 @@ def markdown(rows: dict[str, dict[str, float]]) -> str:
     lines.append("| --- " + "| ---: " * 6 + "|")
     for name, row in rows.items():
         cells = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in PARTS[:-1])
-        lines.append(f"| {name} | {' | '.join(cells)} | {row.get('operations', '-')} |")
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {row.get('operations', '-'):{'g' if 'operations' in row else ''}} |"
+        )
     return "\n".join(lines)
 
 
@@ -234,15 +244,8 @@ def main() -> None:
     for part in args.parts:
         for name, value in parts[part]().items():
             rows[name][part] = value
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, peftx)}
-    about = {**versions, "python": platform.python_version(), "date": date.today().isoformat(), "rounds": args.rounds}
-    about["model"] = Path(args.model).name if args.model else "random"
-    page = f"{', '.join(f'{key} {value}' for key, value in about.items())}; ratios to PEFT's LoRA\n\n{markdown(rows)}\n"
-    print(page)
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "decoding.md").write_text(page)
-        (RESULTS / "decoding.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    model = Path(args.model).name if args.model else "random"
+    publish("decoding", rows, markdown(rows), "PEFT's LoRA", args.save, rounds=args.rounds, model=model)
 
 
 if __name__ == "__main__":

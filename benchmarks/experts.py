@@ -17,18 +17,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import peft
 import torch
 import transformers
+from report import publish
 from rich.console import Console
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
@@ -39,7 +36,6 @@ YARDSTICK = "LoRA, attention"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TOKENS = 12  # decoded
-RESULTS = Path(__file__).parent / "results"
 
 
 def base(experts: int, small: bool) -> Any:
@@ -187,14 +183,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     rows = [row for experts in args.experts for row in measure(experts, args.methods, args.rounds, args.small)]
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, peftx)}
-    about = {**versions, "python": platform.python_version(), "date": date.today().isoformat(), "rounds": args.rounds}
-    page = f"{', '.join(f'{key} {value}' for key, value in about.items())}; ratios to {YARDSTICK}\n\n{markdown(rows)}\n"
-    print(page)
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "experts.md").write_text(page)
-        (RESULTS / "experts.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    publish("experts", rows, markdown(rows), YARDSTICK, args.save, rounds=args.rounds)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `peftx compare` does the work: five learning rates by factors of three around a method's own, and further ones while the
 best is at an end, one run each, chosen on a validation part; then the runs that count, with that rate. The test part is
-read by these alone. Everything else is equal.
+read by these alone. Everything else is equal. On SST-2 every variant takes part, elsewhere the first of each method.
 
     python benchmarks/leaderboard.py path/to/data --smollm2 path/to/SmolLM2-135M-Instruct
     python benchmarks/leaderboard.py path/to/data --tasks sst2 --groups budget own

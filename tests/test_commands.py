@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "benchmarks/README.md", "examples/README.md", "model_cards/README.md"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 SCRIPTS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "benchmarks").glob("*.py"))]
-PARTS = {"benchmarks/contenders.py", "benchmarks/race.py"}  # no programs of their own
+PARTS = {"benchmarks/contenders.py", "benchmarks/race.py", "benchmarks/report.py"}  # no programs of their own
 
 TINY = "--max-steps 1 --batch-size 4 --training use_cpu=true --training disable_tqdm=true"
 # What makes a command small, by its beginning: added behind it, where it wins. The longest that fits counts.

@@ -84,6 +84,21 @@ class Adapter(nn.Module):
         return False
 
     @property
+    def composes(self) -> bool:
+        """Whether its delta is made from the weight that it is added to, with what other adapters changed before."""
+        return False
+
+    def shares(self, tokens: int) -> Any:
+        """What adapters have in common that `add_rows` takes together, of a mixed batch with `tokens` rows for each
+        sample; None: they are called one by one."""
+        return None
+
+    @classmethod
+    def add_rows(cls, adapters: Sequence[Any], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """As `add_delta`, with an adapter for each sample, all of one answer to `shares`."""
+        raise NotImplementedError
+
+    @property
     def drops(self) -> bool:
         """Whether it draws a dropout of its input now, so that no dense weight is what it does."""
         return False
@@ -150,4 +165,6 @@ class Adapter(nn.Module):
 
 def is_dense(adapters: Sequence[Adapter], tokens: int) -> bool:
     """Whether the adapters' weight should be built for an input of `tokens` rows."""
-    return any(adapter.prefers_dense(tokens) for adapter in adapters) and not any(adapter.drops for adapter in adapters)
+    composed = len(adapters) > 1 and any(adapter.composes for adapter in adapters)
+    dense = composed or any(adapter.prefers_dense(tokens) for adapter in adapters)
+    return dense and not any(adapter.drops for adapter in adapters)

@@ -169,11 +169,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     result = first(x, result.detach(), weight)
             return added(adapters, x, result)
         if self._is_plain:
-            weight = kept(
-                self, (self._state(adapters), x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype)
-            )
-            return self.site.project(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+            return self._projected(adapters, x)
         return self._adapt(adapters, x, self.base_layer(x, *args, **kwargs))
+
+    def _projected(self, adapters: Sequence[Adapter], x: torch.Tensor) -> torch.Tensor:
+        """What the layer computes with the adapted weight in the place of its own."""
+        weight = kept(self, (self._state(adapters), x.dtype), lambda: adapted(adapters, self.site.weight()).to(x.dtype))
+        return self.site.project(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     @property
     def _is_plain(self) -> bool:
@@ -209,10 +211,36 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> torch.Tensor:
-        def adapt(name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-            return self._adapt([self.adapters[name]], x, result) if name in self.adapters else result
+        tokens = self.site.tokens(x) // max(len(x), 1)
+        keys = [self._batched(name, tokens) for name in adapter_names]
+        own = {key for key in {*keys} if self._is_own(key, tokens * keys.count(key))}
 
-        return by_adapter(adapter_names, adapt, x, self.base_layer(x, *args, **kwargs))
+        def whole(key: Any, x: torch.Tensor) -> torch.Tensor:
+            return self._projected([self.adapters[key]], x) if key in own else self.base_layer(x, *args, **kwargs)
+
+        def adapt(key: Any, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+            if key is None or key in own:
+                return result
+            adapters = [self.adapters[name] for name, other in zip(adapter_names, keys, strict=True) if other == key]
+            if isinstance(key, str):
+                return self._adapt(adapters[:1], x, result)
+            with onloaded(*adapters):
+                return self.adapter_cls.add_rows(adapters, x, result)
+
+        result = by_adapter([key if key in own else None for key in keys], whole, x)
+        return by_adapter(keys, adapt, x, result)
+
+    def _batched(self, name: str, tokens: int) -> Any:
+        """What the rows of an adapter in a mixed batch, of so many tokens each, share with those that are computed
+        with them: its name, or of those that `add_rows` takes together what they have in common; None of no adapter."""
+        if name not in self.adapters:
+            return None
+        shared = self.adapters[name].shares(tokens)
+        return name if shared is None else (shared,)
+
+    def _is_own(self, key: Any, tokens: int) -> bool:
+        """Whether an adapter's own weight takes the place of the base's for its rows of a mixed batch."""
+        return isinstance(key, str) and self._is_plain and is_dense([self.adapters[key]], tokens)
 
     # Merging
 

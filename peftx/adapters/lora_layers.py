@@ -35,7 +35,8 @@ class VariantLayer:
         def adapt(name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
             if name not in factors:
                 return result
-            return rules[name].forward(layer, active_adapter=name, x=x.to(factors[name].weight.dtype), result=result)
+            x = x.to(factors[name].weight.dtype)
+            return rules[name].forward(layer, active_adapter=name, x=x, result=result).to(result.dtype)
 
         kwargs = {key: value for key, value in kwargs.items() if key not in VARIANT_KWARG_KEYS}
         return by_adapter(adapter_names, adapt, x, layer.base_layer(x, *args, **kwargs))

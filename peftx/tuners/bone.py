@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..adapters import Adapter, AdapterConfig, ExpertsSite, Site, register
-from ..adapters.products import at_least_fp32
+from ..adapters.products import at_least_fp32, kept
+
+BLOCK = 2**17, 2**24  # numbers of `bat_output` that exist at a time, on a CPU and elsewhere
 
 
 @dataclass
@@ -64,6 +67,26 @@ def bat_delta(weight: torch.Tensor, block: torch.Tensor, onto: torch.Tensor | No
     tiles = weight.reshape(len(block), -1, r)
     product = torch.bmm(tiles, block) if onto is None else torch.baddbmm(onto.reshape(tiles.shape), tiles, block)
     return (product.view(len(block), r, -1, r) + block[:, :, None, :]).view(weight.shape)
+
+
+def bat_output(x: torch.Tensor, block: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x bat_delta(weight, block)^T without the delta, for several blocks at once.
+
+    The products B[a] x[b] are out in / r numbers for each token; what exists of them at a time stays in a CPU's cache.
+
+    Shapes: x (G, T, in), block (G, out / r, r, r), weight (out, in); returns (G, T, out).
+    """
+    (groups, tokens, width), (_, count, r, _) = x.shape, block.shape
+    parts, tiles = x.unflatten(-1, (-1, r)), weight.unflatten(0, (count, r)).mT
+    inputs, size = parts.flatten(1, 2), max(1, BLOCK[x.device.type != "cpu"] // max(groups * tokens * width, 1))
+    outputs = []
+    for start in range(0, count, size):
+        some = block[:, start : start + size]
+        inner = torch.bmm(inputs, some.flatten(1, 2).mT).view(groups * tokens, -1, some.shape[1], r)
+        inner = inner.permute(2, 0, 1, 3).reshape(some.shape[1], groups * tokens, width)
+        outputs.append(torch.bmm(inner, tiles[start : start + size]))
+    outer = torch.cat(outputs).transpose(0, 1).reshape(groups, tokens, -1)
+    return torch.baddbmm(outer, parts.sum(dim=-2), block.flatten(1, 2).mT)
 
 
 def bat_invert(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
@@ -121,13 +144,39 @@ class Bone(Adapter):
 
     @property
     def is_bat(self) -> bool:
-        return self.block.ndim == 3
+        return self.block.ndim == 3 and not isinstance(self.site, ExpertsSite)
 
     def add_delta(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        if self.is_bat:
+            return self.add_rows([self], x[None], result[None])[0]
         return self.site.accumulate(result, fold(x, self.block.shape[-2]), self.block.mT, self.scale)
 
-    def prefers_dense(self, tokens: int) -> bool:
+    @property
+    def composes(self) -> bool:
         return self.is_bat
+
+    def prefers_dense(self, tokens: int) -> bool:
+        return self.is_bat and (self.kept is not None or tokens > self._few)
+
+    @property
+    def _few(self) -> int:
+        """How many tokens cost less than a dense weight, which takes r products for each of its numbers."""
+        return 6 + self.block.shape[-1] // 4
+
+    def shares(self, tokens: int) -> Any:
+        # A dense weight that is kept is quicker still, as long as each has tokens enough to be worth its reading.
+        few = self._few if self.kept is None else 2
+        return self.block.shape if self.is_bat and tokens <= few else None
+
+    @classmethod
+    def add_rows(cls, adapters: Sequence[Any], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        first, dtype = adapters[0], result.dtype
+        scaled = [adapter.block if adapter.scale == 1 else adapter.scale * adapter.block for adapter in adapters]
+        block = kept(
+            first, tuple((adapter, adapter.scale) for adapter in adapters), lambda: torch.stack(scaled).to(dtype)
+        )
+        flat = x.to(dtype).reshape(len(adapters), -1, x.shape[-1])
+        return result + bat_output(flat, block, first.site.weight().to(dtype)).view(result.shape).to(dtype)
 
     def delta_weight(self) -> torch.Tensor:
         block = at_least_fp32(self.block)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import peft
@@ -11,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.pytorch_utils import Conv1D
 
 import peftx
+from peftx.tuners import bone
 from peftx.tuners.bone import BoneLayer, bat_delta, bat_invert, fold, tile
 
 TARGETS = ["lin0", "lin1", "head"]
@@ -85,11 +89,12 @@ def test_bat_delta_is_the_formula(r, a, b):
     torch.testing.assert_close(weight + delta, product.permute(0, 2, 1, 3).reshape(weight.shape))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 20])  # of a few, bat makes no dense weight
 @pytest.mark.parametrize("init_weights", [True, "bat"])
-def test_forward_and_gradients_equal_the_dense_formula(init_weights):
+def test_forward_and_gradients_equal_the_dense_formula(init_weights, tokens):
     adapted = layer(12, 8, r=4, init_weights=init_weights)
-    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(2, 5, 8, dtype=torch.float64)
+    x = torch.randn(2, tokens, 12, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(2, tokens, 8, dtype=torch.float64)
     block = adapted.adapters["default"].block
     weight, bias = adapted.base_layer.weight.detach(), adapted.base_layer.bias.detach()
     found = torch.autograd.grad(adapted(x), [x, block], g)
@@ -176,6 +181,46 @@ def test_bat_adapters_compose_in_order_and_unmerge_in_reverse():
         torch.testing.assert_close(adapted.base_layer.weight, weight)
         outputs.append(y)
     assert not torch.allclose(*outputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+@pytest.mark.parametrize("block", [1, 100, 2**17], ids=["one by one", "some", "all"])
+@pytest.mark.parametrize("inside", [False, True], ids=["attached", "inference"])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "watched"])
+def test_bat_adapters_mix_in_a_batch(monkeypatch, kind, inside, block, tokens):
+    monkeypatch.setattr(bone, "BLOCK", (block, block))
+    base = Conv1D(8, 12) if kind == "Conv1D" else nn.Linear(12, 8)
+    base.double().requires_grad_(False)
+    adapted = BoneLayer.over(base)(base, "a", peftx.BoneConfig(r=4, init_weights="bat")).double()
+    for name, config in {"b": {"r": 4}, "c": {"r": 2}, "plain": {"r": 3, "init_weights": True}}.items():
+        adapted.update_layer(name, peftx.BoneConfig(**{"init_weights": "bat", **config}))
+    for adapter in adapted.adapters.values():
+        adapter.block.data = 0.1 * torch.randn(adapter.block.shape, dtype=torch.float64)
+    adapted.set_scale("b", 0.5)
+    if kind == "watched":
+        base.register_forward_hook(lambda *args: None)
+    names = ["b", "plain", "a", "__base__", "c", "b", "c"]
+    x = torch.randn(len(names), tokens, 12, dtype=torch.float64)
+    weight = base.weight.T if kind == "Conv1D" else base.weight
+    with peftx.inference(adapted) if inside else nullcontext():
+        for _ in range(2):
+            found = adapted(x, adapter_names=names)
+            for row, name in enumerate(names):
+                wanted = weight
+                if name != "__base__":
+                    block = adapted.adapters[name].block.detach()
+                    delta = default_oracle(block, 12) if name == "plain" else bat_oracle(weight, block)
+                    wanted = weight + adapted.adapters[name].scale * delta
+                torch.testing.assert_close(found[row], x[row] @ wanted.T + base.bias)
+
+
+def test_a_bat_adapter_of_few_tokens_makes_no_dense_weight():
+    adapted = layer(64, 64, r=8, init_weights="bat")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found, torch.no_grad():
+        adapted(torch.randn(1, 64, dtype=torch.float64))
+        adapted(torch.randn(2, 64, dtype=torch.float64), adapter_names=["default", "default"])
+    most = max(event.cpu_memory_usage for event in found.events())
+    assert most < 64 * 64 * 8
 
 
 def test_modes_mix_on_one_layer():

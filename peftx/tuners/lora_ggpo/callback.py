@@ -75,7 +75,7 @@ class GGPOCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero and path.parent.is_dir():
             tensors = {key: t for schedule in schedules(model) for key, t in schedule.state().items()}
             with writing(path, "go on from the checkpoint before"), beside(path) as draft:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft)
+                save_file({key: tensor.clone() for key, tensor in tensors.items()}, draft)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         for schedule in schedules(model):

@@ -30,8 +30,8 @@ class LoRAGGPOConfig(VariantConfig):
     Perturbations act in training mode only; evaluation, merging and the saved file, a plain LoRA, know nothing of
     them. Pass `peftx.GGPOCallback()` to `Trainer`. In a loop of your own, call `model.base_model.update_ggpo_stats()`
     between `backward()` (and clipping) and `optimizer.step()`, and for `"mgpo"` once, before the loop,
-    `model.base_model.attach_optimizer(optimizer)`. Under `torch.compile` perturbed layers break the graph, and the
-    micro-batches of a window share their noise unless hooks drive it.
+    `model.base_model.attach_optimizer(optimizer)`. `torch.compile` makes one graph of a perturbed model, in which the
+    noise is a node of its own; the micro-batches of a window share their noise then, unless hooks drive it.
 
     The paper's bodies could not be read. The law of tau follows the abstract and a note that gives the head of the
     covariance; the exponent of `ggpo_beta` is unverified, and `combine="additive"` is the form of a public trainer

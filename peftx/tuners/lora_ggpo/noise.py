@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ...adapters.products import at_least_fp32, autocasted
+from ...adapters.products import at_least_fp32
 
 BLOCK = 2**22  # elements of the noise that exist at a time
 
@@ -22,13 +25,101 @@ def gradient_row_norms2(
     return (scale**2 * ((U @ (V @ V.mT)) * U).sum(dim=-1)).clamp(min=0)
 
 
-def draw(seed: int, rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+def opaque(like: Callable[..., torch.Tensor]) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Decorator: `torch.compile` takes the call as one node of its graph, whose output is as that of `like`.
+
+    What draws numbers, or asks for the step, is seen by no compiler then, and does the same as without one.
+    """
+
+    def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        op = torch.library.custom_op(
+            f"peftx::{function.__name__}", function, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+        )
+        op.register_fake(like)
+
+        @wraps(function)
+        def call(*args: Any) -> torch.Tensor:
+            return op(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call
+
+    return decorate
+
+
+@opaque(lambda clock, name, per_micro: clock.new_empty(()))
+def noise_seed(clock: torch.Tensor, name: str, per_micro: bool) -> torch.Tensor:
+    """The seed () of a name's noise in this step and micro-batch (`clock`) and process, on the CPU."""
+    step, micro = clock.tolist()
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    text = f"{name}/{step}/{micro if per_micro else 0}/{rank}"
+    return torch.tensor(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()), device="cpu")
+
+
+@opaque(lambda tau, clock, total_step: torch.empty_like(tau))
+def ramped(tau: torch.Tensor, clock: torch.Tensor, total_step: int) -> torch.Tensor:
+    """`tau` times the cosine ramp's factor at this step."""
+    return ramp(int(clock[0]), total_step) * tau
+
+
+def ramp(step: int, total_step: int) -> float:
+    return 0.5 * (1 - math.cos(math.pi * min(1.0, step / total_step)))
+
+
+def draw(seed: torch.Tensor, rows: int, columns: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
     """Standard normal numbers (rows, columns), fp32, in blocks of rows; the same for the same seed and device type."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(int(seed))
     size = max(1, BLOCK // columns)
     for start in range(0, rows, size):
         block = slice(start, min(start + size, rows))
         yield block, torch.empty(block.stop - start, columns, device=device).normal_(generator=generator)
+
+
+@opaque(lambda x, tau, seed: x.new_empty(*x.shape[:-1], len(tau)))
+def noise_forward(x: torch.Tensor, tau: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """x eps^T (..., out_features) for eps = diag(tau) draw(seed), in the dtype of x."""
+    blocks = draw(seed, len(tau), x.shape[-1], x.device)
+    return _joined([F.linear(x, noise.to(x.dtype)) * tau[rows].to(x.dtype) for rows, noise in blocks])
+
+
+@opaque(lambda g, tau, seed, columns: g.new_empty(*g.shape[:-1], columns))
+def noise_backward(g: torch.Tensor, tau: torch.Tensor, seed: torch.Tensor, columns: int) -> torch.Tensor:
+    """g eps (..., columns)."""
+    scaled = g * tau.to(g.dtype)
+    return _summed(scaled[..., rows] @ noise.to(g.dtype) for rows, noise in draw(seed, len(tau), columns, g.device))
+
+
+@opaque(lambda x, weight, bias, tau, seed: x.new_empty(*x.shape[:-1], len(tau)))
+def noisy_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tau: torch.Tensor, seed: torch.Tensor
+) -> torch.Tensor:
+    """x (W + eps)^T + bias (..., out_features)."""
+    parts = _perturbed(weight, tau, seed, x.dtype)
+    return _joined([F.linear(x, noisy, None if bias is None else bias[rows]) for rows, noisy in parts])
+
+
+@opaque(lambda g, weight, tau, seed: g.new_empty(*g.shape[:-1], weight.shape[1]))
+def noisy_backward(g: torch.Tensor, weight: torch.Tensor, tau: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """g (W + eps) (..., in_features)."""
+    return _summed(g[..., rows] @ noisy for rows, noisy in _perturbed(weight, tau, seed, g.dtype))
+
+
+def _perturbed(
+    weight: torch.Tensor, tau: torch.Tensor, seed: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    for rows, noise in draw(seed, weight.shape[0], weight.shape[1], weight.device):
+        part = at_least_fp32(weight[rows])
+        yield rows, torch.addcmul(part, noise.to(part.dtype), tau[rows, None].to(part.dtype)).to(dtype)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _summed(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
 
 
 class NoisyOutput(torch.autograd.Function):
@@ -36,24 +127,17 @@ class NoisyOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, x, tau, seed):
-        ctx.seed, ctx.columns, ctx.dtype = seed, x.shape[-1], x.dtype
-        ctx.save_for_backward(tau)
-        result = result.clone()
-        for rows, noise in draw(seed, len(tau), x.shape[-1], x.device):
-            result[..., rows] += (F.linear(x, noise.to(x.dtype)) * tau[rows].to(x.dtype)).to(result.dtype)
-        return result
+        ctx.columns, ctx.dtype = x.shape[-1], x.dtype
+        ctx.save_for_backward(tau, seed)
+        return result + noise_forward(x, tau, seed).to(result.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (tau,) = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return g, None, None, None
-        scaled, grad_x = g.to(ctx.dtype) * tau.to(ctx.dtype), 0
         with torch.autocast(g.device.type, enabled=False):
-            for rows, noise in draw(ctx.seed, len(tau), ctx.columns, g.device):
-                grad_x = grad_x + scaled[..., rows] @ noise.to(ctx.dtype)
-        return g, grad_x, None, None
+            return g, noise_backward(g.to(ctx.dtype), *ctx.saved_tensors, ctx.columns), None, None
 
 
 class NoisyLinear(torch.autograd.Function):
@@ -61,12 +145,8 @@ class NoisyLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, tau, seed):
-        ctx.seed, ctx.dtype = seed, x.dtype
-        ctx.save_for_backward(weight, tau)
-        parts = [
-            F.linear(x, noisy, None if bias is None else bias[rows]) for rows, noisy in _perturbed(ctx, weight, tau)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        ctx.save_for_backward(weight, tau, seed)
+        return noisy_forward(x, weight, bias, tau, seed)
 
     @staticmethod
     @once_differentiable
@@ -74,21 +154,7 @@ class NoisyLinear(torch.autograd.Function):
         grad_x = grad_bias = None
         with torch.autocast(g.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                parts = (g[..., rows] @ noisy for rows, noisy in _perturbed(ctx, *ctx.saved_tensors))
-                grad_x = next(parts)
-                for part in parts:
-                    grad_x += part
+                grad_x = noisy_backward(g, *ctx.saved_tensors)
             if ctx.needs_input_grad[2]:
                 grad_bias = g.reshape(-1, g.shape[-1]).sum(dim=0)
         return grad_x, None, grad_bias, None, None
-
-
-def _perturbed(ctx: Any, weight: torch.Tensor, tau: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    for rows, noise in draw(ctx.seed, weight.shape[0], weight.shape[1], weight.device):
-        part = at_least_fp32(weight[rows])
-        yield rows, torch.addcmul(part, noise.to(part.dtype), tau[rows, None].to(part.dtype)).to(ctx.dtype)
-
-
-@torch.compiler.disable
-def noisy_output(result: torch.Tensor, x: torch.Tensor, tau: torch.Tensor, seed: int) -> torch.Tensor:
-    return NoisyOutput.apply(result, autocasted(x), tau, seed)

@@ -11,17 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...adapters.lora import Variant, is_plain, low_rank
-from ...adapters.lora_experts import FactoredParamWrapper
 from ...adapters.lora_layers import VariantLinear
-from ...adapters.norms import row_norms2, weight_row_norms2
-from ...adapters.products import accumulate, at_least_fp32, autocasted, unobserved
+from ...adapters.products import accumulate, autocasted, unobserved
 from .config import LoRAGGPOConfig
-from .noise import NoisyLinear, gradient_row_norms2, noisy_output
+from .noise import NoisyLinear, NoisyOutput, noise_seed
 from .schedule import Schedule
-
-
-def _running(mean: torch.Tensor | None, value: torch.Tensor, decay: float) -> torch.Tensor:
-    return value if mean is None else decay * mean + (1 - decay) * value
+from .statistics import measure, stacked
 
 
 class GGPO(Variant):
@@ -42,48 +37,17 @@ class GGPO(Variant):
 
     # Statistics
 
-    @torch.no_grad()
-    def measure(self, module: Any, adapter_name: str) -> torch.Tensor | None:
-        """Squared row norms (out_features,) of the gradient, at least in fp32, from those of A and B."""
-        A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-        if B.grad is None or B.grad.shape != B.shape:
-            return None
-        grad_A = torch.zeros_like(A) if A.grad is None else A.grad
-        A, B, grad_A, grad_B = (at_least_fp32(tensor) for tensor in (A, B, grad_A, B.grad))
-        (A, B), (grad_A, grad_B) = stacked(module, A, B), stacked(module, grad_A, grad_B)
-        return gradient_row_norms2(A, B, grad_A, grad_B, module.scaling[adapter_name])
+    @property
+    def known(self) -> bool:
+        """Whether it has the statistics of a step."""
+        needed = ("mean_norm",) if self.config.mode == "mgpo" else ("tau", "grad_norms2")
+        return all(getattr(self, key) is not None for key in needed)
 
-    @torch.no_grad()
-    def take(self, module: Any, adapter_name: str, norms2: torch.Tensor) -> None:
-        """Makes the coming step's statistics from the gradient's squared row norms."""
-        config = self.config
-        if config.mode == "mgpo":
-            self.mean_norm = _running(self.mean_norm, norms2.sum().sqrt(), config.mgpo_ema)
-            return
-        self.grad_norms2 = _running(self.grad_norms2, norms2, config.grad_ema)
-        weight = self.weight_norms2(module, adapter_name)
-        if config.combine == "quadrature":
-            tau = config.ggpo_sigma * (weight + config.ggpo_beta * self.grad_norms2).sqrt() / module.in_features**0.5
-        else:
-            tau = config.ggpo_sigma * weight.sqrt() + config.ggpo_beta * self.grad_norms2
-            tau = tau / module.out_features**0.5
-        self.tau = tau
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: tensor.clone() for key in self.statistics if (tensor := getattr(self, key)) is not None}
+        return {**self.__dict__, **own}  # not parts of the stacks of all layers
 
-    @torch.no_grad()
-    def weight_norms2(self, module: Any, adapter_name: str) -> torch.Tensor:
-        """Squared row norms (out_features,) of the merged weight, at least in fp32."""
-        A, B = (at_least_fp32(w[adapter_name].weight) for w in (module.lora_A, module.lora_B))
-        cross: torch.Tensor | float = 0.0
-        if self.base_norms2 is None or not self.config.cheap_norms:
-            weight = at_least_fp32(module.site.weight())
-            if self.base_norms2 is None:
-                self.base_norms2 = row_norms2(weight)
-            if not self.config.cheap_norms:
-                cross = F.linear(A, weight).T.to(A.dtype)
-        return weight_row_norms2(self.base_norms2.to(A.device), cross, A, B, module.scaling[adapter_name])
-
-    @torch.compiler.disable
-    def _listen(self, module: Any, adapter_name: str) -> None:
+    def listen(self, module: Any, adapter_name: str) -> None:
         """Hooks on A and B, which leave the gradient's norms in `pending` while nobody else takes them."""
         weight = module.lora_B[adapter_name].weight
         if self._hooked is weight or not (weight.requires_grad and weight.is_leaf):
@@ -97,31 +61,25 @@ class GGPO(Variant):
 
     # Perturbations
 
-    def noise(self, module: Any, adapter_name: str) -> tuple[torch.Tensor, int] | None:
-        """tau (out_features,) and the seed of the noise that the weight is to see, or None."""
+    def noise(self, module: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """tau (out_features,) and the seed () of the noise that the weight is to see, or None."""
+        config, schedule = self.config, self.schedule
         trained = module.training and module.lora_B[adapter_name].weight.requires_grad
-        if not trained or self.config.mode != "ggpo" or not self.schedule.perturbs:
+        if not trained or config.mode != "ggpo" or not schedule.perturbs or self.tau is None or schedule.waiting:
             return None
-        if self.config.auto_update and not self.schedule.driven:
-            self._listen(module, adapter_name)
-        if self.tau is None:
+        if config.ggpo_sigma == 0 and config.combine == "quadrature":
             return None
-        silent = self.config.ggpo_sigma == 0 and self.config.combine == "quadrature"
-        if silent or self.schedule.step < self.config.warmup_steps:
-            return None
-        return self.schedule.size * self.tau, self.schedule.noise_seed(f"{self.name}/{adapter_name}")
+        name = f"{config.seed}/{self.name}/{adapter_name}"
+        return schedule.grown(self.tau), noise_seed(schedule.clock, name, config.noise_per == "micro")
 
-    @torch.compiler.disable
     @torch.no_grad()
     def direction(self, module: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """U (out_features, 2r) and V (2r, in_features; A first) of the MGPO perturbation eps = U V, or None.
 
         eps = -rho f d / ||d|| with d = scale (M_B A + B M_A), M the first moments, and f = 1 / mean gradient norm.
         """
-        config, schedule, scale = self.config, self.schedule, module.scaling[adapter_name]
-        if config.auto_update and not schedule.driven:
-            self._listen(module, adapter_name)
-        if not config.mgpo_rho or schedule.step < config.warmup_steps:
+        config, schedule = self.config, self.schedule
+        if not config.mgpo_rho or schedule.waiting:
             return None
         factors = [w[adapter_name].weight for w in (self.layer.lora_A, self.layer.lora_B)]
         moments = [schedule.moment(weight) for weight in factors]
@@ -131,10 +89,13 @@ class GGPO(Variant):
         M_A, M_B = (moment.to(A.device) for moment in moments if moment is not None)
         (A, B), (M_A, M_B) = stacked(module, A, B), stacked(module, M_A, M_B)
         U, V = torch.cat([M_B, B], dim=-1), torch.cat([A, M_A], dim=-2)
-        length = scale * ((U.mT @ U) * (V @ V.mT)).sum().clamp(min=0).sqrt()  # of a stack as a whole
-        mean = torch.ones_like(length) if self.mean_norm is None else self.mean_norm.to(length)
-        factor = (1 / (mean + 1e-12)).clamp(max=config.mgpo_max_scale)
-        return -config.mgpo_rho * scale * factor / (length + 1e-12) * U, V
+        # of a stack of experts as a whole
+        length2 = torch.dot((U.mT @ U).flatten(), (V @ V.mT).flatten())  # (||d|| / scale)^2
+        factor = -config.mgpo_rho * length2.clamp(min=torch.finfo(length2.dtype).tiny).rsqrt()
+        if self.mean_norm is None:
+            return min(1.0, config.mgpo_max_scale) * factor * U, V
+        least = max(1 / config.mgpo_max_scale, 1e-12)
+        return factor / self.mean_norm.to(factor).clamp(min=least) * U, V
 
     def _steps_aside(self, module: Any, adapter_name: str) -> bool:
         """Whether the weight is to see MGPO's perturbation."""
@@ -146,7 +107,7 @@ class GGPO(Variant):
     ) -> torch.Tensor:
         noise = self.noise(module, active_adapter)
         if noise is not None:
-            result = noisy_output(result, x, *noise)
+            result = NoisyOutput.apply(result, autocasted(x), *noise)
         return self.add(module, active_adapter, x, result)
 
     def add(self, module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -159,7 +120,7 @@ class GGPO(Variant):
         if is_plain(lora_A, lora_B) and isinstance(module.lora_dropout[adapter_name], nn.Identity):
             A, B, scale = lora_A.weight, lora_B.weight, module.scaling[adapter_name]
             rule = scale * B.detach()
-            U = torch.cat([U[:, : len(A)] + rule, U[:, len(A) :]], dim=1)
+            U[:, : len(A)] += rule
             return low_rank(result, x, A, B, scale, U=U, V=V, rule=rule)
         return super().forward(module, adapter_name, x, accumulate(result, F.linear(x, V.to(x.dtype)), U.T))
 
@@ -173,15 +134,10 @@ class GGPO(Variant):
         return site.accumulate(result, site.reduce(x, V), U)
 
 
-def stacked(module: Any, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What lies as the factors of a layer do; over fused experts, with a leading axis of them."""
-    return module.stacked(A, B) if isinstance(module, FactoredParamWrapper) else (A, B)
-
-
 def _hear(rule_of: Any, module_of: Any, adapter_name: str, parameter: torch.Tensor) -> None:
     rule, module = rule_of(), module_of()
     if rule is not None and module is not None and not rule.schedule.driven:
-        rule.pending = rule.measure(module, adapter_name)
+        (rule.pending,) = measure([(rule, module, adapter_name)])
         rule.schedule.heard = True
 
 
@@ -196,7 +152,6 @@ class GGPOLinear(VariantLinear):
             return super().forward(x, *args, **kwargs)
         return self._perturbed_forward(x)
 
-    @torch.compiler.disable
     def _perturbed_forward(self, x: torch.Tensor) -> torch.Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
         rules: dict[str, Any] = {name: self.lora_variant[name] for name in names}
@@ -214,6 +169,6 @@ class GGPOLinear(VariantLinear):
             x = self._cast_input_dtype(x, lora_A.weight.dtype)
             noise = noises[name]
             if noise is not None and name != first:
-                result = noisy_output(result, x, *noise)
+                result = NoisyOutput.apply(result, autocasted(x), *noise)
             result = rules[name].add(self, name, x, result)
         return result.to(dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,8 @@ from torch import nn
 
 from ...adapters.sharding import refuse_shards
 from .config import LoRAGGPOConfig
+from .noise import ramped
+from .statistics import measure, take
 
 PATIENCE = 20  # training forwards without statistics before a warning
 
@@ -21,8 +22,10 @@ class Schedule:
     """Where the training of one adapter stands; shared by the rules of all its layers.
 
     Attributes:
+        clock: `step` and `micro`, where a compiled graph reads them anew.
         step: optimizer steps whose gradients the statistics have seen.
         micro: micro-batches of the present step that have had their backward.
+        waiting: whether it is too early for perturbations.
         driven: whether somebody calls `update_ggpo_stats`, so that the hooks keep still.
         heard: whether the hooks have seen gradients since the last forward.
         learning: whether the latest pass of the whole model has gradients.
@@ -34,6 +37,7 @@ class Schedule:
     def __init__(self, config: LoRAGGPOConfig) -> None:
         self.config = config
         self.total_step = config.total_step
+        self.clock = torch.zeros(2, dtype=torch.int64, device="cpu")
         self.step = self.micro = self.idle = 0
         self.driven = self.heard = self.checked = False
         self.learning = True
@@ -45,6 +49,22 @@ class Schedule:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizer": None, "_seen": []}  # a copy of the model is not the optimizer's
+
+    @property
+    def step(self) -> int:
+        return int(self.clock[0])
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.clock[0], self.waiting = step, step < self.config.warmup_steps
+
+    @property
+    def micro(self) -> int:
+        return int(self.clock[1])
+
+    @micro.setter
+    def micro(self, micro: int) -> None:
+        self.clock[1] = micro
 
     def live(self) -> Iterator[tuple[Any, Any, str]]:
         """The rules of layers that still have the adapter and train it."""
@@ -59,7 +79,7 @@ class Schedule:
             warnings.warn(f"LORAGGPO: {what}", stacklevel=3)
 
     def measure(self) -> list[torch.Tensor | None]:
-        return [rule.measure(layer, name) for rule, layer, name in self.live()]
+        return measure(list(self.live()))
 
     def take(self, found: list[torch.Tensor | None], step: int | None = None) -> None:
         """Makes the statistics of the coming step from the squared gradient norms that `measure` found."""
@@ -67,12 +87,7 @@ class Schedule:
         self.step, self.micro = self.step + 1 if step is None else step, 0
         for rule, _, _ in self.rules:
             rule.pending = None
-        totals = [norms.sum() for norms in found if norms is not None]
-        if not torch.stack([total.to(totals[0].device) for total in totals]).isfinite().all():
-            return  # the gradients overflowed: this optimizer step is skipped
-        for (rule, layer, name), norms in zip(self.live(), found, strict=True):
-            if norms is not None:
-                rule.take(layer, name, norms)
+        take(list(self.live()), found)
 
     def attach(self, optimizer: Any) -> None:
         self.optimizer = _unwrapped(optimizer)
@@ -115,9 +130,13 @@ class Schedule:
 
     @torch.compiler.disable
     def _observe(self) -> None:
-        grads = [layer.lora_B[name].weight.grad for _, layer, name in self.live()]
-        if not grads:
+        places = list(self.live())
+        if not places:
             return
+        if self.config.auto_update and not self.driven:
+            for rule, layer, name in places:
+                rule.listen(layer, name)
+        grads = [layer.lora_B[name].weight.grad for _, layer, name in places]
         seen = [None if grad is None else (id(grad), grad._version) for grad in grads]
         known, self._seen = self._seen, seen
         if self.driven or not self.config.auto_update:
@@ -161,23 +180,16 @@ class Schedule:
         Answers that are generated in training mode (GRPO, RLOO) and log-probabilities without gradients are not."""
         return self.learning or torch.is_grad_enabled()
 
-    @property
-    def size(self) -> float:
-        """Factor of the noise by the ramp."""
+    def grown(self, tau: torch.Tensor) -> torch.Tensor:
+        """`tau` by the ramp."""
         if self.config.ramp == "none":
-            return 1.0
+            return tau
         if self.total_step is None:
             self.tell(
                 "`ramp='cosine'` needs `total_step` in LoRAGGPOConfig, or `peftx.GGPOCallback()`: no ramp so far."
             )
-            return 1.0
-        return 0.5 * (1 - math.cos(math.pi * min(1.0, self.step / self.total_step)))
-
-    def noise_seed(self, name: str) -> int:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        micro = self.micro if self.config.noise_per == "micro" else 0
-        text = f"{self.config.seed}/{name}/{self.step}/{micro}/{rank}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+            return tau
+        return ramped(tau, self.clock, self.total_step)
 
     def moment(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The optimizer's first moment of a weight, where it has one in full precision."""
