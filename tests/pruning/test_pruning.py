@@ -1076,6 +1076,7 @@ def test_scatter_is_a_picture(tmp_path: Path) -> None:
 def test_what_is_drawn_was_scored(method: str) -> None:
     known = {*pruning.METHODS[method], *pruning.shown_with(method), "tokens"}
     assert set(pruning.axes_of(method)) <= known and ("loss" in known) == (method != "random")
+    assert "tokens" not in pruning.axes_of(method, {*known, "label"})  # which are one each, of a classifier
 
 
 def test_table_shows_both_ends() -> None:
@@ -1093,6 +1094,8 @@ def test_table_shows_both_ends() -> None:
     bars = pruning.table(scores, preference(scores, "nod"), [{"text": "|" * 500}] * 20, rows=1, characters=10)
     assert bars.splitlines()[-1].endswith(" | " + "\\|" * 5 + " ... " + "\\|" * 5 + " |")
     assert len(pruning.table(scores, preference(scores, "nod"), data, rows=0).splitlines()) == 3
+    of_classifier = pruning.table(scores | {"label": torch.zeros(20)}, preference(scores, "nod"), data, rows=1)
+    assert of_classifier.startswith("| rank | index | wanted | nod | text |")
 
 
 def test_a_score_that_prefers_a_class_keeps_the_same_share_of_each() -> None:
