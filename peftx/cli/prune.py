@@ -180,7 +180,7 @@ def load(name: str, adapter: str | None, task: str | None, dtype: str, device: s
     import transformers
     from peft import PeftModel
 
-    from ..hub.loading import classes_in, fetch_adapter, read_tensors
+    from ..hub.loading import check_replaced, classes_in, fetch_adapter, read_tensors
     from ..pruning.head import task_of_class
     from ..saved import check_is_model, read_config
 
@@ -205,6 +205,7 @@ def load(name: str, adapter: str | None, task: str | None, dtype: str, device: s
         auto_class = getattr(transformers, AUTO_CLASSES[task])
         network, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **classes)
         if adapter is not None:
+            check_replaced(name, saved, report)
             network = PeftModel.from_pretrained(network, adapter)
     if adapter is None and report["missing_keys"]:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +188,25 @@ def load_adapter(
 
 
 def classes_in(folder: Path, config: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What `from_pretrained` of the base model has to know of the labels of a classifier whose head was saved."""
+    """What `from_pretrained` of the base model has to know of the labels of a classifier whose head was saved.
+
+    The base model may have a head for other labels, which the saved one replaces: see `check_replaced`.
+    """
     count = labels_in(config, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()})
     if not count:
         return {}
     if len(names := class_names(folder)) == count:
-        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return {"num_labels": count}
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    else:
+        labels = {"num_labels": count}
+    return {**labels, "ignore_mismatched_sizes": True}
+
+
+def check_replaced(name: str, config: Any, report: Mapping[str, Any]) -> None:
+    """Raises ValueError where weights of the base model that the adapter does not bring are of another size."""
+    keys = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
+    if left := [key for key in keys if {*key.split(".")}.isdisjoint(config.modules_to_save or ())]:
+        raise ValueError(f"The base model {name} cannot be loaded: {left[0]} is of another size than its config says")
 
 
 def load_base(config: Any, name: str | os.PathLike | None, **kwargs: Any) -> nn.Module:
@@ -207,7 +220,7 @@ def load_base(config: Any, name: str | os.PathLike | None, **kwargs: Any) -> nn.
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ValueError(f"transformers has no {mapped}, the class of the adapter's base model: pass the model itself.")
     try:
-        return cls.from_pretrained(name, revision=revision, **kwargs)
+        model, report = cls.from_pretrained(name, revision=revision, output_loading_info=True, **kwargs)
     except (
         OSError,
         ValueError,
@@ -222,3 +235,5 @@ def load_base(config: Any, name: str | os.PathLike | None, **kwargs: Any) -> nn.
             raise
         where = "" if Path(name).exists() else ", which is not a folder here,"
         raise ValueError(f"The base model {name}{where} cannot be loaded: {' '.join(str(error).split())}") from error
+    check_replaced(name, config, report)
+    return model
