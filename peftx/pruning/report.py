@@ -29,6 +29,7 @@ def scatter(
     Needs matplotlib. Samples with NaN or infinity are left out.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     kept = torch.zeros(len(scores[x]), dtype=torch.bool)
     kept[list(indices)] = True
@@ -45,6 +46,8 @@ def scatter(
             label=f"{label}: {int(chosen.sum())}",
         )
     axes.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+    if x in ("label", "tokens"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     figure.savefig(path, format="png", dpi=120)
 

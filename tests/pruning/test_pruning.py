@@ -1070,6 +1070,8 @@ def test_scatter_is_a_picture(tmp_path: Path) -> None:
     scores["don"][3] = math.nan
     pruning.scatter(scores, [1, 2, 4], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    pruning.scatter({"label": torch.arange(3.0), "loss": torch.rand(3)}, [1], tmp_path / "b.png", "label", "loss")
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("method", pruning.METHODS)
