@@ -96,7 +96,12 @@ ELSEWHERE = {
     "python benchmarks/compression_models.py smollm2": "needs the real SmolLM2",
     "python benchmarks/pruning_noise.py gsm8k": "needs the real SmolLM2",
 }
-BEFORE = {"peftx train --output out --resume": "peftx train --model folder --data pairs.jsonl --output out"}
+BEFORE = {
+    "peftx train --output out --resume": "peftx train --model folder --data pairs.jsonl --output out",
+    "peftx prune --model folder --adapter first --data data.csv --keep 0.7 --out kept.csv": (
+        "peftx train --model folder --task SEQ_CLS --data data.csv --output first"
+    ),
+}
 
 
 def shown(page: str) -> list[str]:

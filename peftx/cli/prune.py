@@ -123,7 +123,7 @@ def prune(
                 chosen.save(draft, columns)
         if plot:
             with written(plot, "prune") as draft:
-                pruning.scatter(found, kept, draft, *pruning.axes_of(method))
+                pruning.scatter(found, kept, draft, *pruning.axes_of(method, found))
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
@@ -180,9 +180,18 @@ def load(name: str, adapter: str | None, task: str | None, dtype: str, device: s
     import transformers
     from peft import PeftModel
 
+    from ..hub.loading import check_replaced, classes_in, fetch_adapter, read_tensors
     from ..pruning.head import task_of_class
+    from ..saved import check_is_model, read_config
 
-    config = transformers.AutoConfig.from_pretrained(name)
+    check_is_model(name, "say --model {base} --adapter {adapter}")
+    config, classes = transformers.AutoConfig.from_pretrained(name), {}
+    if adapter is not None:
+        folder = fetch_adapter(adapter)
+        saved = read_config(folder, shown=adapter)
+        if task is None and saved.task_type in TASKS:
+            task = saved.task_type
+        classes = classes_in(folder, saved, read_tensors(folder, shown=adapter))
     if task is None:
         architecture = next(iter(config.architectures or ()), "model without an architecture")
         if (task := task_of_class(architecture)) is None:
@@ -194,14 +203,15 @@ def load(name: str, adapter: str | None, task: str | None, dtype: str, device: s
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     with quiet():
         auto_class = getattr(transformers, AUTO_CLASSES[task])
-        network, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        network, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **classes)
+        if adapter is not None:
+            check_replaced(name, saved, report)
+            network = PeftModel.from_pretrained(network, adapter)
     if adapter is None and report["missing_keys"]:
         raise ValueError(
-            f"{name} has no trained {', '.join(sorted(report['missing_keys']))}: train it for a while first, "
-            "since scores of a random layer mean nothing"
+            f"{name} has no trained {', '.join(sorted(report['missing_keys']))}: train it for a while first, by "
+            "peftx train, and name what that writes by --adapter, since scores of a random layer mean nothing"
         )
-    if adapter is not None:
-        network = PeftModel.from_pretrained(network, adapter)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return network.to(device), tokenizer, task

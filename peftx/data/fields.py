@@ -221,7 +221,12 @@ def texts_of(record: Record, prompt: str | None, answer: str | None) -> tuple[st
         return joined(record, first, [name for name in more if name is not None]), text_of(record, reply)
     if alone is not None:
         return "", text_of(record, alone)
-    raise ValueError(f"found no prompt and answer among its fields {', '.join(record)}: name them")
+    fields = ", ".join(record)
+    if first is not None:
+        raise ValueError(f"found no answer to its {first!r} among its fields {fields}: name it by --answer")
+    if reply is not None:
+        raise ValueError(f"found no prompt of its {reply!r} among its fields {fields}: name it by --prompt")
+    raise ValueError(f"found no prompt and answer among its fields {fields}: name them by --prompt and --answer")
 
 
 def joined(record: Record, first: str, more: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from transformers import AutoConfig
 from ..cards import exported as cards
 from ..files import drafted
 from .export import plain_lora
+from .loading import NAME_IT
 from .merged import BY, check_place
 from .tensors import WRAPPED, by_pattern, factors, split
 
@@ -145,7 +146,7 @@ def _base_config(model: Any, config: Any, base_model: Any, token: Any) -> Any:
         return getattr(base_model, "config", None)
     name = str(base_model or config.base_model_name_or_path or "")
     if not name:
-        raise ValueError("The adapter does not say what its base model is: name it by `base_model`.")
+        raise ValueError(f"The adapter does not say what its base model is: {NAME_IT}.")
     try:
         return AutoConfig.from_pretrained(name, revision=None if base_model else config.revision, token=token)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

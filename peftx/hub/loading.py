@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..cards.adapter import labels_in, shapes_in
-from ..saved import read_config
+from ..saved import class_names, read_config
 from ..utils import AUTO_CLASSES
+
+NAME_IT = "name it by `base_model` (--base-model), or load the adapter on a model of your own and pass that"
 
 
 def fetch_adapter(
@@ -149,7 +152,7 @@ def load_adapter(
     """A saved adapter on its base model.
 
     As `peft.AutoPeftModel`, but for every task in one function; the number of a classifier's labels is found in the
-    adapter, and the base model can be given.
+    adapter (and their names, where `peftx train` wrote it), and the base model can be given.
 
     Args:
         path: folder, or id of a repository on the Hub.
@@ -165,8 +168,9 @@ def load_adapter(
     folder = fetch_adapter(path, revision=revision, subfolder=subfolder, token=token)
     config = read_config(folder, shown=path)
     if not isinstance(base_model, nn.Module):
-        state = read_tensors(folder, shown=path)
-        base_model = load_base(config, state, base_model, **({} if token is None else {"token": token}), **kwargs)
+        if not {"num_labels", "id2label"} & kwargs.keys():
+            kwargs |= classes_in(folder, config, read_tensors(folder, shown=path))
+        base_model = load_base(config, base_model, **({} if token is None else {"token": token}), **kwargs)
     try:
         if config.peft_type == PeftType.LORA:  # whose integers PEFT would take, and say nothing
             dtypes = {key: dtype for key, (_, dtype) in shapes_in(Path(folder, SAFETENSORS_WEIGHTS_NAME)).items()}
@@ -183,20 +187,40 @@ def load_adapter(
         raise ValueError(f"The adapter {path} cannot be put on its base model: {told}") from error
 
 
-def load_base(config: Any, state: dict[str, torch.Tensor], name: str | os.PathLike | None, **kwargs: Any) -> nn.Module:
+def classes_in(folder: Path, config: Any, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What `from_pretrained` of the base model has to know of the labels of a classifier whose head was saved.
+
+    The base model may have a head for other labels, which the saved one replaces: see `check_replaced`.
+    """
+    count = labels_in(config, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()})
+    if not count:
+        return {}
+    if len(names := class_names(folder)) == count:
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    else:
+        labels = {"num_labels": count}
+    return {**labels, "ignore_mismatched_sizes": True}
+
+
+def check_replaced(name: str, config: Any, report: Mapping[str, Any]) -> None:
+    """Raises ValueError where weights of the base model that the adapter does not bring are of another size."""
+    keys = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
+    if left := [key for key in keys if {*key.split(".")}.isdisjoint(config.modules_to_save or ())]:
+        raise ValueError(f"The base model {name} cannot be loaded: {left[0]} is of another size than its config says")
+
+
+def load_base(config: Any, name: str | os.PathLike | None, **kwargs: Any) -> nn.Module:
     """The base model of an adapter; see `load_adapter`."""
     revision = config.revision if name is None else None
     name = str(name or config.base_model_name_or_path or "")
     if not name:
-        raise ValueError("The adapter does not say what its base model is: name it by `base_model`.")
+        raise ValueError(f"The adapter does not say what its base model is: {NAME_IT}.")
     mapped = (config.auto_mapping or {}).get("base_model_class")
     cls = getattr(transformers, AUTO_CLASSES.get(config.task_type, mapped or "AutoModel"), None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise ValueError(f"transformers has no {mapped}, the class of the adapter's base model: pass the model itself.")
-    if labels := labels_in(config, {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}):
-        kwargs = {"num_labels": labels, **kwargs}
     try:
-        return cls.from_pretrained(name, revision=revision, **kwargs)
+        model, report = cls.from_pretrained(name, revision=revision, output_loading_info=True, **kwargs)
     except (
         OSError,
         ValueError,
@@ -211,3 +235,5 @@ def load_base(config: Any, state: dict[str, torch.Tensor], name: str | os.PathLi
             raise
         where = "" if Path(name).exists() else ", which is not a folder here,"
         raise ValueError(f"The base model {name}{where} cannot be loaded: {' '.join(str(error).split())}") from error
+    check_replaced(name, config, report)
+    return model

@@ -1,7 +1,7 @@
 """What a selection looks like: a picture of all samples, and the ones at both ends to read."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def scatter(
     Needs matplotlib. Samples with NaN or infinity are left out.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     kept = torch.zeros(len(scores[x]), dtype=torch.bool)
     kept[list(indices)] = True
@@ -45,6 +46,8 @@ def scatter(
             label=f"{label}: {int(chosen.sum())}",
         )
     axes.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+    if x in ("label", "tokens"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     figure.savefig(path, format="png", dpi=120)
 
@@ -76,7 +79,8 @@ def table(
         characters: a text longer than that is cut in its middle.
     """
     order = ranking(wanted)
-    names = [name for name in scores if name not in ("label", "tokens")] + ["tokens"] * ("tokens" in scores)
+    names = [name for name in scores if name not in ("label", "tokens")]
+    names += ["tokens"] * ("tokens" in scores and "label" not in scores)  # a classifier's sample has one label
     head = ["rank", "index", "wanted", *names, "text"]
     lines = [head, ["---:"] * (len(head) - 1) + ["---"]]
     ranked = list(enumerate(order, 1))
@@ -129,11 +133,13 @@ def shown_with(method: str) -> tuple[str, ...]:
     return ("don", "nod", "loss") if OF_HEAD & set(METHODS[method]) else ("loss",)
 
 
-def axes_of(method: str) -> tuple[str, str]:
-    """The two scores of the picture."""
+def axes_of(method: str, scores: Container[str] = ()) -> tuple[str, str]:
+    """The two scores of the picture, of those that there are."""
     if OF_HEAD & set(METHODS[method]):
         return "don", "nod"
-    return ("tokens", method) if method in ("loss", "random") else (method, "loss")
+    if method in ("loss", "random"):
+        return ("label" if "label" in scores else "tokens"), method
+    return method, "loss"
 
 
 def write_report(
@@ -146,6 +152,6 @@ def write_report(
     page = f"{title}\n\n{table(scores, wanted, dataset, tokenizer=tokenizer)}\n"
     (folder / PAGE).write_text(page, encoding="utf-8")
     try:
-        scatter(scores, selection.indices, folder / PICTURE, *axes_of(method))
+        scatter(scores, selection.indices, folder / PICTURE, *axes_of(method, scores))
     except ModuleNotFoundError as error:
         logger.info(f"no selection.png: {error.name} is missing")

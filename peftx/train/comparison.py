@@ -129,7 +129,7 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     trained = {run["method"] for run in shown}
     notes = [note for name, note in sizes.items() if name in trained]
     notes += [f"{name} is left out: {why}" for name, why in work.left_out.items()]
-    notes += summary(chosen, measured_at, quality, len(validation))
+    notes += summary(chosen, measured_at, quality, len(validation), work.reasons)
     if settings.best_metric and not settings.validation:
         notes.append("checkpoints were chosen on the held-out samples themselves, which flatters the numbers")
     if shown and (head := shown[0].get("head_learning_rate")) is not None:
@@ -165,6 +165,7 @@ class Work:
     Attributes:
         failures: methods that do not run, with the reason.
         left_out: those of them that only `all` named.
+        reasons: by method and learning rate, why a run that was to choose failed.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class Work:
         self.known = {name: (key(name), plain(check_settings(find(name), own))) for name, own in entries.items()}
         self.failures: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
+        self.reasons: dict[tuple[str, float], str] = {}
         self.number = self.count = 0
         self.lock = threading.Lock()
 
@@ -193,12 +195,11 @@ class Work:
         own = {name: find(name).learning_rate for name in self.entries}
         wanted = {name: said if isinstance(said, list) else grid(own[name]) for name in self.entries}
         measured_at: dict[str, dict[float, Any]] = {name: {} for name in self.entries}
-        reasons: dict[str, str] = {}
         while tasks := [Task(name, SEED, rate, True) for name, rates in wanted.items() for rate in rates]:
             for task, found, reason in self.done(tasks):
                 assert task.rate is not None
                 measured_at[task.name][task.rate] = found and found["validation"]
-                reasons[task.name] = reason or reasons.get(task.name, "")
+                self.reasons |= {(task.name, task.rate): reason} if reason else {}
             gone = {*self.failures, *self.left_out}
             new = {name: further(own[name], measured_at[name], quality) for name in wanted if name not in gone}
             wanted = {name: [rate] for name, rate in new.items() if rate is not None and said == AUTO}
@@ -207,7 +208,8 @@ class Work:
             if name in self.failures or name in self.left_out:
                 continue
             if (best := best_rate(rates, quality)) is None:
-                self.failures[name] = reasons[name] or f"no learning rate has a finite {quality}"
+                last = [reason for (method, _), reason in self.reasons.items() if method == name][-1:]
+                self.failures[name] = last[0] if last else f"no learning rate has a finite {quality}"
             else:
                 chosen[name] = best
         return chosen, {name: dict(sorted(measured_at[name].items())) for name in chosen}

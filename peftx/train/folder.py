@@ -14,8 +14,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..files import NEW, check_free, claim, files_in, is_by, note, publish, reached, read_list, save_list, written
+from ..saved import METRICS
 from .checkpoints import NAME, checkpoints, damage
-from .results import METRICS
 from .settings import Settings, TrainSettings, parse, read_yaml, section
 
 BY = "train"

@@ -24,6 +24,7 @@ from ..data.fields import label_field
 from ..data.records import Records, hold_out, label_names, read_both
 from ..data.text import encode, longest, naming, padding_of
 from ..pruning.head import task_of_class
+from ..saved import check_is_model
 from ..utils import AUTO_CLASSES, CLASSIFIERS, IGNORE
 from .methods import Method, dtype_of, fit_ranks, owners, peft_config
 from .settings import Section, Settings, TrainSettings
@@ -48,6 +49,7 @@ class DoesNotFitError(ValueError):
 def planned(settings: Settings, records: Records) -> Plan:
     """Raises ValueError where there is no such model, its task is unknown, or the records have no labels for it."""
     name = settings.model
+    check_is_model(name, "merge it (peftx export {adapter} model --to merged), and name what that writes")
     with loading(name):
         config = transformers.AutoConfig.from_pretrained(name)
     task = task_for(settings, config)

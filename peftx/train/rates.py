@@ -74,9 +74,13 @@ def best_rate(measured: Mapping[float, Mapping[str, float] | None], name: str) -
 
 
 def summary(
-    chosen: Mapping[str, float], measured: Mapping[str, Mapping[float, Any]], name: str, count: int
+    chosen: Mapping[str, float],
+    measured: Mapping[str, Mapping[float, Any]],
+    name: str,
+    count: int,
+    reasons: Mapping[tuple[str, float], str] | None = None,
 ) -> list[str]:
-    """What was chosen from, for the notes of a comparison."""
+    """What was chosen from, for the notes of a comparison; and by method and rate, why one failed."""
     sizes = {len(rates) for rates in measured.values()}
     if not sizes:
         return []
@@ -92,5 +96,9 @@ def summary(
     ]
     if ends:
         told.append(f"the best rate of {', '.join(ends)} is at an end of the rates that were tried: try further ones")
-    failed = [f"{method} at {rate:g}" for method, rates in measured.items() for rate in rates if rates[rate] is None]
-    return told + ([f"did not run: {', '.join(failed)}"] if failed else [])
+    failed = [(method, rate) for method, rates in measured.items() for rate in rates if rates[rate] is None]
+    said = []
+    for method, rate in failed:
+        why = (reasons or {}).get((method, rate))
+        said.append(f"{method} at {rate:g}" + (f" ({why})" if why else ""))
+    return told + ([f"did not run: {', '.join(said)}"] if said else [])

@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from ..files import written
+from ..saved import METRICS
 from ..utils import IGNORE
 
-METRICS = "metrics.json"
 PACKAGES = ("peftx", "peft", "transformers", "accelerate", "torch")
 WEIGHTS = ("adapter_model.*", "model*.safetensors", "pytorch_model*.bin")
 

@@ -140,7 +140,9 @@ def test_a_conversational_completion_may_have_turns_of_its_own(tokenizer: Any) -
         ({"question": "a", "answer": {"text": "b"}}, "its field 'answer' is not a text but a dict"),
         ({"problem": "a", "solution": "b", "output": "c"}, "output and solution may each be the answer: name one by"),
         ({"query": "a", "source": "b", "answer": "c"}, "query and source may each be the prompt: name one by --prompt"),
-        ({"x": "a", "y": "b"}, "found no prompt and answer among its fields x, y: name them"),
+        ({"x": "a", "y": "b"}, "found no prompt and answer among its fields x, y: name them by --prompt and --answer"),
+        ({"prompt": "a", "y": "b"}, "found no answer to its 'prompt' among its fields prompt, y: name it by --answer"),
+        ({"x": "a", "Answer": "b"}, "found no prompt of its 'Answer' among its fields x, Answer: name it by --prompt"),
     ],
 )
 def test_what_is_no_prompt_and_answer(tokenizer: Any, record: dict, message: str) -> None:

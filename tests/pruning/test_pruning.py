@@ -1070,12 +1070,15 @@ def test_scatter_is_a_picture(tmp_path: Path) -> None:
     scores["don"][3] = math.nan
     pruning.scatter(scores, [1, 2, 4], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    pruning.scatter({"label": torch.arange(3.0), "loss": torch.rand(3)}, [1], tmp_path / "b.png", "label", "loss")
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("method", pruning.METHODS)
 def test_what_is_drawn_was_scored(method: str) -> None:
     known = {*pruning.METHODS[method], *pruning.shown_with(method), "tokens"}
     assert set(pruning.axes_of(method)) <= known and ("loss" in known) == (method != "random")
+    assert "tokens" not in pruning.axes_of(method, {*known, "label"})  # which are one each, of a classifier
 
 
 def test_table_shows_both_ends() -> None:
@@ -1093,6 +1096,8 @@ def test_table_shows_both_ends() -> None:
     bars = pruning.table(scores, preference(scores, "nod"), [{"text": "|" * 500}] * 20, rows=1, characters=10)
     assert bars.splitlines()[-1].endswith(" | " + "\\|" * 5 + " ... " + "\\|" * 5 + " |")
     assert len(pruning.table(scores, preference(scores, "nod"), data, rows=0).splitlines()) == 3
+    of_classifier = pruning.table(scores | {"label": torch.zeros(20)}, preference(scores, "nod"), data, rows=1)
+    assert of_classifier.startswith("| rank | index | wanted | nod | text |")
 
 
 def test_a_score_that_prefers_a_class_keeps_the_same_share_of_each() -> None:

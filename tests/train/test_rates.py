@@ -225,7 +225,9 @@ def test_auto_goes_on_where_the_best_is_at_an_end(
     reported = {method: rate for method, rate, seed in fake.seen if seed == 0}
     assert reported == {"lora": 0.162, "bone": 3e-4, "flora": 0.006}
     page = (out / "results.md").read_text()
-    assert "lr: the best of 5 to 8 by accuracy" in page and "did not run: flora at 0.018" in page
+    assert (
+        "lr: the best of 5 to 8 by accuracy" in page and "did not run: flora at 0.018 (linalg.svd: it did not" in page
+    )
 
     count = len(fake.seen)
     outcome = call("compare", *given(files, out, *asked[:-1], 2))

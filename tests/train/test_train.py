@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -463,6 +464,66 @@ def test_the_output_folder(files: Path, tmp_path: Path) -> None:
     assert (out / "adapter_model.safetensors").read_bytes() != before and (out / "mine.txt").read_text() == "mine"
     refused = call("train", *arguments[:4], "--output", out / "mine.txt")
     assert refused.exit_code == 2 and "is a file, not a folder" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["encoder", "head of two"])
+def test_the_other_commands_take_a_classifier_that_was_trained(files: Path, tmp_path: Path, model: str) -> None:
+    """Its task, and the number and the names of its labels, are those of the run: none of them is told again."""
+    rows = [{"text": f"w{i} w{i % 7}", "label": ("bad", "good", "odd")[i % 3]} for i in range(1, 37)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = files / "encoder"
+    if model == "head of two":  # which a head for three replaces
+        head = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        head.save_pretrained(folder := tmp_path / "base")
+        words().save_pretrained(folder)
+    base, data, adapter = ("--model", folder), ("--data", tmp_path / "data.jsonl"), tmp_path / "adapter"
+    trained("train", *base, *data, "--task", "SEQ_CLS", "--method", "bone", "--set", "r=4", *SHORT, "--output", adapter)
+
+    outcome = call("prune", *base, *data, "--adapter", adapter, "--keep", 0.5, "--out", tmp_path / "kept.jsonl")
+    assert outcome.exit_code == 0, outcome.output
+    assert "FutureWarning" not in outcome.stderr and "tokens" not in outcome.stdout
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert len(kept) == 18 and Counter(row["label"] for row in kept) == dict.fromkeys(("bad", "good", "odd"), 6)
+
+    compressing = (*base, *data, "--adapter", adapter, "--recover-epochs", 0, "--out", tmp_path / "small")
+    outcome = call("compress", *compressing)
+    assert outcome.exit_code == 0, outcome.output
+    outcome = call("export", adapter, tmp_path / "merged", "--to", "merged")
+    assert outcome.exit_code == 0, outcome.output
+    for written in ("small", "merged"):
+        config = json.loads((tmp_path / written / "config.json").read_text())
+        assert config["id2label"] == {"0": "bad", "1": "good", "2": "odd"}
+
+    for command, out in (("prune", "--out"), ("compress", "--out"), ("train", "--output"), ("compare", "--output")):
+        outcome = call(command, "--model", adapter, *data, out, tmp_path / "no.jsonl")
+        assert outcome.exit_code == 2 and not (tmp_path / "no.jsonl").exists()
+        assert f"peftx: {adapter} is an adapter of {folder}, and no model: " in outcome.stderr
+        way = "peftx export " if command in ("train", "compare") else f"--model {folder} --adapter {adapter}"
+        assert way in outcome.stderr
+
+
+@pytest.mark.parametrize("said", ['["bad", "bad", "odd"]', '["bad", 1, "odd"]', '["bad"]', "7", "{", None])
+def test_names_of_classes_that_cannot_be_are_passed_over(tmp_path: Path, said: str | None) -> None:
+    tiny_model("bert").bert.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    config = peftx.BoneConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    if said is not None:
+        (tmp_path / "adapter" / "metrics.json").write_text(f'{{"labels": {said}}}')
+    config = peftx.hub.load_adapter(tmp_path / "adapter").get_base_model().config
+    assert config.id2label == {i: f"LABEL_{i}" for i in range(3)}
+
+
+def test_other_sizes_than_the_saved_head_are_no_base_model(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = peftx.BoneConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    said = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**said, "max_position_embeddings": 8}))
+    with pytest.raises(ValueError, match="base cannot be loaded: bert.embeddings.position_embeddings.weight is of"):
+        peftx.hub.load_adapter(tmp_path / "adapter")
 
 
 # What the user can put right
