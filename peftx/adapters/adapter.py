@@ -77,7 +77,9 @@ class Adapter(nn.Module):
         Raises:
             NotImplementedError: the delta has no such factors.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no exact LoRA form here.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no exact LoRA form here: give a rank, to which it is cut, or merge it."
+        )
 
     def prefers_dense(self, tokens: int) -> bool:
         """Whether the adapted weight should be built for an input of `tokens` rows, instead of calling `add_delta`."""

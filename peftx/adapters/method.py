@@ -64,7 +64,10 @@ def register(
         if issubclass(cls, Adapter):
             experts = capabilities.get("experts", LinearSite in cls.sites and not cls.no_delta)
         defaults = {"variants": {name: {}}, "mergeable": not getattr(cls, "no_delta", ""), "experts": experts}
-        first_line = (config.__doc__ or name).strip().splitlines()[0]
+        doc = config.__doc__ or name
+        if doc.startswith(f"{config.__name__}("):  # a dataclass's signature, where it has no docstring
+            doc = name
+        first_line = doc.strip().splitlines()[0]
         add(
             MethodInfo(
                 name=name,

@@ -146,7 +146,10 @@ def loading_code(info: MethodInfo, config: Any, labels: int | None = None, repo_
     auto = AUTO_CLASSES.get(config.task_type, "AutoModel")
     base = config.base_model_name_or_path
     named = json.dumps(base if is_id(base) else "path/or/name of the base model", ensure_ascii=False) if base else ""
-    lines = [f"import peftx  # registers {info.peft_type.value} with PEFT: pip install peftx"]
+    module, name = type(config).__module__, info.peft_type.value
+    lines = [f"import peftx  # registers {name} with PEFT: pip install peftx"]
+    if module.split(".")[0] != "peftx":
+        lines = ["import peftx  # pip install peftx", f"import {module}  # registers {name} with PEFT"]
     lines += ["from peft import PeftModel"]
     if base:
         count = f", num_labels={labels}" if labels else ""

@@ -25,7 +25,9 @@ KEEPS = (0.9, 0.75, 0.6, 0.5)  # of the picture
 def compress(
     model: Annotated[str, typer.Option(help="The fine-tuned model: folder or hub id.")],
     data: Annotated[Path, typer.Option(help="As of `peftx train`, a file: for statistics, recovery and evaluation.")],
-    out: Annotated[Path, typer.Option(help="New folder for the model, its tokenizer and its card.")],
+    out: Annotated[
+        Path, typer.Option("--out", "--output", help="New folder for the model, its tokenizer and its card.")
+    ],
     keep: Annotated[float, typer.Option(help="Share of the factorised layers' entries, in (0, 1).")] = 0.6,
     method: Annotated[str, typer.Option(help="fwsvd, svd, asvd or svd-llm.")] = "fwsvd",
     recover_epochs: Annotated[float, typer.Option(min=0, help="Fine-tuning afterwards.")] = 1.0,

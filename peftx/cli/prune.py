@@ -24,7 +24,12 @@ def prune(
     model: Annotated[str, typer.Option(help="What is to be trained, or a smaller relative: folder or hub id.")],
     data: Annotated[Path, typer.Option(help="One JSON object a line; or .json, .csv, .tsv, .parquet.")],
     out: Annotated[
-        Path, typer.Option(help="The kept lines, unchanged and in their order; of other data, lines of JSON or .csv.")
+        Path,
+        typer.Option(
+            "--out",
+            "--output",
+            help="The kept lines, unchanged and in their order; of other data, lines of JSON or .csv.",
+        ),
     ],
     keep: Annotated[float, typer.Option(help="Share of the samples, in (0, 1].")] = 0.3,
     method: Annotated[
