@@ -99,7 +99,7 @@ def test_outputs_stay_equal_and_the_report_says_so(outcome: llm.Outcome) -> None
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results[0].metric_value == outcome.right(outcome.after) / outcome.fields
-    assert "author = {Shi, Y. and others}" in card.text and "the model as it came" in card.text
+    assert "author = {Shi, Yiming and Wei, Jiwei" in card.text and "the model as it came" in card.text
     assert llm_report.table(outcome).row_count == llm_report.SHOWN
     assert not replace(outcome, differences={**outcome.differences, "loaded": 1e-9}).equal
     assert not replace(outcome, same_predictions=False).equal
