@@ -17,8 +17,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 
-SHOWN = ("bone", "loldu", "triadaptlora")  # by `peftx demo`, beside LoRA; the first of them by its quick form
-PASSES = 2.0  # over the texts: with fewer, a logistic regression on the frozen encoder is ahead
+SHOWN = ("bone", "loldu")  # by `peftx demo`, beside LoRA; the first of them by its quick form
+PASSES, QUICK = 1.5, 1.0  # over the texts: with fewer, a logistic regression on the frozen encoder is ahead
 OVERWRITE = "Replace what this command has written there before, and only that."
 
 
@@ -87,7 +87,7 @@ def list_methods(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="LoRA and one method.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="LoRA and one method, one pass.")] = False,
     llm: Annotated[
         bool,
         typer.Option("--llm", help="A chat model before and after, by peftx[demo-llm]; --methods bone, loldu or lora."),
@@ -100,7 +100,10 @@ def demo(
         str | None,
         typer.Option(help="Variants to set beside LoRA, by comma, or all.", show_default=", ".join(SHOWN)),
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the texts.", show_default="2; 4 with --llm")] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="Passes over the texts.", show_default=f"{PASSES}; {QUICK:g} with --quick, 4 with --llm"),
+    ] = None,
     texts: Annotated[
         int | None, typer.Option(min=80, help="Texts to learn from and to test on.", show_default="all")
     ] = None,
@@ -136,7 +139,7 @@ def demo(
             model or default_folder(),
             output,
             chosen,
-            epochs=PASSES if epochs is None else epochs,
+            epochs=(QUICK if quick else PASSES) if epochs is None else epochs,
             batch_size=batch_size,
             seed=seed,
             texts=texts,

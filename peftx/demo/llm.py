@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,7 +38,7 @@ from .recorder import Recorder, Watch
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # settings and learning rate; as small as still learns the task
-METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any], float]] = {
+METHODS: dict[str, tuple[type[Any], dict[str, Any], float]] = {
     "bone": (peftx.BoneConfig, {"r": 1, "target_modules": ["v_proj"]}, 2e-3),
     "loldu": (peftx.LoLDUConfig, {"r": 64, "target_modules": ["v_proj", "o_proj", "down_proj"]}, 1e-2),
     "lora": (LoraConfig, {"r": 1, "target_modules": ["v_proj"]}, 2e-3),

@@ -122,7 +122,7 @@ def plot(outcome: Outcome, path: Path) -> None:
             said.text(0, place, title, color=colour, fontsize=13, fontweight="bold", va="top")
             said.text(
                 0.012,
-                place - 0.085,
+                place - 0.09,
                 "\n".join(lines),
                 family="monospace",
                 fontsize=13,
@@ -131,7 +131,7 @@ def plot(outcome: Outcome, path: Path) -> None:
                 parse_math=False,
                 bbox={"boxstyle": "round,pad=0.6", "facecolor": colour, "alpha": 0.08, "edgecolor": "none"},
             )
-            place -= 0.19 + 0.068 * len(lines)
+            place -= 0.195 + 0.0535 * len(lines)
         said.set(xlim=(0, 1), ylim=(0, 1))
         curve = smooth(outcome.losses)
         learning.plot(range(1, len(curve) + 1), curve, color=AFTER, linewidth=2.6)
