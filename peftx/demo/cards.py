@@ -46,7 +46,7 @@ def finish_one(report: Report, result: Result) -> Path:
             "optimizer": f"AdamW, no weight decay, {WARMUP:.0%} warm-up, then linear to zero",
             "learning rate of the adapter": result.learning_rate,
             "learning rate of the head": LEARNING_RATE,
-            "dropout": "none",
+            **({} if options.dropout else {"dropout": "none"}),
             "trained values": f"{result.adapter_parameters:,} of the adapter, {result.head_parameters:,} of the head",
             "seed": options.seed,
             "precision": "fp32",

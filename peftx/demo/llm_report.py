@@ -150,7 +150,8 @@ def plot(outcome: Outcome, path: Path) -> None:
             ha="left",
         )
         named = HUB_ID.rpartition("/")[2] if outcome.options.model is None else outcome.options.model.name
-        equal = "; loaded, merged and as a plain LoRA it answers the same" if outcome.equal else ""
+        places = "loaded and merged" if outcome.exported_bytes is None else "loaded, merged and as a plain LoRA"
+        equal = f"; {places} it answers the same" if outcome.equal else ""
         figure.supxlabel(
             f"peftx demo --llm: {named}, {outcome.model_parameters / 1e6:,.0f} M values, {len(TRAIN)} notes, "
             f"{len(outcome.losses)} steps, {sum(outcome.step_seconds):.0f} CPU seconds{equal}",

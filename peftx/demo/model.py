@@ -55,7 +55,7 @@ def classifier(folder: Path, labels: int, seed: int) -> PreTrainedModel:
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model: in a pass or two nothing is learned by heart, and dropout would only slow the learning down."""
+    """The same model: in one pass nothing is learned by heart, and dropout only slows the learning down."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -60,8 +60,9 @@ def headline(report: Report) -> str:
 
 def notes(report: Report) -> list[str]:
     """How to read the table, a sentence a line."""
+    how = "" if report.options.dropout else "without dropout "
     return [
-        f"accuracy: on {report.test_texts} held-out docstrings, after {len(report.results[0].losses)} steps on "
+        f"accuracy: on {report.test_texts} held-out docstrings, after {len(report.results[0].losses)} steps {how}on "
         f"{report.train_texts:,} others; an accuracy of 0.9 has a standard error of {standard_error(report, 0.9):.3f}",
         "frozen encoder: logistic regression on the embeddings of the encoder as it came",
         f"the held-out loss fell from {report.start_loss:.2f}, under a new head, to "

@@ -1,7 +1,7 @@
 """Fine-tune one encoder with LoRA and methods of peftx; save, load back, merge and export each adapter, and compare.
 
 All methods get the same layers, head, batches, number of steps and seed; only the learning rate of the adapter is their
-own. Pooler and classifier are trained with every method, at one rate. Dropout is off.
+own. Pooler and classifier are trained with every method, at one rate.
 """
 
 import statistics
@@ -38,13 +38,14 @@ MERGE_TOLERANCE = 1e-4
 LEARNING_RATE = 2e-3  # LoRA's, and of every method's head
 WARMUP = 0.05  # share of the steps
 EXAMPLES = 3  # answers that are kept
-CHECKED = 4  # every so manieth held-out text is answered again by the loaded, the merged and the exported model
+CHECKED = 4  # one held-out text in so many is answered again by the loaded, the merged and the exported model
 PLAIN = "plain-lora"  # where an adapter is exported to, in its own folder
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chooses. `methods` names variants, none means all; `texts` limits the data set."""
+    """What the user chooses. `methods` names variants, none means all; `texts` limits the data set; without `dropout`
+    the encoder's is left out."""
 
     model: Path
     output: Path
@@ -53,6 +54,7 @@ class Options:
     batch_size: int = 8
     seed: int = 0
     texts: int | None = None
+    dropout: bool = True
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,9 @@ class Bench:
     def contend(self, entry: Contender) -> Result:
         """Train one method, save it, load it into a fresh base, merge it there, and export it for stock PEFT."""
         folder = self.options.output / entry.name
-        base = encoder.without_dropout(self.base(self.options.seed))
+        base = self.base(self.options.seed)
+        if not self.options.dropout:
+            encoder.without_dropout(base)
         model = get_peft_model(base, peft_config(entry, base))
         recorder = self.fit(model, entry, folder)
         trained = encoder.logits(model, self.test, self.collate)
