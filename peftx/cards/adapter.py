@@ -52,14 +52,17 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
     The labels of a classifier, where its base model's config names them, stand before it. A card that nobody has
     written yet, the template of PEFT and transformers, gets a text too: method, paper, settings, size. What a user
     wrote stays. For a card on its way to the Hub, `repo_id` is named in the code. A base model that is a folder here is
-    told without its path; in the metadata, where PEFT writes it and the Hub refuses it, only until then.
+    told without its path; in the metadata, where PEFT writes it and the Hub refuses it, only until then. The card of a
+    method of PEFT's own asks for no peftx.
     """
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    info = info_of(type(config))
+    info = method_of(config)
     weights = path.parent / SAFETENSORS_WEIGHTS_NAME
     shapes = shapes_in(weights)
     card.data.library_name = "peft"
-    tags = {"peft", "peftx", f"peft:method:{info.name}"} | ({"lora"} if info.prefix == "lora_" else set())
+    tags = {"peft"}
+    if info is not None:
+        tags |= {"peftx", f"peft:method:{info.name}"} | ({"lora"} if info.prefix == "lora_" else set())
     card.data.tags = sorted(tags.union(card.data.tags or ()))
     if config.base_model_name_or_path and not card.data.base_model:
         card.data.base_model = config.base_model_name_or_path
@@ -76,6 +79,14 @@ def complete_card(path: Path, config: Any, repo_id: str = "") -> None:
     card.text = with_labels(text, vars(config).get(LABELS, ()))
     with writing(path), beside(path) as draft:
         card.save(draft)
+
+
+def method_of(config: Any) -> MethodInfo | None:
+    """The record of an adapter's method; None for PEFT's own and for whole models."""
+    try:
+        return None if config is None else info_of(type(config))
+    except RuntimeError:
+        return None
 
 
 def drop_paths(card: Any) -> None:
@@ -141,15 +152,16 @@ def is_id(name: str) -> bool:
     return not Path(name).exists()
 
 
-def loading_code(info: MethodInfo, config: Any, labels: int | None = None, repo_id: str = "") -> str:
-    """The section whose first line of code registers the method."""
+def loading_code(info: MethodInfo | None, config: Any, labels: int | None = None, repo_id: str = "") -> str:
+    """The section whose first line of code registers the method, where PEFT does not know it."""
     auto = AUTO_CLASSES.get(config.task_type, "AutoModel")
     base = config.base_model_name_or_path
     named = json.dumps(base if is_id(base) else "path/or/name of the base model", ensure_ascii=False) if base else ""
-    module, name = type(config).__module__, info.peft_type.value
-    lines = [f"import peftx  # registers {name} with PEFT: pip install peftx"]
-    if module.split(".")[0] != "peftx":
-        lines = ["import peftx  # pip install peftx", f"import {module}  # registers {name} with PEFT"]
+    module, lines = type(config).__module__, []
+    if info:
+        lines = [f"import peftx  # registers {info.peft_type.value} with PEFT: pip install peftx"]
+    if info and module.split(".")[0] != "peftx":
+        lines = ["import peftx  # pip install peftx", f"import {module}  # registers {info.peft_type.value} with PEFT"]
     lines += ["from peft import PeftModel"]
     if base:
         count = f", num_labels={labels}" if labels else ""
@@ -161,10 +173,14 @@ def loading_code(info: MethodInfo, config: Any, labels: int | None = None, repo_
     return "\n".join([LOADING, "", "```python", *lines, "```"])
 
 
-def description(info: MethodInfo, config: Any) -> list[str]:
+def description(info: MethodInfo | None, config: Any) -> list[str]:
     """What the method is, and the adapter's settings."""
+    made = "Trained with [PEFT](https://github.com/huggingface/peft) and peftx."
+    rows = (f"| `{name}` | {value} |" for name, value in settings(config).items())
+    table = ["## Settings", "\n".join(["| field | value |", "| --- | --- |", *rows])]
+    if info is None:
+        return [f"# {_title(config)}", f"{made} PEFT loads it without peftx.", *table]
     title = type(config).__name__.removesuffix("Config")
-    paper = link(info.paper)
     how = {
         "exact": "`peftx.export_lora` writes it as a plain LoRA adapter with equal outputs, which needs no peftx.",
         "dora": "`peftx.export_lora` writes it as PEFT's DoRA adapter with equal outputs, which needs no peftx.",
@@ -172,13 +188,7 @@ def description(info: MethodInfo, config: Any) -> list[str]:
         "none": "It is no change of a weight: it cannot be merged, nor exported as a plain LoRA.",
     }[info.lora_export]
     merge = "`merge_and_unload()` adds it to the base model's weights: no cost at inference. " if info.mergeable else ""
-    return [
-        f"# {_title(config)}",
-        f"Trained with [PEFT](https://github.com/huggingface/peft) and peftx. {title}: {info.summary} ({paper}).",
-        f"{merge}{how}",
-        "## Settings",
-        "\n".join(["| field | value |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in settings(config).items())]),
-    ]
+    return [f"# {_title(config)}", f"{made} {title}: {info.summary} ({link(info.paper)}).", f"{merge}{how}", *table]
 
 
 def _title(config: Any, base: str | None = None) -> str:

@@ -13,8 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..files import check_free
 from ..utils import AUTO_CLASSES
-from .adapter import LABELS, OF_BASE, is_id, labels_in, settings, shapes_in, size, versions
-from .finish import TASKS, method_of
+from .adapter import LABELS, OF_BASE, is_id, labels_in, method_of, settings, shapes_in, size, versions
+from .finish import TASKS
 from .labels import code, with_labels
 from .papers import citation, link
 

@@ -16,9 +16,9 @@ from huggingface_hub import EvalResult, ModelCard
 from peft.utils import CONFIG_NAME
 
 from ..files import check_apart, rewritten
-from ..registry import MethodInfo, info_of
+from ..registry import MethodInfo
 from ..saved import read_config
-from .adapter import complete_card, drop_paths, is_id
+from .adapter import complete_card, drop_paths, is_id, method_of
 from .compressed import PAPERS, QUANT_METHOD, loader_of, loading
 from .labels import named_labels, with_labels
 from .papers import HEADING as CITATION
@@ -232,14 +232,6 @@ def task_type(config: Any, settings: Mapping[str, Any]) -> str | None:
         return config.task_type
     names = settings.get("architectures") or [""]
     return next((task for suffix, task in CLASSES.items() if str(names[0]).endswith(suffix)), None)
-
-
-def method_of(config: Any) -> MethodInfo | None:
-    """The record of an adapter's method; None for PEFT's own and for whole models."""
-    try:
-        return None if config is None else info_of(type(config))
-    except RuntimeError:
-        return None
 
 
 def is_hub_id(name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 HEADING = "## Labels"
 SECTION = re.compile(rf"^{HEADING}\n\n[^\n]*\n*", re.MULTILINE)
 MOST = 100  # that are named
+NAMED = re.compile(r"(\d+) (?:`` (.+?) ``|`([^`]+)`)(?:, |$)")
 
 
 def named_labels(settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -31,6 +32,18 @@ def with_labels(text: str, labels: Sequence[str], of: str = "") -> str:
     shown = ", ".join(f"{i} {code(name)}" for i, name in enumerate(labels[:MOST]))
     more = f", and {len(labels) - MOST:,} more" if len(labels) > MOST else ""
     return f"{HEADING}\n\n{shown}{more}\n\n{SECTION.sub('', text).lstrip()}"
+
+
+def labels_on(text: str) -> tuple[str, ...]:
+    """The labels that a card names, from 0; none where it does not name them all."""
+    found = SECTION.search(text)
+    line = found[0].removeprefix(f"{HEADING}\n\n").rstrip() if found else ""
+    names: list[str] = []
+    place = 0
+    while (named := NAMED.match(line, place)) and int(named[1]) == len(names):
+        names.append(named[2] or named[3])
+        place = named.end()
+    return tuple(names) if place == len(line) else ()
 
 
 def code(text: str) -> str:

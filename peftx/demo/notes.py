@@ -70,11 +70,12 @@ TRAIN, TEST = pairs(_TRAIN), pairs(_TEST)
 
 
 def right(answer: str, wanted: str) -> int:
-    """How many of the four fields an answer has right; letters may be of either case. No JSON, none right."""
+    """How many of the four fields an answer has right; letters may be of either case, spaces may stand around. No JSON,
+    none right."""
     try:
         found = json.loads(answer.strip())
     except ValueError:
         return 0
     if not isinstance(found, dict) or set(found) != set(KEYS):
         return 0
-    return sum(str(found[key]).casefold() == value.casefold() for key, value in json.loads(wanted).items())
+    return sum(str(found[key]).strip().casefold() == value.casefold() for key, value in json.loads(wanted).items())

@@ -71,7 +71,7 @@ def plot(report: Report, path: Path) -> None:
             x=0.02,
             ha="left",
         )
-        kept = "all answers stay equal when saved, loaded, merged and exported"
+        kept = "answers stay equal when saved, loaded, merged and exported"
         figure.supxlabel(
             f"peftx demo: {Path(public_name(report.options.model)).name}, "
             f"{report.train_texts:,} texts of {len(report.families)} classes, {steps} steps, one seed"

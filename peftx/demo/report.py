@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from .picture import plot, standard_error
-from .run import BASELINE, LOAD_TOLERANCE, MERGE_TOLERANCE, Report, Result
+from .run import BASELINE, CHECKED, LOAD_TOLERANCE, MERGE_TOLERANCE, Report, Result
 
 HEADER = ["method", "accuracy", "values", "file kB", "step", "loaded", "merged", "exported"]
 PACKAGES = ("peftx", "peft", "transformers", "torch")
@@ -60,17 +60,18 @@ def headline(report: Report) -> str:
 
 def notes(report: Report) -> list[str]:
     """How to read the table, a sentence a line."""
+    how = "" if report.options.dropout else "without dropout "
     return [
-        f"accuracy: on {report.test_texts} held-out docstrings, after {len(report.results[0].losses)} steps on "
+        f"accuracy: on {report.test_texts} held-out docstrings, after {len(report.results[0].losses)} steps {how}on "
         f"{report.train_texts:,} others; an accuracy of 0.9 has a standard error of {standard_error(report, 0.9):.3f}",
         "frozen encoder: logistic regression on the embeddings of the encoder as it came",
         f"the held-out loss fell from {report.start_loss:.2f}, under a new head, to "
         f"{', '.join(f'{result.held_out_loss:.2f} ({result.name})' for result in report.results)}",
         f"values: the adapter's; the file holds the {report.results[0].head_parameters:,} of pooler and classifier too",
         f"step: CPU time of a training step over {BASELINE}'s on the same batch, median",
-        "loaded, merged, exported: largest change of a held-out logit when the adapter is saved and loaded, merged "
-        f"into the weights, written as a plain LoRA for stock PEFT; the limits are {LOAD_TOLERANCE:g} and "
-        f"{MERGE_TOLERANCE:g}, and no answer may change",
+        f"loaded, merged, exported: largest change of a logit, on every {CHECKED}th held-out text, when the adapter is "
+        "saved and loaded, merged into the weights, written as a plain LoRA for stock PEFT; the limits are "
+        f"{LOAD_TOLERANCE:g} and {MERGE_TOLERANCE:g}, and no answer may change",
         f"the labels: {', '.join(report.families)}",
     ]
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ..cards import exported as cards
-from ..cards.labels import named_labels
+from ..cards.labels import labels_on, named_labels
 from ..files import check_apart, check_free, drafted
 from ..saved import read_config
 from .loading import fetch_adapter, load_adapter
@@ -86,6 +86,10 @@ def export_merged(
         bad = next((name for name, weight in merged.named_parameters() if not torch.isfinite(weight).all()), None)
         if bad is not None:
             raise ValueError(f"{bad} has values that {dtype} cannot hold: name another `dtype`.")
+    labels = named_labels(merged.config.to_dict()) or labels_on(cards.card_of(Path(adapter, subfolder or "")))
+    if labels and len(labels) == merged.config.num_labels:  # of which its base knows the number alone
+        merged.config.id2label = dict(enumerate(labels))
+        merged.config.label2id = {name: number for number, name in enumerate(labels)}
     of_adapter = hub | {"subfolder": subfolder or ""}
     with drafted(path, BY) as folder:
         merged.save_pretrained(str(folder))
@@ -96,7 +100,6 @@ def export_merged(
                 continue
             tokenizer.save_pretrained(str(folder))
             break
-        labels = named_labels(merged.config.to_dict())
         cards.put(folder, path, BY, "merged", config, source=adapter, base_model=base_model, labels=labels)
     return merged
 

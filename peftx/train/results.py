@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
+from ..cards.adapter import UNFILLED, complete_card
+from ..cards.labels import named_labels, with_labels
 from ..files import written
-from ..saved import METRICS
+from ..saved import METRICS, read_config
 from ..utils import IGNORE
 
 PACKAGES = ("peftx", "peft", "transformers", "accelerate", "torch")
@@ -94,9 +97,16 @@ def finish(folder: Path, metrics: dict[str, Any]) -> int:
     with written(folder / METRICS, "train") as draft:
         draft.write_text(page + "\n", encoding="utf-8")
     path = folder / "README.md"
-    card = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else ModelCard("---\n{}\n---\n")
-    card.text = f"{RUN.sub('', card.text).rstrip()}\n\n{run_section(metrics)}\n"
     with written(path, "train") as draft:
+        if path.is_file():
+            shutil.copyfile(path, draft)
+        else:
+            ModelCard("---\n{}\n---\n").save(draft)
+        if UNFILLED in draft.read_text(encoding="utf-8"):  # of a method of PEFT's own
+            complete_card(draft, read_config(folder))
+        card = ModelCard.load(draft, ignore_metadata_errors=True)
+        text = f"{RUN.sub('', card.text).rstrip()}\n\n{run_section(metrics)}\n"
+        card.text = with_labels(text, named_labels({"id2label": dict(enumerate(metrics["labels"] or ()))}))
         card.save(draft)
     return size
 
@@ -119,7 +129,6 @@ def run_section(metrics: Mapping[str, Any]) -> str:
             if (head := metrics.get("head_learning_rate")) is not None
             else {}
         ),
-        **({"labels, from 0": ", ".join(metrics["labels"])} if metrics["labels"] else {}),
         "training loss": f"{metrics['train_loss']:.4f}",
         **best_row(metrics),
         **{

@@ -1,5 +1,6 @@
 """What is exported carries a card that says what it came from; a user's own stays."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 import peftx
-from peftx.cards.labels import MOST, named_labels, with_labels
+from peftx.cards.labels import MOST, labels_on, named_labels, with_labels
 from peftx.files import read_list
 from peftx.hub import export_merged, export_miss, finish_card
 
@@ -104,6 +105,11 @@ def test_labels_stand_first(tmp_path: Path) -> None:
     export_merged(source, tmp_path / "merged", base_model=base)
     for folder in (source, tmp_path / "of-memory", tmp_path / "of-folder", tmp_path / "merged"):
         assert ModelCard.load(folder / "README.md").text.lstrip().startswith(SHOWN), folder.name
+    unnamed = tiny_model("bert")
+    unnamed.config.num_labels = len(LABELS)
+    export_merged(source, tmp_path / "of-card", base_model=unnamed)
+    config = json.loads((tmp_path / "of-card" / "config.json").read_text())
+    assert tuple(config["id2label"].values()) == LABELS and config["label2id"] == {n: i for i, n in enumerate(LABELS)}
     model.save_pretrained(source)  # again
     finish_card(source, metrics={"accuracy": 0.5}, dataset="owner/data")
     text = ModelCard.load(source / "README.md").text
@@ -124,8 +130,12 @@ def test_made_up_labels_are_none() -> None:
     )
     assert named_labels({"id2label": {"1": "no", "0": "yes"}}) == ("yes", "no")
     assert named_labels({"id2label": {"0": "yes", "7": "no"}}) == ()
+    for names in (LABELS, ("a, b", "1 `x`, 2 `y`"), ("one",)):
+        assert labels_on(with_labels("text", names)) == names
+    assert labels_on("text") == labels_on("## Labels\n\n0 `a`, 2 `b`\n") == labels_on("## Labels\n\nby hand\n") == ()
     many = with_labels("text", [f"class {i}" for i in range(MOST + 2)])
     assert f"{MOST - 1} `class {MOST - 1}`, and 2 more\n\ntext" in many
+    assert labels_on(many) == ()
     assert with_labels(many, ["a"]) == "## Labels\n\n0 `a`\n\ntext"
 
 

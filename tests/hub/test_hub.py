@@ -478,7 +478,7 @@ def test_a_finished_card_has_results_training_limits_and_citation(folder):
     assert "| **this model** | 0.8125 | 0.61 |" in card.text and "| majority\\|class | 0.25 |  |" in card.text
     assert "| learning rate | 0.002 |" in card.text and "| a text of two lines | json \\| yes |" in card.text
     assert "Labels: a, b, c." in card.text and "## Limits\n\nNothing else was measured" in card.text
-    assert "eprint = {2409.15371}" in card.text and "author = {Kang, J.}" in card.text
+    assert "eprint = {2409.15371}" in card.text and "author = {Kang, Jiale}" in card.text
     assert card.text.index("## Size") < card.text.index("## Results") < card.text.index("### Framework versions")
     assert "| `task_type` | `SEQ_CLS` |" in card.text
     for line in before.splitlines():  # all that was there still is

@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from conftest import EXAMPLES, tiny_model, words
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -137,6 +138,8 @@ def test_the_card_says_once_how_it_was_trained(files: Path, tmp_path: Path, meth
                       "--method", method)  # fmt: skip
     before = (out / "README.md").read_text()
     assert before.count("## Training run") == 1 and "Framework versions" in before
+    assert "## Load this adapter" in before and "More Information Needed" not in before
+    assert ("import peftx" in before) == (method == "bone")
     results.finish(out, metrics)
     assert (out / "README.md").read_text() == before
     for accuracy in (0.5, 0.6):
@@ -234,11 +237,13 @@ def test_methods(files: Path, tmp_path: Path, method: str, given: dict, config: 
         assert any("triadapt" in key for entry in metrics["history"] for key in entry)  # its callback was there
 
 
-@pytest.mark.parametrize(("base", "suffix"), [("encoder", ".csv"), ("llama", ".parquet")])
-def test_a_classifier_of_new_labels(files: Path, tmp_path: Path, base: str, suffix: str) -> None:
+@pytest.mark.parametrize(("base", "suffix", "method"), [("encoder", ".csv", "lora"), ("llama", ".parquet", "bone")])
+def test_a_classifier_of_new_labels(files: Path, tmp_path: Path, base: str, suffix: str, method: str) -> None:
     data = files / f"classes{suffix}"
     arguments = ("--model", files / base, "--data", data, "--output", tmp_path / "out", *SHORT)
-    metrics = trained("train", *arguments, "--task", "SEQ_CLS", "--method", "bone", "--set", "r=4")
+    metrics = trained("train", *arguments, "--task", "SEQ_CLS", "--method", method, "--set", "r=4")
+    card = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert card.startswith("## Labels\n\n0 `even`, 1 `odd`\n\n") and card.count("`even`") == 1
     assert metrics["labels"] == ["even", "odd"] and 0 <= metrics["eval"]["accuracy"] <= 1
     bias = 2 if base == "encoder" else 0  # it has a pooler already
     assert metrics["trained_values"]["whole_modules"] == 2 * 16 + bias
