@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,9 @@ from .main import OVERWRITE, fail
 
 if TYPE_CHECKING:
     from ..hub import AdapterReport
+    from ..hub.tensors import AdaptedModule
+
+MANY = 40  # modules that have a line each
 
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of the repository on the Hub.", show_default="main")
@@ -37,6 +41,9 @@ def inspect(
     revision: Revision = None,
     subfolder: Subfolder = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the norms by layer and module into this PNG file.")] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help=f"A line for each module, also where there are more than {MANY} of them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
@@ -70,7 +77,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(numbered(dataclasses.asdict(report)), indent=1, default=str))
     else:
-        show(report)
+        show(report, layers)
     if report.problems:
         raise typer.Exit(1)
 
@@ -84,7 +91,7 @@ def numbered(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(report: "AdapterReport") -> None:
+def show(report: "AdapterReport", layers: bool = False) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     method = f"{report.method}, known by {report.known_by or 'neither PEFT nor peftx'}"
     ranks = Counter("none" if module.rank is None else module.rank for module in report.modules)
@@ -109,12 +116,27 @@ def show(report: "AdapterReport") -> None:
         norm = "norm of the delta" if delta else "norm of its tensors"
         right = (Column(head, justify="right") for head in ("rank", "values", norm))
         table = Table("module", *right, box=box.SIMPLE_HEAD)
-        for module in report.modules:
-            rank = "-" if module.rank is None else str(module.rank)
-            table.add_row(plain(module.name), rank, f"{module.parameters:,}", f"{module.norm:.4g}")
+        for group in groups(report.modules, layers):
+            name = group[0].name if len(group) == 1 else f"{len(group)} x {group[0].name.rpartition('.')[2]}"
+            norms = [f"{end([module.norm for module in group]):.4g}" for end in (min, max)]
+            values = f"{sum(module.parameters for module in group):,}"
+            rank = "-" if group[0].rank is None else str(group[0].rank)
+            table.add_row(plain(name), rank, values, " to ".join(dict.fromkeys(norms)))
         console.print(table)
+        if len(report.modules) > MANY and not layers:
+            console.print("one line for each: --layers")
     for problem in report.problems:
         console.print(plain(f"problem: {problem}"), soft_wrap=True)
+
+
+def groups(modules: Sequence["AdaptedModule"], layers: bool) -> list[list["AdaptedModule"]]:
+    """One group for each module, or for those of one last name and one rank where they are many."""
+    if layers or len(modules) <= MANY:
+        return [[module] for module in modules]
+    found: dict[Any, list[AdaptedModule]] = {}
+    for module in modules:
+        found.setdefault((module.name.rpartition(".")[2], module.rank), []).append(module)
+    return list(found.values())
 
 
 def loads(report: "AdapterReport") -> str:

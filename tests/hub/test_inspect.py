@@ -150,6 +150,25 @@ def test_command_picture_and_json(tmp_path):
     heat_map(inspect_adapter(folder), picture)
 
 
+def test_many_modules_are_told_by_their_kind(tmp_path):
+    names = [f"layers.{i}.{kind}" for i in range(21) for kind in ("q", "v")]
+    ones = {"A": torch.ones(2, 3), "B": torch.ones(3, 2)}
+    write(
+        tmp_path / "many",
+        LORA,
+        {key(name, part): (i + 1) * ones[part] for i, name in enumerate(names) for part in ones},
+    )
+    outcome = CliRunner().invoke(app, ["inspect", str(tmp_path / "many")])
+    rows = [line.split() for line in outcome.output.splitlines() if " x " in line]
+    assert [(row[:3], row[3:5]) for row in rows] == [(["21", "x", "q"], ["2", "252"]), (["21", "x", "v"], ["2", "252"])]
+    # 2 in each of nine places
+    assert [float(value) for value in rows[0][5::2]] == pytest.approx(
+        [6, 6 * 41**2], rel=1e-3
+    ) and "--layers" in outcome.output
+    outcome = CliRunner().invoke(app, ["inspect", str(tmp_path / "many"), "--layers"])
+    assert all(name in outcome.output for name in names) and " x " not in outcome.output
+
+
 def write(folder, config, tensors, metadata=None):
     folder.mkdir(exist_ok=True)
     text = config if isinstance(config, str) else json.dumps(config)
