@@ -161,7 +161,8 @@ def loading_code(info: MethodInfo | None, config: Any, labels: int | None = None
     if info:
         lines = [f"import peftx  # registers {info.peft_type.value} with PEFT: pip install peftx"]
     if info and module.split(".")[0] != "peftx":
-        lines = ["import peftx  # pip install peftx", f"import {module}  # registers {info.peft_type.value} with PEFT"]
+        code = f"import {module}" if module != "__main__" else "..."
+        lines = ["import peftx  # pip install peftx", f"{code}  # registers {info.peft_type.value} with PEFT"]
     lines += ["from peft import PeftModel"]
     if base:
         count = f", num_labels={labels}" if labels else ""

@@ -165,7 +165,11 @@ def test_a_failed_second_adapter_leaves_the_first_alone(case, mlp):
 def test_the_card_tells_how_to_load(case, mlp, saved):
     text = (saved / "README.md").read_text()
     code = text.split("```python\n")[1].splitlines()
-    assert code[0] == f"import peftx  # registers {case.info.name.upper()} with PEFT: pip install peftx"
+    module, registers = case.info.config.__module__, f"  # registers {case.info.name.upper()} with PEFT"
+    if module.startswith("peftx."):
+        assert code[0] == f"import peftx{registers}: pip install peftx"
+    else:
+        assert code[:2] == ["import peftx  # pip install peftx", f"import {module}{registers}"]
     model = peft.PeftModel.from_pretrained(mlp, saved)
     model.save_pretrained(saved)
     assert (saved / "README.md").read_text().count("import peftx") == 1
