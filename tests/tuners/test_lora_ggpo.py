@@ -518,6 +518,7 @@ def test_unloading_and_deleting_leave_no_hook_behind():
     assert len(inner._forward_pre_hooks) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
     [
