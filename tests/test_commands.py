@@ -92,6 +92,7 @@ ELSEWHERE = {
     "peftx demo --llm": "test_llm.py, on a tiny chat model",
     "python benchmarks/optimizer.py --parts loss": "needs the real stories260K and GSM8K",
     "python benchmarks/cards.py": "needs the adapters of a whole leaderboard",
+    "python benchmarks/leaderboard.py --report": "needs the results of a leaderboard",
     "python benchmarks/smollm2.py": "needs the real SmolLM2",
     "python benchmarks/compression_models.py smollm2": "needs the real SmolLM2",
     "python benchmarks/pruning_noise.py gsm8k": "needs the real SmolLM2",
