@@ -162,7 +162,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if not is_dense(adapters, self.site.tokens(x)):
             result = self.base_layer(x, *args, **kwargs)
-            if adapters[0].joins and not adapters[0].drops:
+            if adapters[0].joins and not adapters[0].drops and unobserved(adapters[0]):
                 weight = base_weight(self.base_layer, x, result)
                 if weight is not None:
                     first, *adapters = adapters

@@ -342,9 +342,11 @@ def low_rank(
 
 def weight_along(module: Any, adapter_name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor | None:
     """`base_weight` of a layer, for the first of its active adapters; `result` is without what a rule adds."""
-    first = next((name for name in module.active_adapters if name in module.lora_A), None)
-    dropped = module.training and not isinstance(module.lora_dropout[adapter_name], nn.Identity)
-    return base_weight(module.base_layer, x, result) if adapter_name == first and not dropped else None
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    alone = active[:1] == [adapter_name] and active.count(adapter_name) == 1
+    dropout = module.lora_dropout[adapter_name]
+    passes = type(dropout) is nn.Identity or (isinstance(dropout, nn.Dropout) and not dropout.training)
+    return base_weight(module.base_layer, x, result) if alone and passes and unobserved(dropout) else None
 
 
 class Retrained(torch.autograd.Function):

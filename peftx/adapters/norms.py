@@ -120,7 +120,7 @@ class Rescaled(torch.autograd.Function):
             if to_x or to_A:
                 inner = F.linear(scaled, up).to(h.dtype)
             if to_x:
-                grad_x = input_gradient(scaled, inner, down, weight).view(*g.shape[:-1], -1)
+                grad_x = input_gradient(scaled, inner, down, weight).view(*g.shape[:-1], down.shape[1])
             if to_A:
                 grad_A = (inner.T @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
             if to_B:

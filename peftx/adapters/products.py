@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -22,7 +24,8 @@ def accumulate(result: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, scal
     if torch.is_grad_enabled():  # whose products take their layout from that of `weight`; row-major is up to 3x faster
         weight = weight.contiguous()
     flat = result.reshape(-1, result.shape[-1])
-    return torch.addmm(flat, h.reshape(-1, h.shape[-1]), weight, alpha=scale).view(result.shape)
+    # as no view: what a function of autograd returns as one cannot be changed in place
+    return torch.ops.aten._unsafe_view(torch.addmm(flat, h.reshape(-1, h.shape[-1]), weight, alpha=scale), result.shape)
 
 
 def product(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,7 +55,8 @@ def base_weight(base: nn.Module, x: torch.Tensor, result: torch.Tensor) -> torch
         return None
     trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
     same = x.dtype == result.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    return base.weight if same and not trained else None
+    plain = type(base.weight) in (nn.Parameter, torch.Tensor)  # of another type it may know no product but the layer's
+    return base.weight if same and plain and not trained else None
 
 
 def input_gradient(
@@ -63,8 +67,16 @@ def input_gradient(
 
 
 def by_hand() -> bool:
-    """Whether a backward written by hand is of use: gradients are wanted, and by no transform of `torch.func`."""
-    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    """Whether a backward written by hand is of use: gradients are wanted, and by no transform of `torch.func`, no
+    forward-mode differentiation and no compiler, which make their own."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not transformed() and forward_ad._current_level < 0
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is at work."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def autocasted(x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +123,8 @@ def kept(owner: Any, key: Any, make: Callable[[], Any]) -> Any:
 def unobserved(module: nn.Module) -> bool:
     """Whether nobody would notice if the module's parameters were used without calling it."""
     return not (
-        module._forward_hooks
+        _has_any_global_hook()
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..adapters import Adapter, AdapterConfig, ExpertsSite, Site, register
-from ..adapters.products import at_least_fp32, kept
+from ..adapters.products import at_least_fp32
 
 BLOCK = 2**17, 2**24  # numbers of `bat_output` that exist at a time, on a CPU and elsewhere
 
@@ -82,10 +82,10 @@ def bat_output(x: torch.Tensor, block: torch.Tensor, weight: torch.Tensor) -> to
     outputs = []
     for start in range(0, count, size):
         some = block[:, start : start + size]
-        inner = torch.bmm(inputs, some.flatten(1, 2).mT).view(groups * tokens, -1, some.shape[1], r)
+        inner = torch.bmm(inputs, some.flatten(1, 2).mT).view(groups * tokens, width // r, some.shape[1], r)
         inner = inner.permute(2, 0, 1, 3).reshape(some.shape[1], groups * tokens, width)
         outputs.append(torch.bmm(inner, tiles[start : start + size]))
-    outer = torch.cat(outputs).transpose(0, 1).reshape(groups, tokens, -1)
+    outer = torch.cat(outputs).transpose(0, 1).reshape(groups, tokens, count * r)
     return torch.baddbmm(outer, parts.sum(dim=-2), block.flatten(1, 2).mT)
 
 
@@ -172,9 +172,7 @@ class Bone(Adapter):
     def add_rows(cls, adapters: Sequence[Any], x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         first, dtype = adapters[0], result.dtype
         scaled = [adapter.block if adapter.scale == 1 else adapter.scale * adapter.block for adapter in adapters]
-        block = kept(
-            first, tuple((adapter, adapter.scale) for adapter in adapters), lambda: torch.stack(scaled).to(dtype)
-        )
+        block = torch.stack(scaled).to(dtype)
         flat = x.to(dtype).reshape(len(adapters), -1, x.shape[-1])
         return result + bat_output(flat, block, first.site.weight().to(dtype)).view(result.shape).to(dtype)
 

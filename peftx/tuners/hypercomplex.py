@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..adapters.products import product
+from ..adapters.products import product, transformed
 
 
 def down_factors(rule: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +29,7 @@ def up_factor(rule: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 def _folded(rule: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """The products (a u, b n k) of a rule (a, b, n) and a factor (u, n, k)."""
     rule, factor = rule[:, None, :, :, None], factor[None, :, None]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         found = rule * factor
     else:  # laid out so that nothing has to be copied below
         found = rule.new_empty(torch.broadcast_shapes(rule.shape, factor.shape))
@@ -91,11 +91,12 @@ class Up(torch.autograd.Function):
         ctx.scale = scale
         ctx.save_for_backward(x, z, wide, narrow, rule, s)
         if bias is None:
-            return torch.addmm(result.reshape(-1, wide.shape[-1]), z, wide, alpha=scale).view(result.shape)
+            y = torch.addmm(result.reshape(-1, wide.shape[-1]), z, wide, alpha=scale)
+            return torch.ops.aten._unsafe_view(y, result.shape)  # no view: see `accumulate`
         flat = result.reshape(-1, len(bias)).contiguous()
         y = torch.add(flat, bias.to(flat.dtype), alpha=scale)
         y.view(-1, wide.shape[-1]).addmm_(z, wide, alpha=scale)
-        return y.view(result.shape)
+        return torch.ops.aten._unsafe_view(y, result.shape)
 
     @staticmethod
     @once_differentiable

@@ -195,3 +195,126 @@ def test_a_layer_has_few_operations(name: str, most: int) -> None:
     with Count() as count:
         model(x).backward(g)
     assert count.total <= most
+
+
+def slopes(model: nn.Module, steps: float = 1e-6) -> torch.Tensor:
+    """The gradient of the input by differences."""
+    x, found = inputs(), torch.zeros(inputs().numel(), dtype=torch.float64)
+    for i in range(x.numel()):
+        for sign in (1, -1):
+            moved = x.flatten().clone()
+            moved[i] += sign * steps
+            torch.manual_seed(5)
+            found[i] += sign * model(moved.view_as(x)).sin().sum().item() / (2 * steps)
+    return found.view_as(x)
+
+
+def twice(*args: Any) -> Any:
+    """A hook of any kind before or behind a module: what it passes on is doubled."""
+    value = args[-1]
+    return tuple(2 * part if part is not None else None for part in value) if isinstance(value, tuple) else 2 * value
+
+
+HOOKED = {
+    "before the adapter": lambda model: adapter_of(model).register_forward_pre_hook(
+        lambda module, args: (2 * args[0], *args[1:])
+    ),
+    "behind the adapter": lambda model: adapter_of(model).register_forward_hook(
+        lambda module, args, output: args[1] + (output - args[1]) / 2
+    ),
+    "behind its dropout": lambda model: dropout_of(model).register_forward_hook(twice),
+    "behind all": lambda model: nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: 2 * output if module is model.base_model.model[0].base_layer else None
+    ),
+}
+
+
+def adapter_of(model: Any) -> nn.Module:
+    layer = model.base_model.model[0]
+    return layer.adapters["default"] if hasattr(layer, "adapters") else layer.lora_B["default"]
+
+
+def dropout_of(model: Any) -> nn.Module:
+    layer = model.base_model.model[0]
+    return layer.lora_dropout["default"] if hasattr(layer, "lora_dropout") else layer
+
+
+@pytest.mark.parametrize("hook", HOOKED)
+@pytest.mark.parametrize("name", ["triadaptlora", "allora"])
+def test_a_hook_changes_gradients_as_it_changes_outputs(name: str, hook: str) -> None:
+    model = adapted(name)
+    if "the adapter" in hook and name == "allora":
+        pytest.skip("LoRA's kin have no adapter that is called")
+    handle = HOOKED[hook](model)
+    try:
+        torch.testing.assert_close(gradients(model)[0], slopes(model), rtol=1e-6, atol=1e-6)
+    finally:
+        handle.remove()
+
+
+def test_dropout_that_is_switched_on_alone_drops_in_the_gradient_too() -> None:
+    model = adapted("allora", lora_dropout=0.5).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    torch.manual_seed(5)
+    x = inputs().requires_grad_()
+    model(x).sin().sum().backward()
+    torch.testing.assert_close(x.grad, slopes(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (0, 3, 6)])
+def test_nothing_in_gives_nothing_and_gradients_of_zero(name: str, shape: tuple[int, ...]) -> None:
+    model, x = adapted(name), torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert all((p.grad is None or not p.grad.any()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_output_can_be_changed_in_place(name: str) -> None:
+    found = []
+    for change in (torch.relu_, torch.relu):
+        model = adapted(name)
+        x = inputs().requires_grad_()
+        change(model.base_model.model[0](x)).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_other_modes_of_differentiation(name: str) -> None:
+    model = adapted(name)
+    x = inputs()
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return model(x).sin().sum(dim=(0, 1))
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        forward = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+    one = x.clone().requires_grad_()
+    rows = torch.autograd.grad(loss(one), one, torch.eye(4, dtype=x.dtype), is_grads_batched=True)[0]
+    single = torch.stack([torch.autograd.grad(loss(one)[i], one)[0] for i in range(4)])
+    torch.testing.assert_close(rows, single)
+    torch.testing.assert_close(forward, single.sum(dim=(1, 2, 3)))
+
+
+def test_an_adapter_that_is_active_twice_acts_twice() -> None:
+    model = adapted("allora")
+    model.base_model.set_adapter(["default", "default"])
+    torch.testing.assert_close(gradients(model)[0], slopes(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [None, ["default", "other", "__base__"]])
+@pytest.mark.parametrize("shape", [(0, 6), (3, 0, 6)])
+def test_bat_takes_nothing_too(names: list[str] | None, shape: tuple[int, ...]) -> None:
+    config = peftx.BoneConfig(r=2, init_weights="bat", target_modules=["0"])
+    model: Any = peft.get_peft_model(nn.Sequential(nn.Linear(6, 8)), config)
+    model.add_adapter("other", config)
+    if names is not None:
+        names = names[: shape[0]]
+    with peftx.inference(model):
+        y = model(torch.zeros(shape), **({"adapter_names": names} if names else {}))
+    assert y.shape == (*shape[:-1], 8)

@@ -79,7 +79,7 @@ class GGPO(Variant):
         eps = -rho f d / ||d|| with d = scale (M_B A + B M_A), M the first moments, and f = 1 / mean gradient norm.
         """
         config, schedule = self.config, self.schedule
-        if not config.mgpo_rho or schedule.waiting:
+        if not config.mgpo_rho or schedule.waiting or module.scaling[adapter_name] == 0:
             return None
         factors = [w[adapter_name].weight for w in (self.layer.lora_A, self.layer.lora_B)]
         moments = [schedule.moment(weight) for weight in factors]

@@ -49,30 +49,30 @@ class _Delta(torch.autograd.Function):
         _, to_x, to_A, to_B, to_L, to_U, *_ = ctx.needs_input_grad
         r, size, grad_x = ctx.r, B.shape[1], None
         flat, h = g.reshape(-1, g.shape[-1]), h.reshape(-1, ctx.r)
-        A_, B_, C_ = room(B, (size, down.shape[1]), B.shape, (size, size), filled=r < size)
+        A_, B_, C_ = room(g, B.dtype, (size, down.shape[1]), B.shape, (size, size), filled=r < size)
         with uncast(g):
             if to_x or to_A:
                 inner = F.linear(flat, up).to(h.dtype)
             if to_x:
-                grad_x = input_gradient(flat, inner, down, weight).view(*g.shape[:-1], -1)
+                grad_x = input_gradient(flat, inner, down, weight).view(*g.shape[:-1], down.shape[1])
             if to_A:
-                product(inner.T, x.reshape(-1, x.shape[-1]), into=A_[:r])
+                product(inner.T, x.reshape(-1, x.shape[-1]), into=A_.narrow(0, 0, r))
             if to_B or to_L or to_U:
                 grad_up = (h.to(g.dtype).T @ flat).to(B.dtype)
             if to_B:
-                product(grad_up.T, C.T, ctx.scale, into=B_[:, :r])
+                product(grad_up.T, C.T, ctx.scale, into=B_.narrow(1, 0, r))
             if to_L or to_U:
-                product(B[:, :r].T, grad_up.T, ctx.scale, into=C_[:r, :r])
+                product(B[:, :r].T, grad_up.T, ctx.scale, into=C_.narrow(0, 0, r).narrow(1, 0, r))
         grads = A_ if to_A else None, B_ if to_B else None, C_.tril() if to_L else None, C_.triu() if to_U else None
         return g if weight is None else None, grad_x, *grads, None, None, None
 
 
-def room(like: torch.Tensor, *shapes: tuple[int, ...], filled: bool) -> list[torch.Tensor]:
-    """Tensors of these shapes; if `filled`, with zeros, and parts of one tensor, so that one operation does it."""
+def room(g: torch.Tensor, dtype: torch.dtype, *shapes: tuple[int, ...], filled: bool) -> list[torch.Tensor]:
+    """Tensors of these shapes where `g` is; if `filled`, with zeros, as parts of one: one operation for all."""
     if not filled:
-        return [like.new_empty(shape) for shape in shapes]
+        return [g.new_empty(shape, dtype=dtype) for shape in shapes]
     sizes = [math.prod(shape) for shape in shapes]
-    parts = like.new_zeros(sum(sizes)).split(sizes)
+    parts = g.new_zeros(sum(sizes), dtype=dtype).split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
