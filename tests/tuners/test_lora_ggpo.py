@@ -727,6 +727,19 @@ def test_an_adapter_nobody_trains_is_silent_and_unperturbed():
     torch.testing.assert_close(quiet, model.eval()(data()))
 
 
+def test_mgpo_takes_no_step_where_the_adapter_is_scaled_to_nothing():
+    model = wrap(mode="mgpo", mgpo_rho=0.3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.base_model.attach_optimizer(optimizer)
+    model(data()).square().sum().backward()
+    model.base_model.update_ggpo_stats()
+    optimizer.step()
+    for layer in layers(model):
+        layer.set_scale("default", 0)
+    trained = model(data()).detach()
+    torch.testing.assert_close(trained, model.eval()(data()), rtol=0, atol=0)
+
+
 def test_mgpo_uses_the_weights_as_they_stand():
     model = wrap(mode="mgpo", mgpo_rho=1e-12)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
