@@ -85,8 +85,7 @@ def sst2(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
 def docstrings(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     data = demo_data.load(encoder.tokenizer(encoder.default_folder()))
     names = data["train"].features["label"].names
-    parts = ([{"text": row["text"], "label": names[row["label"]]} for row in part] for part in data.values())
-    train, test = parts
+    train, test = ([{"text": row["text"], "label": names[row["label"]]} for row in part] for part in data.values())
     return train, test
 
 
