@@ -1,8 +1,9 @@
 """Which method? Every one at the learning rate that suits it, over several seeds, beside PEFT's LoRA; on four tasks.
 
-`peftx compare` does the work: five learning rates by factors of three around a method's own, and further ones while the
-best is at an end, one run each, chosen on a validation part; then the runs that count, with that rate. The test part is
-read by these alone. Everything else is equal. On SST-2 every variant takes part, elsewhere the first of each method.
+`peftx compare` does the work: five learning rates by factors of three around a method's own (three of a language
+model), and further ones while the best is at an end, one run each, chosen on a validation part; then the runs that
+count, with that rate. The test part is read by these alone. Everything else is equal. On SST-2 every variant takes
+part, elsewhere the first of each method.
 
     python benchmarks/leaderboard.py path/to/data --smollm2 path/to/SmolLM2-135M-Instruct
     python benchmarks/leaderboard.py path/to/data --tasks sst2 --groups budget own
@@ -71,6 +72,7 @@ class Task:
     seeds: int
     training: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    rates: str = "auto"
     every_variant: bool = False
 
 
@@ -138,6 +140,7 @@ WRITER: dict[str, Any] = {
     "options": {"task": "CAUSAL_LM", "max_length": LENGTH, "dtype": "float32"},
     "model": "smollm2",
     "seeds": 3,
+    "rates": "auto:3",
 }
 WRITER_STEPS = {"max_steps": 80, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 8, "bf16": True}
 TASKS = {
@@ -220,7 +223,7 @@ def run(task: Task, folder: Path, group: str, entries: Entries, args: argparse.N
         methods=entries,  # type: ignore[arg-type]
         equal="budget" if group == "budget" else "none",
         seeds=args.seeds or task.seeds,
-        learning_rates=args.rates,
+        learning_rates=args.rates or task.rates,
         jobs=args.jobs,
         training=training | ({"max_steps": args.steps} if args.steps else {}),
         **{key: str(path) for key, path in files.items()},
@@ -422,7 +425,7 @@ def main() -> None:
     option("--groups", nargs="+", default=["budget", "own", "studies"], choices=["budget", "own", "studies"])
     option("--methods", nargs="+", help="of the contenders; lora is always there. Default: all")
     option("--seeds", type=int, help="default: 5 of an encoder, 3 of a language model")
-    option("--rates", default="auto", help="learning rates, by comma; default: see above")
+    option("--rates", help="learning rates, by comma; default: see above")
     option("--steps", type=int, help="default: the task's")
     option("--jobs", type=int, default=2, help="runs at a time")
     option("--work", type=Path, default=Path("outputs/leaderboard"))

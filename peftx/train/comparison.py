@@ -30,7 +30,7 @@ from .folder import plain
 from .measures import OWN, measures_of
 from .methods import check_settings, find, first_variants, key
 from .plan import DoesNotFitError, prepared
-from .rates import AUTO, SEED, best_rate, further, grid, parse_rates, summary
+from .rates import SEED, best_rate, further, grid, parse_rates, summary
 from .report import FILES, rows
 from .run import extra_callbacks, optimizer_options, train, training_arguments
 from .settings import CompareSettings, Section, Settings, TrainSettings
@@ -191,9 +191,9 @@ class Work:
 
     def choose(self, quality: str) -> tuple[dict[str, float], dict[str, dict[float, Any]]]:
         """The best rate of each method, and what each of its rates came to: None where it did not run."""
-        said = parse_rates(self.settings.learning_rates)
+        said = parse_rates(self.settings.learning_rates or ())
         own = {name: find(name).learning_rate for name in self.entries}
-        wanted = {name: said if isinstance(said, list) else grid(own[name]) for name in self.entries}
+        wanted = {name: said if isinstance(said, list) else grid(own[name], said) for name in self.entries}
         measured_at: dict[str, dict[float, Any]] = {name: {} for name in self.entries}
         while tasks := [Task(name, SEED, rate, True) for name, rates in wanted.items() for rate in rates]:
             for task, found, reason in self.done(tasks):
@@ -202,7 +202,7 @@ class Work:
                 self.reasons |= {(task.name, task.rate): reason} if reason else {}
             gone = {*self.failures, *self.left_out}
             new = {name: further(own[name], measured_at[name], quality) for name in wanted if name not in gone}
-            wanted = {name: [rate] for name, rate in new.items() if rate is not None and said == AUTO}
+            wanted = {name: [rate] for name, rate in new.items() if rate is not None and isinstance(said, int)}
         chosen = {}
         for name, rates in measured_at.items():
             if name in self.failures or name in self.left_out:
@@ -318,7 +318,7 @@ def check(settings: CompareSettings, entries: Mapping[str, Section]) -> None:
         raise ValueError("methods: name at least one")
     if "seed" in settings.training:
         raise ValueError("training: seed is set by `seeds`: leave it out")
-    if parse_rates(settings.learning_rates) is not None and "learning_rate" in settings.training:
+    if (rates := settings.learning_rates) is not None and parse_rates(rates) and "learning_rate" in settings.training:
         raise ValueError("training: learning_rate is chosen from `learning_rates`: leave it out")
     if settings.jobs > 1 and torch.cuda.is_available() and not settings.training.get("use_cpu"):
         raise ValueError("jobs: runs on a GPU would share its memory and its clock: leave it out, or say use_cpu")

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .metrics import more_is_better
 
-AUTO = "auto"
 FACTOR = 3.0
-REACH = 2  # factors to both sides of a method's own rate
-FURTHER = 4  # factors beyond, at most
+AUTO = 5  # rates of a grid
+FARTHEST = 6  # factors from a method's own rate, at most
 SEED = 10_000  # of the runs that choose, which no run that is reported has
 
 
-def parse_rates(said: str | Sequence[float] | None) -> list[float] | str | None:
-    """`auto`, or the rates in their order; None where none are to be chosen.
+def parse_rates(said: str | Sequence[float]) -> list[float] | int:
+    """The rates in their order, or how many a grid around a method's own has.
+
+    Args:
+        said: `auto` for a grid of five, `auto:3` for one of three, or of another odd number; or rates.
 
     Raises:
-        ValueError: neither `auto` nor numbers above 0.
+        ValueError: none of these.
     """
-    if said is None or said == AUTO:
-        return said
+    if isinstance(said, str) and (automatic := re.fullmatch(r"auto(?::(\d+))?", said.strip())):
+        if (count := int(automatic[1] or AUTO)) % 2 == 0 or not 3 <= count <= 2 * FARTHEST + 1:
+            raise ValueError(f"learning_rates: auto takes an odd number from 3 to {2 * FARTHEST + 1}, got {said!r}")
+        return count
     parts = [part for part in said.split(",") if part.strip()] if isinstance(said, str) else said
     try:
         rates = sorted({float(part) for part in parts})
     except ValueError:
         rates = []
     if not rates or not all(0 < rate < math.inf for rate in rates):
-        raise ValueError(f"learning_rates must be auto, or numbers above 0 by comma, got {said!r}")
+        raise ValueError(f"learning_rates must be auto, auto:3, or numbers above 0 by comma, got {said!r}")
     return rates
 
 
-def grid(own: float) -> list[float]:
-    """Five rates around a method's own."""
-    return sorted(scaled(own, power) for power in range(-REACH, REACH + 1))
+def grid(own: float, count: int = AUTO) -> list[float]:
+    """This odd number of rates around a method's own."""
+    return sorted(scaled(own, power) for power in range(-(count // 2), count // 2 + 1))
 
 
 def scaled(own: float, power: int) -> float:
@@ -49,8 +54,8 @@ def further(own: float, measured: Mapping[float, Mapping[str, float] | None], na
         return None
     sides = ((max(measured), 1), (min(measured), -1))
     for end, sign in sides:
-        powers = {scaled(own, sign * power): power for power in range(REACH, REACH + FURTHER + 1)}
-        if best == end and powers.get(end, REACH + FURTHER) < REACH + FURTHER:
+        powers = {scaled(own, sign * power): power for power in range(1, FARTHEST + 1)}
+        if best == end and powers.get(end, FARTHEST) < FARTHEST:
             return scaled(own, sign * (powers[end] + 1))
     return None
 

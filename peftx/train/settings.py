@@ -127,8 +127,8 @@ class CompareSettings(Settings):
     rank: int | None = setting("r of all methods, or of the yardstick.", shown="8, of --equal rank")
     seeds: int = setting("Runs of each method, with the seeds 0, 1, ...", 3)
     learning_rates: str | list[float] | None = setting(
-        "Choose each method's learning rate on the validation part: of these, by comma, or auto: factors of 3 around "
-        "the method's own, further where the best is at an end.",
+        "Choose each method's learning rate on the validation part: of these, by comma, or auto: five by factors of 3 "
+        "around the method's own, or as many as auto:3 says, and further ones where the best is at an end.",
     )
     jobs: int = setting("Runs at a time, on CPUs; they share the threads.", 1)
 

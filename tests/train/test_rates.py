@@ -35,11 +35,14 @@ def test_intervals_of_paired_differences() -> None:
 
 def test_the_grid_is_of_factors_of_three_around_the_methods_own() -> None:
     assert grid(2e-3) == [0.000222, 0.000667, 0.002, 0.006, 0.018]
-    assert (
-        parse_rates("3e-3, 1e-4,1e-4") == [1e-4, 3e-3] and parse_rates("auto") == "auto" and parse_rates(None) is None
-    )
-    for said in ("fast", "0,1", "nan", "1e-3,inf", "", ","):
-        with pytest.raises(ValueError, match="learning_rates must be auto, or numbers above 0 by comma"):
+    assert grid(2e-3, 3) == grid(2e-3)[1:4]
+    assert parse_rates("3e-3, 1e-4,1e-4") == [1e-4, 3e-3]
+    assert parse_rates("auto") == 5 and parse_rates("auto:3") == 3
+    for said in ("fast", "0,1", "nan", "1e-3,inf", "", ",", "auto:", "auto:-3"):
+        with pytest.raises(ValueError, match="learning_rates must be auto, auto:3, or numbers above 0 by comma"):
+            parse_rates(said)
+    for said in ("auto:1", "auto:4", "auto:15"):
+        with pytest.raises(ValueError, match="auto takes an odd number from 3 to 13"):
             parse_rates(said)
 
 
@@ -51,6 +54,10 @@ def test_the_best_rate_and_where_to_look_further() -> None:
     assert further(2e-3, accuracies(0.5, 0.6, 0.8, 0.7, 0.5), "accuracy") is None
     assert further(2e-3, accuracies(0.5, 0.6, 0.8, 0.7, 0.9), "accuracy") == 0.054
     assert further(2e-3, accuracies(0.9, 0.6, 0.8, 0.7, 0.5), "accuracy") == 7.41e-05
+    few = {rate: {"loss": abs(math.log(rate / 3e-2))} for rate in grid(2e-3, 3)}
+    while (rate := further(2e-3, few, "loss")) is not None:
+        few[rate] = {"loss": abs(math.log(rate / 3e-2))}
+    assert sorted(few) == [0.000667, 0.002, 0.006, 0.018, 0.054] and best_rate(few, "loss") == 0.018
     far = accuracies(0.5, 0.6, 0.8, 0.7, 0.9) | {2e-3 * 3**6: {"accuracy": 1.0, "loss": 1.0}}
     assert further(2e-3, far, "accuracy") is None
     losses = {1e-3: {"loss": 2.0}, 1e-2: {"loss": 1.0}, 1e-1: {"loss": math.nan}, 1.0: None}
@@ -267,7 +274,10 @@ def test_a_method_that_learns_at_no_rate_is_told(
     ("arguments", "message"),
     [
         (["--learning-rates", "auto", "--learning-rate", "0.1"], "learning_rate is chosen from `learning_rates`"),
-        (["--learning-rates", "quick"], "learning_rates must be auto, or numbers above 0 by comma, got 'quick'"),
+        (
+            ["--learning-rates", "quick"],
+            "learning_rates must be auto, auto:3, or numbers above 0 by comma, got 'quick'",
+        ),
         (
             ["--learning-rates", "auto", "--validation-share", "0"],
             "are chosen on a validation part: name a validation_share",
