@@ -55,7 +55,7 @@ def prune(
     prompt: Annotated[str | None, data_option("prompt")] = None,
     answer: Annotated[str | None, data_option("answer")] = None,
     label: Annotated[str | None, data_option("label")] = None,
-    max_length: Annotated[int, data_option("max_length")] = 1024,
+    max_length: Annotated[int, data_option("max_length")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a forward pass.")] = 8,
     eta: Annotated[float, typer.Option(help="Step of the probe.")] = 1e-3,
     dtype: Annotated[str, data_option("dtype")] = "auto",

@@ -25,6 +25,7 @@ from .settings import Section, checked, nearest
 FULL = "full"
 NATIVE_RATE = 2e-3  # as of the peftx methods without a rate of their own, so that a comparison is one of methods
 FULL_RATE = 5e-5  # of TrainingArguments
+RATES = {"miss": 3e-4}  # PEFT's own where that is too much: MiSS adds its block unscaled, as Bone does
 # Other names of one method's modes.
 ALIASES: dict[str, tuple[str, Section]] = {
     "dora": ("lora", {"use_dora": True}),
@@ -95,7 +96,7 @@ def known() -> dict[str, Method]:
         if is_native(name := PeftType(peft_type).value.lower()):
             rank = "r" if "r" in {f.name for f in dataclasses.fields(config)} else None
             callback = AdaLoraCallback if name == "adalora" else None
-            found[name] = Method(name, config, {}, NATIVE_RATE, callback, rank)
+            found[name] = Method(name, config, {}, RATES.get(name, NATIVE_RATE), callback, rank)
     for alias, (name, settings) in ALIASES.items():
         found[alias] = dataclasses.replace(found[name], name=alias, settings=settings)
     for info in methods():

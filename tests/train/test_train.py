@@ -674,6 +674,7 @@ def test_small_functions() -> None:
     assert {name for info in peftx.methods() for name in info.variants} <= table.keys()
     assert methods.find("LoRA_GGPO").settings == {"auto_update": False}
     assert methods.find("triadaptlora").rank_field == "target_r"
+    assert methods.find("miss").learning_rate == methods.find("bone").learning_rate
 
 
 @pytest.mark.parametrize(("model", "wanted"), [("llama", True), ("bert", False), ("t5", False)])
