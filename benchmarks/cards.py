@@ -72,7 +72,7 @@ def numbers(found: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, A
         },
         "notes": [
             over,
-            "The learning rate is the best of five by a validation part; no choice has seen the test part.",
+            "The learning rate was chosen on a validation part; no choice has seen the test part.",
         ],
     }
 

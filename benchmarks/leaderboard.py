@@ -1,9 +1,10 @@
 """Which method? Every one at the learning rate that suits it, over several seeds, beside PEFT's LoRA; on four tasks.
 
 `peftx compare` does the work: five learning rates by factors of three around a method's own (three of a language
-model), and further ones while the best is at an end, one run each, chosen on a validation part; then the runs that
-count, with that rate. The test part is read by these alone. Everything else is equal. On SST-2 every variant takes
-part, elsewhere the first of each method.
+model), and further ones while the best is at an end, one run each on a validation part. The best is chosen, or, of an
+accuracy, the nearest to the method's own that is within a standard error of the best. Then come the runs that count,
+with that rate. The test part is read by these alone. Everything else is equal. On SST-2 every variant takes part,
+elsewhere the first of each method.
 
     python benchmarks/leaderboard.py path/to/data --smollm2 path/to/SmolLM2-135M-Instruct
     python benchmarks/leaderboard.py path/to/data --tasks sst2 --groups budget own
@@ -341,7 +342,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-READ = """Rates are chosen on a validation part; the test part is read once. `less LoRA's`: with the same seed, mean
+READ = """Rates are chosen on a validation part, by one run each: of a loss the best, of an accuracy the nearest to the
+method's own within a standard error of the best. The test part is read once. `less LoRA's`: with the same seed, mean
 with the 95 % interval over the seeds (Student's t); `=` where it holds 0, and these seeds do not tell the two apart. Of
 twenty rows that equal LoRA, one is expected to be told apart by chance. Settings name the rank at which a method trains
 as many values as LoRA at r=8; the defaults hold where there are none. `step / LoRA`: CPU time with the same seed, mean

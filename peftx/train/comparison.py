@@ -30,7 +30,7 @@ from .folder import plain
 from .measures import OWN, measures_of
 from .methods import check_settings, find, first_variants, key
 from .plan import DoesNotFitError, prepared
-from .rates import SEED, best_rate, further, grid, parse_rates, summary
+from .rates import SEED, further, grid, parse_rates, settled_rate, summary
 from .report import FILES, rows
 from .run import extra_callbacks, optimizer_options, train, training_arguments
 from .settings import CompareSettings, Section, Settings, TrainSettings
@@ -88,7 +88,7 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     """Runs every method with every seed, each in a process of its own, and writes table and picture.
 
     Where `learning_rates` are given, a run of each with a seed of its own (`rates.SEED`) is measured on the validation
-    part first, and the best rate of each method is taken; the held-out samples are read by the later runs alone. A new
+    part first, and one is taken (`rates.settled_rate`); the held-out samples are read by the later runs alone. A new
     classifier learns at the first method's own rate in all of them, unless `head_learning_rate` says otherwise. `auto`
     tries five rates, factors of three around the method's own, and further ones while the best is at an end.
 
@@ -124,7 +124,7 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
         shutil.rmtree(where)
     work = Work(settings, entries, where, kept, watch)
     quality = measures.best or ("accuracy" if "accuracy" in OWN[plan.task] else "loss")
-    chosen, measured_at = work.choose(quality) if settings.learning_rates is not None else ({}, {})
+    chosen, measured_at = work.choose(quality, len(validation)) if settings.learning_rates is not None else ({}, {})
     shown = work.run(chosen)
     trained = {run["method"] for run in shown}
     notes = [note for name, note in sizes.items() if name in trained]
@@ -189,8 +189,8 @@ class Work:
         found = [self.there(task) for task in sorted(tasks, key=lambda task: names.index(task.name))]
         return [run for run in found if run is not None]
 
-    def choose(self, quality: str) -> tuple[dict[str, float], dict[str, dict[float, Any]]]:
-        """The best rate of each method, and what each of its rates came to: None where it did not run."""
+    def choose(self, quality: str, count: int) -> tuple[dict[str, float], dict[str, dict[float, Any]]]:
+        """The rate of each method, and what each of its rates came to: None where it did not run."""
         said = parse_rates(self.settings.learning_rates or ())
         own = {name: find(name).learning_rate for name in self.entries}
         wanted = {name: said if isinstance(said, list) else grid(own[name], said) for name in self.entries}
@@ -207,7 +207,7 @@ class Work:
         for name, rates in measured_at.items():
             if name in self.failures or name in self.left_out:
                 continue
-            if (best := best_rate(rates, quality)) is None:
+            if (best := settled_rate(own[name], rates, quality, count)) is None:
                 last = [reason for (method, _), reason in self.reasons.items() if method == name][-1:]
                 self.failures[name] = last[0] if last else f"no learning rate has a finite {quality}"
             else:

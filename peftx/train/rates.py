@@ -11,6 +11,7 @@ from .metrics import more_is_better
 
 FACTOR = 3.0
 AUTO = 5  # rates of a grid
+PROPORTIONS = ("accuracy", "exact_match")  # metrics whose standard error follows from their value
 FARTHEST = 6  # factors from a method's own rate, at most
 SEED = 10_000  # of the runs that choose, which no run that is reported has
 
@@ -78,6 +79,23 @@ def best_rate(measured: Mapping[float, Mapping[str, float] | None], name: str) -
     return ranked[0] if ranked and math.isfinite(order(ranked[0])[0]) else None
 
 
+def settled_rate(
+    own: float, measured: Mapping[float, Mapping[str, float] | None], name: str, count: int
+) -> float | None:
+    """Of the rates that the validation samples do not tell from the best, the nearest to a method's own.
+
+    Those are the rates within one standard error of the best, sqrt(p (1 - p) / count), for a proportion p of `count`
+    samples. The best alone is as often as not one at the edge of what a method bears, where the next seed fails. Of
+    other metrics the error is not known from their value: of these, the best. None of no value.
+    """
+    best = best_rate(measured, name)
+    if best is None or name not in PROPORTIONS:
+        return best
+    values = {rate: (found or {}).get(name, math.nan) for rate, found in measured.items()}
+    least = values[best] - math.sqrt(values[best] * (1 - values[best]) / count)
+    return min((rate for rate in values if values[rate] >= least), key=lambda rate: (abs(math.log(rate / own)), rate))
+
+
 def summary(
     chosen: Mapping[str, float],
     measured: Mapping[str, Mapping[float, Any]],
@@ -90,8 +108,11 @@ def summary(
     if not sizes:
         return []
     of = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"{min(sizes)}"
+    which = (
+        "the best" if name not in PROPORTIONS else "the nearest to the method's own within a standard error of the best"
+    )
     told = [
-        f"lr: the best of {of} by {name} on {count:,} validation samples, one run each with a seed of its own; "
+        f"lr: {which} of {of} by {name} on {count:,} validation samples, one run each with a seed of its own; "
         "the held-out samples had no part in it"
     ]
     ends = [
@@ -100,7 +121,7 @@ def summary(
         if len(measured[method]) > 1 and rate in (min(measured[method]), max(measured[method]))
     ]
     if ends:
-        told.append(f"the best rate of {', '.join(ends)} is at an end of the rates that were tried: try further ones")
+        told.append(f"the rate of {', '.join(ends)} is at an end of the rates that were tried: try further ones")
     failed = [(method, rate) for method, rates in measured.items() for rate in rates if rates[rate] is None]
     said = []
     for method, rate in failed:
