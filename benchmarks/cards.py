@@ -51,7 +51,7 @@ def numbers(found: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, A
     difference = t_interval([run["eval"]["accuracy"] - lora[run["seed"]]["eval"]["accuracy"] for run in runs])
     over = (
         f"Over {len(runs)} seeds: {statistics.fmean(accuracies):.4f} ± {statistics.stdev(accuracies):.4f}. "
-        f"Less that of LoRA with r=8, each at its best rate, with the same seeds: {told(difference)}"
+        f"Less that of LoRA with r=8, each at the rate that was chosen for it, with the same seeds: {told(difference)}"
         + (
             " (a 95 % interval holds 0: not told apart)."
             if difference and difference.holds_zero

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import re
-import statistics
 import sys
 from functools import cache
 from pathlib import Path
@@ -93,11 +92,12 @@ def methods() -> str:
 
 
 def short_methods() -> str:
-    """The README's table: values that a method trains, beside LoRA's on the same layers, and what its file becomes."""
+    """The README's table: values that a method trains, beside LoRA's on the same layers; its quality on the tasks of
+    the leaderboard, beside LoRA's; and what its file becomes."""
     models = load("amd-epyc-fp32")["models"]["llama"]
     lora = models["LoRA"]["trainable"]
     becomes = {"exact": "a LoRA", "dora": "a DoRA", "svd": "a LoRA, cut", "none": "stays attached"}
-    lines: list[Any] = [("method", "what it does", "values, LoRA = 1:", "exported as")]
+    lines: list[Any] = [("method", "what it does", "values, LoRA = 1:", "quality beside LoRA's", "exported as")]
     for info in ours():
         name = next(name for name in models if name.split(" r=")[0] == slug(info))
         share = models[name]["trainable"] / lora
@@ -106,6 +106,7 @@ def short_methods() -> str:
                 f"[{TITLES[slug(info)]}](docs/methods/{slug(info)}.md)",
                 info.summary,
                 f"{share:.2f}" if share >= 0.01 else f"{share:.4f}",
+                beside(slug(info)),
                 becomes[info.lora_export],
             )
         )
@@ -196,8 +197,8 @@ def _sentence(text: str) -> str:
 
 
 def measured(name: str) -> str:
-    """What was measured of a method: speed, memory, size and accuracy, each from its file of results."""
-    info, speed, demo = record(name), load("amd-epyc-fp32"), load("demo")
+    """What was measured of a method: speed, memory, size and quality, each from its file of results."""
+    info, speed = record(name), load("amd-epyc-fp32")
     models = speed["models"]
     heads = ("", "step, Llama:", "step, BERT:", "memory, Llama:", "memory, BERT:", "trained values, Llama:")
     lines: list[Any] = [heads]
@@ -211,18 +212,11 @@ def measured(name: str) -> str:
         )
         lines.append((title, *cells, f"{models['llama'][row]['trainable']:,}"))
     text = f"Time of a training step and peak memory beside PEFT's LoRA on the same layers:\n\n{rows(*lines)}"
-    found = [row for row in demo["results"] if row["name"] in info.variants]
-    if found:
-        lora = next(row for row in demo["results"] if row["name"] == "lora")
-        lines = [("", "accuracy:", "adapter's values:", "file, KB:", "learning rate:")]
-        for row in [lora, *found]:
-            values, size = f"{row['adapter_parameters']:,}", f"{row['adapter_bytes'] / 1000:,.0f}"
-            lines.append((f"`{row['name']}`", f"{row['accuracy']:.3f}", values, size, f"{row['learning_rate']:g}"))
-        text += (
-            f"\n\nThe task of `peftx demo`, {demo['test_texts']} test texts, one seed, standard error {demo_error()}; "
-            f"the frozen encoder under a logistic regression has {demo['probe']:.3f}. The file holds the new head too:"
-            f"\n\n{rows(*lines)}"
-        )
+    text += (
+        "\n\nQuality on the tasks of the [leaderboard](../choosing.md#the-leaderboard), each at the learning rate that "
+        "suits it; in brackets, the difference to LoRA with the same seeds and its 95 % interval, `=` where that holds "
+        f"0:\n\n{board(*info.variants)}"
+    )
     experts = [row for row in load("experts")["rows"] if row["contender"] in info.variants]
     if experts:
         lines = [("experts:", "", "training step:", "decoding:", "peak memory:", "trained values:")]
@@ -234,17 +228,9 @@ def measured(name: str) -> str:
     return text
 
 
-def demo_error() -> str:
-    """Standard error of an accuracy on the demo's test texts, at the median of the accuracies."""
-    demo = load("demo")
-    accuracy = statistics.median(row["accuracy"] for row in demo["results"])
-    return f"{(accuracy * (1 - accuracy) / demo['test_texts']) ** 0.5:.3f}"
-
-
 def method_table() -> str:
     """All methods beside LoRA: what `python benchmarks/method_table.py` prints."""
-    module = script("method_table")
-    return module.table(load("amd-epyc-fp32"), json.loads(module.DEMO.read_text(encoding="utf-8")))
+    return script("method_table").table(load("amd-epyc-fp32"))
 
 
 def placed() -> dict[str, dict[tuple[str, str], Any]]:
@@ -261,11 +247,12 @@ def placed() -> dict[str, dict[tuple[str, str], Any]]:
 
 
 def board(*names: str) -> str:
-    """Quality on every task of the leaderboard, and less LoRA's with the same seeds, of these methods or of all."""
+    """Quality on every task of the leaderboard, and less LoRA's with the same seeds, of these methods or of all; and
+    the size of the first task's adapter with its head."""
     tasks, module = placed(), script("leaderboard")
     first = next(iter(tasks.values()))
     keys = dict.fromkeys(key for lines in tasks.values() for key in lines)
-    heads = ["", "size", "values, LoRA = 1:", *(f"{task}, {quality(task)}:" for task in tasks)]
+    heads = ["", "size", "values, LoRA = 1:", *(f"{task}, {quality(task)}:" for task in tasks), "file, kB:"]
     lines: list[Any] = [heads]
     for name, group in [key for key in keys if not names or key[0] in ("lora", *names)]:
         share = first[name, group].trained_values / first["lora", "budget"].trained_values
@@ -275,7 +262,8 @@ def board(*names: str) -> str:
             told = "" if line is None or line.difference is None else f" ({module.told(line.difference)})"
             cells.append("" if line is None else f"{line.quality:.4f}{told}")
         size = "LoRA's" if group == "budget" else "its own"
-        lines.append((f"`{name}`", size, f"{share:.2f}" if share >= 0.01 else f"{share:.4f}", *cells))
+        values, kilobytes = f"{share:.2f}" if share >= 0.01 else f"{share:.4f}", first[name, group].adapter_bytes / 1e3
+        lines.append((f"`{name}`", size, values, *cells, f"{kilobytes:,.0f}"))
     return rows(*lines)
 
 
@@ -284,14 +272,14 @@ def quality(task: str) -> str:
 
 
 def beside(name: str) -> str:
-    """On how many tasks a method at LoRA's size, or near it, is better than LoRA, not told apart from it, or worse."""
-    counts = {"better": 0, "equal": 0, "worse": 0}
+    """Whether a method at LoRA's size, or near it, is better than LoRA on a task, worse, or not told apart from it."""
+    found = []
     for task, lines in placed().items():
         difference = lines[name, "budget"].difference
         if difference is not None:
-            less = (difference.mean < 0) is (quality(task) == "loss")
-            counts["equal" if difference.holds_zero else "better" if less else "worse"] += 1
-    return ", ".join(f"{word} on {count}" for word, count in counts.items() if count)
+            better = (difference.mean < 0) is (quality(task) == "loss")
+            found.append(f"{task} {'=' if difference.holds_zero else 'better' if better else 'worse'}")
+    return ", ".join(found)
 
 
 def decoding(*names: str) -> str:
@@ -332,20 +320,15 @@ def federated_study() -> str:
 
 
 def sizes() -> str:
-    """Values that each method trains on a Llama, least first, and the bytes of its file on the demo's encoder."""
-    models, demo = load("amd-epyc-fp32")["models"]["llama"], load("demo")["results"]
-    files = {row["name"]: row["adapter_bytes"] - 4 * row["head_parameters"] for row in demo}
-    found = {name: row["trainable"] for name, row in models.items() if name.split(" r=")[0] in files or name == "LoRA"}
-    lora = models["LoRA"]["trainable"]
-    lines: list[Any] = [("", "trained values, Llama:", "of LoRA's:", "file of the demo's adapter, KB:")]
+    """Values that each method trains on a Llama, least first."""
+    models = load("amd-epyc-fp32")["models"]["llama"]
+    known = {"LoRA", *(variant for info in ours() for variant in info.variants)}
+    found = {name: row["trainable"] for name, row in models.items() if name.split(" r=")[0] in known}
+    lines: list[Any] = [("", "trained values, Llama:", "of LoRA's:")]
     for name, values in sorted(found.items(), key=lambda item: item[1]):
-        variant, own = name.split(" r=")[0], name.endswith("r=64")
-        kilobytes = files["lora" if name == "LoRA" else variant] / 1000
-        shown = f"{kilobytes:,.0f}" if own or f"{variant} r=64" not in models else ""
-        title = (
-            "PEFT LoRA, r=8" if name == "LoRA" else f"`{variant}`" + "".join(f", r={r}" for r in name.split(" r=")[1:])
-        )
-        lines.append((title, f"{values:,}", f"{values / lora:.1%}", shown))
+        variant, *rank = name.split(" r=")
+        title = "PEFT LoRA, r=8" if name == "LoRA" else ", r=".join((f"`{variant}`", *rank))
+        lines.append((title, f"{values:,}", f"{values / models['LoRA']['trainable']:.1%}"))
     return rows(*lines)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
+import statistics
+import sys
 from pathlib import Path
 
 from sheet import Sheet
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+sys.path.append(str(Path(__file__).parents[1]))
+import tables
 
 
 def road(s: Sheet) -> None:
@@ -88,45 +91,54 @@ def optimizer(s: Sheet) -> None:
     s.note(4.45, 0.52, "moments, 8 bits each")
 
 
-def accuracy(s: Sheet) -> None:
-    """Accuracy on the demo's task against trained values, of benchmarks/results/demo.json."""
-    demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
-    left, bottom, width, height = 0.75, 0.55, 5.6, 2.3
-    low, high = 3.2, 6.4  # powers of ten
-    least, most = 0.83, 0.91
-    s.line([left, left, left + width], [bottom + height, bottom, bottom])
-
-    def place(values: float, accuracy: float) -> tuple[float, float]:
-        import math
-
-        return (
-            left + width * (math.log10(values) - low) / (high - low),
-            bottom + height * (accuracy - least) / (most - least),
+def leaderboard(s: Sheet) -> None:
+    """Each method less LoRA on each task, with 95 % intervals, of benchmarks/results/leaderboard.json."""
+    tasks = tables.placed()
+    keys = [key for key in dict.fromkeys(key for lines in tasks.values() for key in lines) if key != ("lora", "budget")]
+    left, bottom, gap = 1.85, 0.42, 0.25
+    width = (s.width - left - 0.1) / len(tasks) - gap
+    step = (s.height - bottom - 0.45) / len(keys)
+    for i, (name, group) in enumerate(keys):
+        s.word(
+            left - 0.15, bottom + (len(keys) - i - 0.5) * step, name + ("" if group == "budget" else "*"), 8, ha="right"
         )
-
-    for power in (4, 5, 6):
-        x, _ = place(10**power, least)
-        s.line([x, x], [bottom, bottom - 0.05])
-        s.note(x, bottom - 0.18, f"{10**power:,}")
-    for value in (0.84, 0.86, 0.88, 0.90):
-        _, y = place(1e4, value)
-        s.line([left - 0.05, left], [y, y])
-        s.note(left - 0.12, y, f"{value:.2f}", ha="right")
-    _, probe = place(1e4, demo["probe"])
-    s.line([left, left + width], [probe, probe], linestyle=(0, (3, 3)))
-    s.note(left + 0.1, probe + 0.1, "frozen encoder, logistic regression", ha="left")
-    s.note(left + width / 2, 0.12, "trained values of the adapter, log scale")
-    s.note(left - 0.1, bottom + height + 0.12, "accuracy", ha="left")
-    beside = {"lora": (0, 0.13, "center"), "lora-mgpo": (-0.1, 0.05, "right"), "gradnormlorp": (-0.12, -0.1, "right")}
-    beside |= {"lora-ggpo": (-0.1, 0.06, "right"), "allora": (0.1, -0.05, "left"), "flora": (0.1, -0.06, "left")}
-    beside |= {"fedsvd": (-0.1, -0.06, "right"), "bone": (0.1, -0.06, "left"), "bone-bat": (0.1, 0.07, "left")}
-    beside |= {"triadaptlora": (0.1, 0.09, "left")}
-    for row in demo["results"]:
-        x, y = place(row["adapter_parameters"], row["accuracy"])
-        kind = "frozen" if row["name"] == "lora" else "trained"
-        s.block(x - 0.05, y - 0.05, 0.1, 0.1, kind)
-        dx, dy, ha = beside.get(row["name"], (0.1, 0.0, "left"))
-        s.word(x + dx, y + dy, row["name"], 8, ha=ha)
+    for column, (task, lines) in enumerate(tasks.items()):
+        start, loss = left + column * (width + gap), tables.quality(task) == "loss"
+        found = {key: line.difference for key, line in lines.items() if line.difference is not None}
+        ends = [abs(end) for one in found.values() for end in (one.low, one.high)]
+        reach = statistics.quantiles(ends, n=10)[-1] * 1.1  # a wider interval is cut off
+        middle, unit = start + width / 2, width / 2 / reach
+        s.line([middle, middle], [bottom, bottom + len(keys) * step], linestyle=(0, (3, 3)))
+        s.note(middle, s.height - 0.2, f"{task}, {'loss' if loss else 'accuracy'}", 9)
+        for end in (-reach * 0.8, reach * 0.8):
+            s.note(middle + end * unit, bottom - 0.15, f"{-end if loss else end:+.{2 - int(math.log10(reach))}f}")
+        for i, key in enumerate(keys):
+            if (one := found.get(key)) is None:
+                continue
+            y, sign = bottom + (len(keys) - i - 0.5) * step, -1 if loss else 1
+            mean, *ends = (max(-reach, min(reach, sign * value)) for value in (one.mean, one.low, one.high))
+            kind = "frozen" if one.holds_zero else "trained"
+            s.line(
+                [middle + end * unit for end in ends],
+                [y, y],
+                color=s.colours["soft" if one.holds_zero else kind],
+                linewidth=2,
+            )
+            if abs(mean) < reach:
+                s.block(middle + mean * unit - 0.04, y - 0.04, 0.08, 0.08, kind)
+            else:  # it is further away
+                s.word(
+                    middle + mean * unit,
+                    y,
+                    "◂" if mean < 0 else "▸",
+                    9,
+                    color=s.colours["soft" if one.holds_zero else kind],
+                )
+    s.note(
+        left + (s.width - left) / 2,
+        0.1,
+        "less LoRA's, same seeds: better to the right; coloured where the interval leaves out 0",
+    )
 
 
 DRAWINGS = {
@@ -135,5 +147,5 @@ DRAWINGS = {
     "compression": (compression, (4.6, 1.75)),
     "experts": (experts, (5.6, 1.7)),
     "optimizer": (optimizer, (5.2, 1.75)),
-    "accuracy": (accuracy, (6.8, 3.2)),
+    "leaderboard": (leaderboard, (8.6, 4.6)),
 }

@@ -34,6 +34,7 @@ class Sheet:
         self.axes.set(xlim=(0, width), ylim=(0, height))
         self.axes.axis("off")
         self.colours, self.dark = COLOURS[kind], kind == "dark"
+        self.width, self.height = width, height
         self.x = self.y = 0.0
         self.scale = 1.0
 

@@ -28,12 +28,14 @@ def named_labels(settings: Mapping[str, Any]) -> tuple[str, ...]:
 def with_labels(text: str, labels: Sequence[str], of: str = "") -> str:
     """The text of a card with its labels first: these, or where there are none, those that it names already, or that
     another card does (`of`). A few of them are in the code that loads the base model too, for `pipeline` to say."""
+    named = labels or labels_on(text) or labels_on(of)
+    if 0 < len(named) <= IN_CODE and not any("`" in name for name in named):
+        names = ", ".join(f"{i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(named))
+        call = re.compile(rf'\(("(?:[^"\\]|\\.)*"), num_labels={len(named)}\)')
+        text = call.sub(lambda match: f"(\n    {match[1]}, id2label={{{names}}}\n)", text, count=1)
     if not labels:
         found = SECTION.search(text) or SECTION.search(of)
         return text if found is None else f"{found[0].rstrip()}\n\n{SECTION.sub('', text).lstrip()}"
-    if len(labels) <= IN_CODE and not any("`" in name for name in labels):
-        names = ", ".join(f"{i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(labels))
-        text = text.replace(f", num_labels={len(labels)})", f", id2label={{{names}}})", 1)
     shown = ", ".join(f"{i} {code(name)}" for i, name in enumerate(labels[:MOST]))
     more = f", and {len(labels) - MOST:,} more" if len(labels) > MOST else ""
     return f"{HEADING}\n\n{shown}{more}\n\n{SECTION.sub('', text).lstrip()}"

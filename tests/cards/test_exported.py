@@ -1,6 +1,7 @@
 """What is exported carries a card that says what it came from; a user's own stays."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,11 @@ def test_made_up_labels_are_none() -> None:
     for names in (LABELS, ("a, b", "1 `x`, 2 `y`"), ("one",)):
         assert labels_on(with_labels("text", names)) == names
     assert labels_on("text") == labels_on("## Labels\n\n0 `a`, 2 `b`\n") == labels_on("## Labels\n\nby hand\n") == ()
+    code = 'base_model = Auto.from_pretrained("a/b", num_labels=2)'
+    named = with_labels(code, ['say "no"', "yes"])
+    assert eval(re.search(r"id2label=(.*)", named)[1]) == {0: 'say "no"', 1: "yes"} and "num_labels" not in named
+    assert with_labels(f"## Labels\n\n0 `no`, 1 `yes`\n\n{code}", ()).endswith('id2label={0: "no", 1: "yes"}\n)')
+    assert code in with_labels(code, ["`", "b"]) and code in with_labels(code, list("abc"))
     many = with_labels("text", [f"class {i}" for i in range(MOST + 2)])
     assert f"{MOST - 1} `class {MOST - 1}`, and 2 more\n\ntext" in many
     assert labels_on(many) == ()

@@ -124,7 +124,7 @@ def test_every_figure_is_on_a_page():
 
 
 @pytest.mark.parametrize(
-    "names", [["accuracy"], pytest.param(sorted(figures() - {"accuracy"}), marks=pytest.mark.slow, id="all")]
+    "names", [["leaderboard"], pytest.param(sorted(figures() - {"leaderboard"}), marks=pytest.mark.slow, id="all")]
 )
 def test_the_figures_are_those_of_their_scripts_and_the_results(names, tmp_path):
     pytest.importorskip("matplotlib")
