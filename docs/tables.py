@@ -248,11 +248,11 @@ def placed() -> dict[str, dict[tuple[str, str], Any]]:
 
 def board(*names: str) -> str:
     """Quality on every task of the leaderboard, and less LoRA's with the same seeds, of these methods or of all; and
-    the size of the first task's adapter with its head."""
+    the size of the first task's adapter with its head. `*` marks those at a size of their own."""
     tasks, module = placed(), script("leaderboard")
     first = next(iter(tasks.values()))
     keys = dict.fromkeys(key for lines in tasks.values() for key in lines)
-    heads = ["", "size", "values, LoRA = 1:", *(f"{task}, {quality(task)}:" for task in tasks), "file, kB:"]
+    heads = ["", "values, LoRA = 1:", *(f"{task}, {quality(task)}:" for task in tasks), "file, kB:"]
     lines: list[Any] = [heads]
     for name, group in [key for key in keys if not names or key[0] in ("lora", *names)]:
         share = first[name, group].trained_values / first["lora", "budget"].trained_values
@@ -261,9 +261,8 @@ def board(*names: str) -> str:
             line = rows_of.get((name, group))
             told = "" if line is None or line.difference is None else f" ({module.told(line.difference)})"
             cells.append("" if line is None else f"{line.quality:.4f}{told}")
-        size = "LoRA's" if group == "budget" else "its own"
         values, kilobytes = f"{share:.2f}" if share >= 0.01 else f"{share:.4f}", first[name, group].adapter_bytes / 1e3
-        lines.append((f"`{name}`", size, values, *cells, f"{kilobytes:,.0f}"))
+        lines.append((f"`{name}`{'' if group == 'budget' else ' *'}", values, *cells, f"{kilobytes:,.0f}"))
     return rows(*lines)
 
 
@@ -364,7 +363,7 @@ def figure(name: str, *words: str) -> str:
     """A drawing of docs/figures in the colours of the page, with the words below it."""
     text = " ".join(words)
     images = "\n".join(f"![{text}](/docs/figures/{name}-{kind}.svg#only-{kind})" for kind in ("light", "dark"))
-    kind = "drawn wide" if name == "overview" else "drawn"
+    kind = {"overview": "drawn wide", "leaderboard": "drawn wide scrolled"}.get(name, "drawn")
     return f'<figure class="{kind}" markdown>\n{images}\n<figcaption>{text}</figcaption>\n</figure>'
 
 

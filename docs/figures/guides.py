@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -110,8 +109,9 @@ def leaderboard(s: Sheet) -> None:
         middle, unit = start + width / 2, width / 2 / reach
         s.line([middle, middle], [bottom, bottom + len(keys) * step], linestyle=(0, (3, 3)))
         s.note(middle, s.height - 0.2, f"{task}, {'loss' if loss else 'accuracy'}", 9)
-        for end in (-reach * 0.8, reach * 0.8):
-            s.note(middle + end * unit, bottom - 0.15, f"{-end if loss else end:+.{2 - int(math.log10(reach))}f}")
+        tick = float(f"{reach * 0.8:.1g}")
+        for end in (-tick, tick):
+            s.note(middle + end * unit, bottom - 0.15, f"{-end if loss else end:+g}")
         for i, key in enumerate(keys):
             if (one := found.get(key)) is None:
                 continue
@@ -137,7 +137,8 @@ def leaderboard(s: Sheet) -> None:
     s.note(
         left + (s.width - left) / 2,
         0.1,
-        "less LoRA's, same seeds: better to the right; coloured where the interval leaves out 0",
+        "less LoRA's, same seeds: better to the right; coloured where the interval leaves out 0"
+        + ("; * at its own size" if any(group == "own" for _, group in keys) else ""),
     )
 
 
