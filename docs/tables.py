@@ -274,8 +274,8 @@ def beside(name: str) -> str:
     """Whether a method at LoRA's size, or near it, is better than LoRA on a task, worse, or not told apart from it."""
     found = []
     for task, lines in placed().items():
-        difference = lines[name, "budget"].difference
-        if difference is not None:
+        row = lines.get((name, "budget"))
+        if row is not None and (difference := row.difference) is not None:
             better = (difference.mean < 0) is (quality(task) == "loss")
             found.append(f"{task} {'=' if difference.holds_zero else 'better' if better else 'worse'}")
     return ", ".join(found)
