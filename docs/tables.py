@@ -106,7 +106,10 @@ def short_methods() -> str:
                 f"[{TITLES[slug(info)]}](docs/methods/{slug(info)}.md)",
                 info.summary,
                 f"{share:.2f}" if share >= 0.01 else f"{share:.4f}",
-                beside(slug(info)),
+                "; ".join(
+                    (f"{title}: " if len(titles) > 1 else "") + beside(title.lower())
+                    for title in (titles := TITLES[slug(info)].split(", "))
+                ),
                 becomes[info.lora_export],
             )
         )
