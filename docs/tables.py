@@ -101,15 +101,14 @@ def short_methods() -> str:
     for info in ours():
         name = next(name for name in models if name.split(" r=")[0] == slug(info))
         share = models[name]["trainable"] / lora
+        titles = TITLES[slug(info)].split(", ")
+        told = [beside(title.lower()) for title in titles]
         lines.append(
             (
                 f"[{TITLES[slug(info)]}](docs/methods/{slug(info)}.md)",
                 info.summary,
                 f"{share:.2f}" if share >= 0.01 else f"{share:.4f}",
-                "; ".join(
-                    (f"{title}: " if len(titles) > 1 else "") + beside(title.lower())
-                    for title in (titles := TITLES[slug(info)].split(", "))
-                ),
+                told[0] if len(told) == 1 else "; ".join(map(": ".join, zip(titles, told, strict=True))),
                 becomes[info.lora_export],
             )
         )
