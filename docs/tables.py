@@ -72,6 +72,10 @@ def rows(*lines: Any) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def shown(share: float) -> str:
+    return f"{share:.2f}" if share >= 0.01 else f"{share:.4f}"
+
+
 def cell(text: Any) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
@@ -107,7 +111,7 @@ def short_methods() -> str:
             (
                 f"[{TITLES[slug(info)]}](docs/methods/{slug(info)}.md)",
                 info.summary,
-                f"{share:.2f}" if share >= 0.01 else f"{share:.4f}",
+                shown(share),
                 told[0] if len(told) == 1 else "; ".join(map(": ".join, zip(titles, told, strict=True))),
                 becomes[info.lora_export],
             )
@@ -263,8 +267,8 @@ def board(*names: str) -> str:
             line = rows_of.get((name, group))
             told = "" if line is None or line.difference is None else f" ({module.told(line.difference)})"
             cells.append("" if line is None else f"{line.quality:.4f}{told}")
-        values, kilobytes = f"{share:.2f}" if share >= 0.01 else f"{share:.4f}", first[name, group].adapter_bytes / 1e3
-        lines.append((f"`{name}`{'' if group == 'budget' else ' *'}", values, *cells, f"{kilobytes:,.0f}"))
+        title, kilobytes = f"`{name}`{'' if group == 'budget' else ' *'}", first[name, group].adapter_bytes / 1e3
+        lines.append((title, shown(share), *cells, f"{kilobytes:,.0f}"))
     return rows(*lines)
 
 

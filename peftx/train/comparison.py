@@ -90,7 +90,7 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     Where `learning_rates` are given, a run of each with a seed of its own (`rates.SEED`) is measured on the validation
     part first, and one is taken (`rates.settled_rate`); the held-out samples are read by the later runs alone. A new
     classifier learns at the first method's own rate in all of them, unless `head_learning_rate` says otherwise. `auto`
-    tries five rates, factors of three around the method's own, and further ones while the best is at an end.
+    tries five rates (`auto:3`: three) by factors of three around the method's own, more while the best is at an end.
 
     `results.json` in the output folder grows with each run, and a comparison that starts again goes on from there: it
     may then have more methods or seeds, but must agree in all else. Adapters are in `<method>/seed-<n>`.
