@@ -153,9 +153,9 @@ TASKS = {
         every_variant=True,
     ),
     "docstrings": Task(
-        "docstrings of Python's library in eight families, MiniLM (22M)",
+        "docstrings of Python's library in eight families, MiniLM (22M) in bfloat16",
         docstrings,
-        training=ENCODER,
+        training=ENCODER | {"bf16": True},
         **CLASSIFIER,
     ),
     "gsm8k": Task(
