@@ -201,12 +201,13 @@ def groups(task: Task, kind: str, budget: Mapping[str, Any]) -> dict[str, Entrie
 
 
 def differs(name: str, settings: Mapping[str, Any]) -> bool:
-    """Whether these settings are others than the method's defaults."""
+    """Whether these settings make another size than the method's defaults: more than one rank of eight."""
     method = find(name)
     if method.config is None:
         return False
     defaults = {f.name: f.default for f in dataclasses.fields(method.config)} | dict(method.settings)
-    return any(defaults.get(setting) != value for setting, value in settings.items())
+    sizes = [(value, defaults[setting]) for setting, value in settings.items() if type(value) is int]
+    return any(max(pair) > 1.25 * min(pair) for pair in sizes)
 
 
 def run(task: Task, folder: Path, group: str, entries: Entries, args: argparse.Namespace) -> Outcome:
