@@ -39,7 +39,7 @@ from peftx.demo import model as encoder
 from peftx.train.comparison import Outcome, compare
 from peftx.train.intervals import t_interval
 from peftx.train.methods import NATIVE_RATE, find
-from peftx.train.report import Row, describe, notes, quality_of, rows, shown, told
+from peftx.train.report import Row, describe, notes, quality_of, rows, shown, spread, told
 from peftx.train.settings import CompareSettings
 
 RESULTS = Path(__file__).parent / "results" / "leaderboard.json"
@@ -271,13 +271,25 @@ def studies(found: Mapping[str, Any]) -> tuple[list[Row], list[Any]]:
     return rows(there), there
 
 
-def steps(row: Row, runs: Sequence[Mapping[str, Any]]) -> str:
+def of(row: Row, runs: Sequence[Mapping[str, Any]], what: str) -> dict[int, float]:
+    """By seed."""
+    return {
+        one["seed"]: one[what]
+        for one in runs
+        if (one["method"], describe(one["method_settings"])) == (row.method, row.settings)
+    }
+
+
+def memory(row: Row, runs: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and standard deviation of the peaks, in MB."""
+    mean, std = spread([peak / 1e6 for peak in of(row, runs, "peak_memory").values()])
+    return f"{mean:,.0f}" + ("" if std is None else f" ± {std:.0f}")
+
+
+def steps(row: Row, first: Row, runs: Sequence[Mapping[str, Any]]) -> str:
     """The step's time, LoRA's with the same seed = 1: mean with its 95 % interval."""
-    first, own = (
-        {one["seed"]: one["step_seconds"] for one in runs if (one["method"], describe(one["method_settings"])) == which}
-        for which in ((runs[0]["method"], describe(runs[0]["method_settings"])), (row.method, row.settings))
-    )
-    interval = t_interval([own[seed] / first[seed] for seed in own if seed in first])
+    base, own = (of(which, runs, "step_seconds") for which in (first, row))
+    interval = t_interval([own[seed] / base[seed] for seed in own if seed in base])
     return "" if interval is None else f"{interval.mean:.2f} ± {interval.high - interval.mean:.2f}"
 
 
@@ -310,8 +322,8 @@ def page(lines: list[Row], runs: list[Any]) -> str:
             f"{row.trained_values:,}",
             shown(row.quality, row.quality_std),
             told(row.difference),
-            steps(row, runs),
-            f"{row.memory / 1e6:,.0f}",
+            steps(row, lines[0], runs),
+            memory(row, runs),
             f"{decode[row.method]:.2f}" if row.method in decode else "1.00" if row.method == "full" else "",
             f"{row.adapter_bytes / 1e3:,.0f}",
         ]
@@ -348,8 +360,8 @@ method's own within a standard error of the best. The test part is read once. `l
 with the 95 % interval over the seeds (Student's t); `=` where it holds 0, and these seeds do not tell the two apart. Of
 twenty rows that equal LoRA, one is expected to be told apart by chance. Settings name the rank at which a method trains
 as many values as LoRA at r=8; the defaults hold where there are none. `step / LoRA`: CPU time with the same seed, mean
-and 95 % interval; two runs share the machine. `decoding`: one token at a time with the adapter attached, from
-results/decoding.md."""
+and 95 % interval; two runs share the machine. `memory`: peak of the process above its start, mean ± standard deviation.
+`decoding`: one token at a time with the adapter attached, from results/decoding.md."""
 
 
 def picture(results: Mapping[str, Any], path: Path) -> None:
