@@ -276,15 +276,28 @@ def quality(task: str) -> str:
     return script("leaderboard").quality_of(load("leaderboard")["tasks"][task]["groups"]["budget"]["runs"])[0]
 
 
+def verdict(task: str, row: Any) -> str:
+    """Whether a method is better than LoRA on a task, worse, or not told apart from it."""
+    better = (row.difference.mean < 0) is (quality(task) == "loss")
+    return "=" if row.difference.holds_zero else "better" if better else "worse"
+
+
 def beside(name: str) -> str:
-    """Whether a method at LoRA's size, or near it, is better than LoRA on a task, worse, or not told apart from it."""
-    found = []
-    for task, lines in placed().items():
-        row = lines.get((name, "budget"))
-        if row is not None and (difference := row.difference) is not None:
-            better = (difference.mean < 0) is (quality(task) == "loss")
-            found.append(f"{task} {'=' if difference.holds_zero else 'better' if better else 'worse'}")
-    return ", ".join(found)
+    """The verdicts on a method at LoRA's size, or near it."""
+    found = {task: lines.get((name, "budget")) for task, lines in placed().items()}
+    return ", ".join(f"{task} {verdict(task, row)}" for task, row in found.items() if row and row.difference)
+
+
+def verdicts() -> str:
+    """Every method at LoRA's size, or near it, by the verdict on it, task by task."""
+    lines: list[Any] = [("", "better than LoRA", "not told apart", "worse than LoRA")]
+    for task, found in placed().items():
+        said: dict[str, list[str]] = {"better": [], "=": [], "worse": []}
+        for (name, group), row in found.items():
+            if group == "budget" and row.difference:
+                said[verdict(task, row)].append(f"`{name}`")
+        lines.append((task, *(", ".join(names) for names in said.values())))
+    return rows(*lines)
 
 
 def decoding(*names: str) -> str:

@@ -247,4 +247,6 @@ def class_of(value: Any, label2id: Mapping[str, int] | None, field: str = "label
         return (label2id or {})[value]
     if not isinstance(value, int | float) or not math.isfinite(value) or not float(value).is_integer():
         raise ValueError(f"label {value!r} is neither a name nor a whole number")
+    if label2id and not 0 <= value < len(label2id):
+        raise ValueError(f"label {value!r} is the number of none of the model's: {', '.join(label2id)}")
     return int(value)

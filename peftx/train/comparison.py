@@ -5,34 +5,27 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import statistics
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from transformers import TrainerCallback
 
 from ..data.records import hold_out
 from ..files import check_free, publish
 from ..utils import quiet
+from .apart import apart, choice, measured, threaded
 from .folder import plain
 from .measures import OWN, measures_of
 from .methods import check_settings, find, first_variants, key
 from .plan import DoesNotFitError, prepared
 from .rates import SEED, further, grid, parse_rates, settled_rate, summary
 from .report import FILES, rows
-from .run import extra_callbacks, optimizer_options, train, training_arguments
+from .run import extra_callbacks, optimizer_options, training_arguments
 from .settings import CompareSettings, Section, Settings, TrainSettings
 from .sizes import sized
 from .stored import BY, RESULTS, Kept, Run, earlier, find_folder, store, write
@@ -53,35 +46,6 @@ class Outcome:
     notes: list[str]
     failures: dict[str, str]
     left_out: dict[str, str]
-
-
-class Stopwatch(TrainerCallback):
-    """Seconds of each optimizer step: of the GPU and all it waits for, or CPU time of the process without one.
-
-    And the peak of the memory until the training ends, so that an evaluation after it, whose batches may be larger,
-    does not count.
-    """
-
-    def __init__(self) -> None:
-        self.before = psutil.Process().memory_info().rss
-        self.seconds: list[float] = []
-        self.memory: dict[str, Any] = {}
-        self.started = 0.0
-
-    def now(self) -> float:
-        if not torch.cuda.is_available():
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = self.now()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(self.now() - self.started)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.memory = peak_memory(self.before)
 
 
 def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcome:
@@ -120,8 +84,10 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
         validation = hold_out(samples, settings.validation, settings.data)[1] if settings.validation else []
         measures = measures_of(settings, plan, {"validation": validation, "held-out": held})
         entries, sizes = sized(settings, entries, plan)
+    kept = kept.of(samples, held, where)
     if settings.overwrite and where != folder and where.exists():
         shutil.rmtree(where)
+    store(settings, where, kept)  # so that a run that is cut off is known as a comparison's
     work = Work(settings, entries, where, kept, watch)
     quality = measures.best or ("accuracy" if "accuracy" in OWN[plan.task] else "loss")
     chosen, measured_at = work.choose(quality, len(validation)) if settings.learning_rates is not None else ({}, {})
@@ -254,6 +220,10 @@ class Work:
             return apart(function, one)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             return error
+        except OSError:  # no place left, say: that is not the method's
+            raise
+        except Exception as error:
+            return ValueError(f"{type(error).__name__}: {error}")
 
     def there(self, task: Task) -> Run | None:
         """The run of a task, where it is kept: of the same method, settings, seed and rate."""
@@ -352,49 +322,3 @@ def run_settings(
 def rate_of(settings: CompareSettings, name: str) -> float:
     """At which a method is trained where no rates are given."""
     return float(settings.training.get("learning_rate", find(name).learning_rate))
-
-
-def apart(function: Callable[[TrainSettings], dict[str, Any]], settings: TrainSettings) -> dict[str, Any]:
-    """`function(settings)` in a fresh process, whose memory is its own. One process imports everything, and forks."""
-    context: Any = get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform != "win32":
-        context.set_forkserver_preload([__name__])
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(function, settings).result()
-    except BrokenProcessPool as error:
-        raise RuntimeError("its process was killed, as a rule for want of memory") from error
-
-
-def measured(settings: TrainSettings) -> dict[str, Any]:
-    """A run with the median of its step times, and the peak of its memory."""
-    watch = Stopwatch()
-    metrics = train(settings, [watch])
-    return {**metrics, "step_seconds": statistics.median(watch.seconds or [0.0]), **watch.memory}
-
-
-def choice(settings: TrainSettings) -> dict[str, Any]:
-    """A run that helps to choose: of what is measured on the validation part, and no files."""
-    with tempfile.TemporaryDirectory(prefix="peftx-") as folder:
-        found = train(dataclasses.replace(settings, output=str(Path(folder, "run"))), choosing=True)
-    names = ("method", "method_settings", "seed", "learning_rate", "steps", "samples", "train_loss", "train_seconds")
-    return {**{name: found[name] for name in names}, "validation": found["validation"]}
-
-
-def threaded(function: Callable[[TrainSettings], Run], threads: int, settings: TrainSettings) -> Run:
-    """`function(settings)` with so many threads."""
-    torch.set_num_threads(threads)
-    return function(settings)
-
-
-def peak_memory(before: int) -> dict[str, Any]:
-    """Bytes, and of what: of tensors on the GPU, or of resident memory beyond what the process had at its start."""
-    if torch.cuda.is_available():
-        return {"peak_memory": torch.cuda.max_memory_allocated(), "memory_of": "CUDA tensors"}
-    if sys.platform == "win32":
-        peak = psutil.Process().memory_info().peak_wset
-    else:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"peak_memory": max(0, peak - before), "memory_of": "the process, above its start"}

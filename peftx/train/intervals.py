@@ -26,8 +26,13 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
     if len(values) < 2:
         return None
     mean = statistics.fmean(values)
-    half = t_quantile(level, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = t_quantile(level, len(values) - 1) * deviation(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample's standard deviation; nan where a value is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def t_quantile(level: float, freedom: int) -> float:

@@ -46,8 +46,9 @@ class DoesNotFitError(ValueError):
     """The method cannot adapt this model; another one may."""
 
 
-def planned(settings: Settings, records: Records) -> Plan:
-    """Raises ValueError where there is no such model, its task is unknown, or the records have no labels for it."""
+def planned(settings: Settings, records: Records, others: Records | None = None) -> Plan:
+    """Raises ValueError where there is no such model, its task is unknown, or the records have no labels for it, or
+    the held-out ones, `others`, labels that a new classifier has not seen."""
     name = settings.model
     check_is_model(name, "merge it (peftx export {adapter} model --to merged), and name what that writes")
     with loading(name):
@@ -55,12 +56,29 @@ def planned(settings: Settings, records: Records) -> Plan:
     task = task_for(settings, config)
     options: dict[str, Any] = {}
     if task in CLASSIFIERS:
-        options = head_options(config, task, label_names(records, label_field(task, settings.label, records)))
+        names = labels(settings, task, records)
+        options = head_options(config, task, names)
+        if options and (unknown := [name for name in labels(settings, task, records, others) if name not in names]):
+            raise ValueError(
+                f"{settings.eval_data or settings.data}: its held-out samples have labels that none to train on has: "
+                f"{', '.join(unknown)}; leave such samples out, or train on some"
+            )
     with loading(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if task == "TOKEN_CLS" and "ByteLevel" in str(getattr(tokenizer, "backend_tokenizer", None)):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # each word alone
     return Plan(task, tokenizer, config, options)
+
+
+def labels(settings: Settings, task: str, records: Records, others: Records | None = None) -> list[str]:
+    """Names of the classes of these records, and of the held-out ones too if they are given."""
+    field, sources = label_field(task, settings.label, records), [settings.data]
+    if others:
+        own = label_field(task, settings.label, others)
+        records = [*records, *({field: record.get(own)} for record in others)]
+        sources.append(settings.eval_data or settings.data)
+    with naming(" and ".join(dict.fromkeys(sources))):
+        return label_names(records, field)
 
 
 def skeleton(settings: Settings, plan: Plan) -> tuple[Any, list[str]]:
@@ -164,7 +182,7 @@ def prepared(settings: Settings, *, show: bool = False) -> tuple[Plan, Records, 
         OSError: a file cannot be read.
     """
     records, others = read_both(settings)
-    plan = planned(settings, records + (others or []))
+    plan = planned(settings, records, others)
     samples = encoded(settings, records, plan, settings.data, show=show)
     if others is None:  # after encoding, so that a bad record is named by its place in the file
         return plan, *hold_out(samples, settings.eval_share, settings.data)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .intervals import Interval, t_interval
+from .intervals import Interval, deviation, t_interval
 from .metrics import more_is_better
 
 FILES = ("results.md", "results.csv", "pareto.png")
@@ -88,8 +89,8 @@ def rows(runs: Runs) -> list[Row]:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None with one value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    """Mean and sample standard deviation: None with one value, nan where a run diverged."""
+    return statistics.fmean(values), deviation(values) if len(values) > 1 else None
 
 
 def shown(mean: float, std: float | None) -> str:
@@ -121,7 +122,8 @@ def front(points: Sequence[tuple[float, float]], more_is_better: bool) -> list[i
     """
     sign = -1 if more_is_better else 1
     found: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
+    known = [i for i, point in enumerate(points) if math.isfinite(point[1])]  # the rest diverged
+    for i in sorted(known, key=lambda i: (points[i][0], sign * points[i][1])):
         if not found or sign * points[i][1] < sign * points[found[-1]][1]:
             found.append(i)
     return found
@@ -172,6 +174,8 @@ def notes(table: Sequence[Row], runs: Runs) -> list[str]:
             "= where that holds 0, and these seeds do not tell them apart",
         )
     found += [f"{row.method} has {row.seeds} of {seeds} seeds" for row in table if row.seeds < seeds]
+    lost = [f"{run['method']} with seed {run['seed']}" for run in runs if not math.isfinite(run["eval"][name])]
+    found += [f"diverged: {', '.join(lost)}"] if lost else []
     lower = {run["method"]: lower_ranks(run) for run in runs}
     found += [f"{method} has {'; '.join(told)}" for method, told in lower.items() if told]
     if table[0].whole_values:

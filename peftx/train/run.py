@@ -238,7 +238,8 @@ def training_arguments(settings: TrainSettings, method: Method) -> TrainingArgum
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if given.get(name, 1) < 1:
             raise ValueError(f"training: {name} must be at least 1, got {given[name]}")
-    if given.get("max_steps") == 0 or given.get("num_train_epochs", 1) <= 0:
+    steps = given.get("max_steps", -1)  # -1, TrainingArguments' own: as many as the epochs have
+    if not 0 < given.get("num_train_epochs", 1) < math.inf or (steps < 1 and steps != -1):
         raise ValueError("training: num_train_epochs must be above 0, and max_steps at least 1")
     if not 0 <= given.get("learning_rate", 0) < math.inf:
         raise ValueError(f"training: learning_rate must be a number of at least 0, got {given['learning_rate']}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.records import Records
 from ..files import LIST, NEW, claim, is_by, note, reached, written
 from .folder import as_dict, inputs
 from .methods import find, key
@@ -41,6 +43,24 @@ class Kept:
 
     runs: list[Run] = dataclasses.field(default_factory=list)
     choices: list[Run] = dataclasses.field(default_factory=list)
+    samples: str | None = None  # a digest of all samples; None in a file of an earlier version
+
+    def of(self, samples: Records, held: Records, where: Path) -> Kept:
+        """Kept runs of these samples.
+
+        Raises:
+            ValueError: the runs had others.
+        """
+        digest = hashlib.sha256()
+        for sample in (*samples, *held):
+            digest.update(json.dumps(sample).encode())
+        digest.update(str(len(samples)).encode())
+        if self.samples not in (None, digest.hexdigest()):
+            raise ValueError(
+                f"the samples are others than those of the comparison in {where} (data, tokenizer or lengths have "
+                "changed since): name another folder, or say overwrite"
+            )
+        return dataclasses.replace(self, samples=digest.hexdigest())
 
 
 def shared(settings: CompareSettings) -> dict[str, Any]:
@@ -79,7 +99,7 @@ def earlier(settings: CompareSettings, folder: Path) -> Kept:
         return Kept()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        before, kept = found["settings"], Kept(found["runs"], found.get("choices", []))
+        before, kept = found["settings"], Kept(found["runs"], found.get("choices", []), found.get("samples"))
         if not isinstance(before, dict):
             raise TypeError(f"its settings are a {type(before).__name__}")
         for run in kept.runs:
@@ -89,12 +109,15 @@ def earlier(settings: CompareSettings, folder: Path) -> Kept:
             check_numbers(run["validation"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is not what compare writes ({reason}): say overwrite to start anew") from None
+        raise ValueError(
+            f"{path} is not what compare writes ({reason}): move it away, or name another folder"
+        ) from None
     now = json.loads(json.dumps(shared(settings), default=str))
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
+            whose = " (the first method's, where learning rates are chosen)" if name == "head_learning_rate" else ""
             raise ValueError(
-                f"{name} is {now.get(name, 'not given')!r}, but the comparison in {folder} has "
+                f"{name} is {now.get(name, 'not given')!r}{whose}, but the comparison in {folder} has "
                 f"{before.get(name, 'none')!r}: say that, name another folder, or say overwrite"
             )
     return kept
@@ -128,7 +151,7 @@ def check_numbers(values: Iterable[Any]) -> None:
 def store(settings: CompareSettings, folder: Path, kept: Kept, rows: Sequence[Row] = ()) -> None:
     """Replaces `results.json` in one step, so that an interruption leaves the old one."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"settings": shared(settings), "runs": kept.runs}
+    found: dict[str, Any] = {"settings": shared(settings), "samples": kept.samples, "runs": kept.runs}
     if kept.choices:
         found["choices"] = kept.choices
     if rows:

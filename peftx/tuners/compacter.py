@@ -265,7 +265,7 @@ def _is_norm(module: nn.Module) -> bool:
     layer_types=("Linear", "Conv1D", "fused experts"),
     exact_start=False,
     tiny={"phm_dim": 2, "reduction_factor": 1},
-    learning_rate=1e-2,
+    learning_rate=5e-3,
 )
 class Compacter(Adapter):
     sites = (LinearSite, MixtureSite)

@@ -6,9 +6,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -16,7 +20,7 @@ from safetensors.torch import load_file
 from test_train import SHORT, call, files, here, own_cache, settings, trained  # noqa: F401  (fixtures)
 
 from peftx.files import LIST, NEW
-from peftx.train import run
+from peftx.train import comparison, run
 from peftx.train.checkpoints import damage
 
 SAVES = ("--training", "save_steps=1", "--training", "logging_steps=1", "--training", "save_total_limit=5")
@@ -270,8 +274,6 @@ def test_a_comparison_that_fails_to_replace_leaves_the_old_one(
     here: list,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from peftx.train import comparison
-
     out = tmp_path / "out"
     assert compared(files, out).exit_code == 0
     before = contents(out)
@@ -288,6 +290,62 @@ def test_a_comparison_that_fails_to_replace_leaves_the_old_one(
     outcome = compared(files, out, "--max-steps", 1, "--seeds", 2)  # goes on with the new one
     assert outcome.exit_code == 0 and not (out / NEW).exists(), outcome.output
     assert [r["steps"] for r in json.loads((out / "results.json").read_text())["runs"]] == [1, 1]
+
+
+def test_a_comparison_goes_on_after_its_first_run_was_cut_off(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def cut_off(function: Any, one: Any) -> Any:
+        Path(one.output).mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "apart", cut_off)
+    assert compared(files, out).exit_code != 0
+    monkeypatch.setattr(comparison, "apart", lambda function, one: function(one))
+    outcome = compared(files, out)
+    assert outcome.exit_code == 0, outcome.output
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_comparison_end(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = ("--model", files / "llama", "--data", files / "pairs.jsonl", "--output", out)
+    arguments = ("compare", *data, *SHORT, "--methods", "lora", "--seeds", 1, "--max-steps", 100_000)
+    parent = psutil.Popen(
+        [sys.executable, "-m", "peftx", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "lora" / "seed-0" / "settings.yaml").exists():
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        children = parent.children(recursive=True)
+        assert children
+    finally:
+        parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+
+
+def test_other_samples_are_not_mixed_with_earlier_ones(files: Path, tmp_path: Path, here: list) -> None:
+    out, data = tmp_path / "out", tmp_path / "data.jsonl"
+    lines = (files / "pairs.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    more = ("--data", data)
+    assert compared(files, out, *more).exit_code == 0
+    before = contents(out)
+    data.write_text("".join(lines[:-1]))
+    outcome = compared(files, out, *more, "--seeds", 2)
+    assert outcome.exit_code == 2 and outcome.stderr.count("\n") == 1, outcome.output
+    assert f"the samples are others than those of the comparison in {out}" in outcome.stderr
+    assert contents(out) == before
+    data.write_text("".join(lines))
+    whole = json.loads((out / "results.json").read_text())
+    assert len(whole.pop("samples")) == 64  # one of an earlier version is taken
+    assert compared(files, out, *more, "--seeds", 2).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -319,14 +377,12 @@ def test_a_malformed_results_file_is_one_error(
     (out / "results.json").write_text(page)
     outcome = compared(files, out)
     assert outcome.exit_code == 2 and outcome.stderr.count("\n") == 1, (outcome.output, outcome.exception)
-    assert "results.json is not what compare writes" in outcome.stderr and "overwrite" in outcome.stderr
+    assert "results.json is not what compare writes" in outcome.stderr and "move it away" in outcome.stderr
     assert (out / "results.json").read_text() == page and not here
 
 
 @pytest.fixture(scope="module")
 def results_page(files: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    from peftx.train import comparison
-
     out = tmp_path_factory.mktemp("results") / "out"
     apart, comparison.apart = comparison.apart, lambda function, one: function(one)
     try:

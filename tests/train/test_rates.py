@@ -16,6 +16,7 @@ from test_train import SHORT, call, files, here, own_cache, trained  # noqa: F40
 
 from peftx.train import comparison, heads, report
 from peftx.train.intervals import t_interval, t_quantile
+from peftx.train.picture import plot
 from peftx.train.rates import SEED, best_rate, further, grid, parse_rates, settled_rate
 
 
@@ -87,11 +88,10 @@ def test_the_rate_is_the_nearest_to_the_methods_own_that_is_not_told_from_the_be
     assert settled_rate(2e-3, {1e-3: None, 1e-2: {"accuracy": math.nan}}, "accuracy", 100) is None
 
 
-def test_a_difference_whose_interval_holds_zero_is_no_difference() -> None:
-    qualities = {"lora": (0.80, 0.82, 0.84), "bone": (0.85, 0.87, 0.88), "loldu": (0.75, 0.85, 0.83)}
+def runs_of(qualities: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
     common = {"method_settings": {}, "learning_rate": 1e-3, "trained_values": {"adapter": 8, "whole_modules": 0}}
     common |= {"peak_memory": 1e6, "memory_of": "the process", "bytes": 32, "steps": 2, "samples": {"eval": 100}}
-    runs = [
+    return [
         {
             **common,
             "method": name,
@@ -102,6 +102,11 @@ def test_a_difference_whose_interval_holds_zero_is_no_difference() -> None:
         for name, values in qualities.items()
         for seed, value in enumerate(values)
     ]
+
+
+def test_a_difference_whose_interval_holds_zero_is_no_difference() -> None:
+    qualities = {"lora": (0.80, 0.82, 0.84), "bone": (0.85, 0.87, 0.88), "loldu": (0.75, 0.85, 0.83)}
+    runs = runs_of(qualities)
     table = report.rows(runs)
     wanted = scipy.stats.ttest_rel(qualities["bone"], qualities["lora"]).confidence_interval(0.95)
     assert table[0].difference is None
@@ -218,6 +223,17 @@ class Fake:
         return {**run, "validation": values} if seed == SEED else {**run, "eval": values}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverged_does_not_hide_the_others(value: float, tmp_path: Path) -> None:
+    runs = runs_of({"lora": (0.80, 0.82), "bone": (value, 0.87), "loldu": (0.75, 0.85)})
+    table = report.rows(runs)
+    assert math.isnan(table[1].quality_std) and table[2].quality == pytest.approx(0.80)
+    page = report.markdown(runs)
+    assert f"{value} ± nan" in page and "- diverged: bone with seed 0\n" in page
+    plot(runs, [], tmp_path / "pareto.png")
+    assert report.front([(1.0, value), (2.0, 0.5)], more_is_better=False) == [1]
+
+
 @pytest.fixture
 def fake_run() -> dict[str, Any]:
     return {
@@ -260,6 +276,20 @@ def test_auto_goes_on_where_the_best_is_at_an_end(
     assert outcome.exit_code == 0, (outcome.output, outcome.exception)
     again = fake.seen[count:]  # what failed is tried again, and each method has one more seed
     assert again == [("flora", 0.018, SEED), ("lora", 0.162, 1), ("bone", 3e-4, 1), ("flora", 0.006, 1)]
+
+
+@pytest.mark.parametrize("rates", [("--learning-rate", 1e-3), ("--learning-rates", "1e-3,1e-2")])
+def test_whatever_a_method_raises_the_others_go_on(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_run: dict, rates: tuple
+) -> None:
+    def accuracy(method: str, rate: float, seed: int) -> float:
+        return {"lora": 0.8, "flora": 0.7}[method]
+
+    monkeypatch.setattr(comparison, "apart", Fake(fake_run, accuracy))
+    out = tmp_path / "out"
+    outcome = call("compare", *given(files, out, "--methods", "lora,bone,flora", "--seeds", 1, *rates))
+    assert outcome.exit_code == 1 and "bone did not run: KeyError: 'bone'" in outcome.output, outcome.output
+    assert [run["method"] for run in json.loads((out / "results.json").read_text())["runs"]] == ["lora", "flora"]
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from peftx.data.records import hold_out, label_names, read, read_both
 from peftx.train import (
     CompareSettings,
     TrainSettings,
+    apart,
     comparison,
     methods,
     parse,
@@ -41,6 +42,7 @@ from peftx.train import (
 )
 from peftx.train.settings import nearest
 
+NEW_HEAD = ("--model", "{files}/encoder", "--task", "SEQ_CLS")
 SHORT = ("--max-steps", 2, "--batch-size", 4, "--training", "use_cpu=true", "--training", "disable_tqdm=true")
 
 
@@ -582,6 +584,28 @@ def test_other_sizes_than_the_saved_head_are_no_base_model(tmp_path: Path) -> No
         (["--data", "{tmp}/torn.csv"], "cannot read {tmp}/torn.csv: "),
         (["--data", "{tmp}/chat.jsonl"], "record 1: its messages are not a list of objects with role and content"),
         (["--data", "{tmp}/foreign.jsonl"], "no sample has a word that the tokenizer of {files}/llama knows within"),
+        (["--max-steps", "-5"], "training: num_train_epochs must be above 0, and max_steps at least 1"),
+        (["--epochs", "nan"], "training: num_train_epochs must be above 0, and max_steps at least 1"),
+        (
+            ["--model", "{files}/bert", "--data", "{files}/classes.jsonl", "--eval-data", "{tmp}/new.jsonl"],
+            "{tmp}/new.jsonl: its held-out samples have labels that none to train on has: new; leave",
+        ),
+        (
+            ["--model", "{files}/bert", "--data", "{tmp}/two.jsonl", "--eval-data", "{tmp}/huge.jsonl"],
+            "{tmp}/huge.jsonl, record 21: label 10000000000 is the number of none of the model's: LABEL_0, LABEL_1",
+        ),
+        (
+            [*NEW_HEAD, "--data", "{tmp}/two.jsonl", "--eval-data", "{tmp}/huge.jsonl"],
+            "{tmp}/two.jsonl and {tmp}/huge.jsonl, labels in the field 'label' are to be numbered 0, 1",
+        ),
+        (
+            [*NEW_HEAD, "--data", "{tmp}/two.jsonl", "--eval-data", "{tmp}/six.jsonl"],
+            "{tmp}/six.jsonl: its held-out samples have labels that none to train on has: LABEL_2, LABEL_3, LABEL_4, L",
+        ),
+        (
+            ["--model", "{files}/bert", "--data", "{tmp}/even.jsonl", "--eval-data", "{files}/classes.jsonl"],
+            "{tmp}/even.jsonl, a classifier needs samples of at least two labels, found only even",
+        ),
         (["--task", "SEQ_CLS", "--data", "{tmp}/huge.jsonl"], "to be numbered 0, 1, ..., but one is 10000000000"),
         (["--task", "SEQ_CLS", "--data", "{tmp}/null.jsonl"], "null.jsonl, record 21 has an empty field 'label': fill"),
         (["--task", "SEQ_CLS", "--data", "{tmp}/nan.jsonl"], "nan.jsonl, record 21 has an empty field 'label': fill"),
@@ -606,6 +630,10 @@ def test_bad_input_is_one_line(files: Path, tmp_path: Path, arguments: list[str]
         "foreign.jsonl": '{"question": "what", "answer": "that"}\n' * 20,
         "uneven.jsonl": '{"tokens": ["w1", "w2"], "labels": [0]}\n' * 10 + '{"tokens": ["w1"], "labels": [1]}\n' * 10,
     }
+    pages["new.jsonl"] = '{"text": "w1 w2", "label": "new"}\n'
+    pages["two.jsonl"] = '{"text": "w1 w2", "label": 0}\n{"text": "w1 w3", "label": 1}\n'
+    pages["six.jsonl"] = '{"text": "w1 w2", "label": 5}\n'
+    pages["even.jsonl"] = '{"text": "w1 w2", "label": "even"}\n' * 5
     for name, value in (("huge", "10000000000"), ("null", "null"), ("nan", "NaN")):
         rows = [f'{{"text": "w1", "label": {label}}}\n' for label in (0, 1)] * 10
         pages[f"{name}.jsonl"] = "".join([*rows, f'{{"text": "w1", "label": {value}}}\n'])
@@ -846,10 +874,10 @@ def test_contestants() -> None:
 def test_memory_is_of_the_training(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of the evaluation after it."""
     asked: list[str] = []
-    monkeypatch.setattr(comparison, "peak_memory", lambda before: asked.append("memory") or {"peak_memory": 7})
+    monkeypatch.setattr(apart, "peak_memory", lambda before: asked.append("memory") or {"peak_memory": 7})
     evaluate = transformers.Trainer.evaluate
     monkeypatch.setattr(transformers.Trainer, "evaluate", lambda self: asked.append("evaluation") or evaluate(self))
-    assert comparison.measured(settings(files, tmp_path / "out"))["peak_memory"] == 7
+    assert apart.measured(settings(files, tmp_path / "out"))["peak_memory"] == 7
     assert asked == ["memory", "evaluation"]
 
 
