@@ -94,7 +94,7 @@ def docstrings(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
 
 def gsm8k(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     def read(name: str, count: int) -> Pairs:
-        found = [json.loads(line) for line in (args.data / "gsm8k" / f"{name}.jsonl").read_text().splitlines()]
+        found = read_jsonl(args.data / "gsm8k" / f"{name}.jsonl")
         pairs = [{"prompt": row["question"], "completion": row["answer"]} for row in found]
         return random.Random(SPLIT).sample(short(pairs, args), count)
 
@@ -102,9 +102,8 @@ def gsm8k(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
 
 
 def selfinstruct(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
-    lines = [line for path in sorted((args.data / "selfinstruct").glob("*.jsonl")) for line in path.open()]
     pairs = []
-    for row in map(json.loads, lines):
+    for row in [row for path in sorted((args.data / "selfinstruct").glob("*.jsonl")) for row in read_jsonl(path)]:
         first = row["instances"][0]
         pairs.append(
             {"prompt": "\n".join(filter(None, (row["instruction"], first["input"]))), "completion": first["output"]}
@@ -115,8 +114,15 @@ def selfinstruct(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
 
 
 def own(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
-    train, test = ([json.loads(line) for line in Path(name).read_text().splitlines()] for name in args.own[2:])
+    train, test = (read_jsonl(Path(name)) for name in args.own[2:])
     return train, test
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is not lines of JSON: {error}") from None
 
 
 def by_length(pairs: Pairs) -> Pairs:
@@ -213,10 +219,9 @@ def differs(name: str, settings: Mapping[str, Any]) -> bool:
 def run(task: Task, folder: Path, group: str, entries: Entries, args: argparse.Namespace) -> Outcome:
     """One comparison, or what is left of it. The task's files lie beside its folder."""
     files = {"data": folder.parent / "train.jsonl", "eval_data": folder.parent / "test.jsonl"}
-    if not all(path.is_file() for path in files.values()):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for path, pairs in zip(files.values(), task.read(args), strict=True):
-            path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for path, pairs in zip(files.values(), task.read(args), strict=True):  # `compare` refuses others than before
+        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     model = {"encoder": encoder.default_folder(), "smollm2": args.smollm2}.get(task.model, task.model)
     training = {**task.training, "disable_tqdm": True, "use_cpu": args.jobs > 1}
     settings = CompareSettings(
@@ -239,15 +244,18 @@ def run(task: Task, folder: Path, group: str, entries: Entries, args: argparse.N
     return compare(settings, watch)
 
 
-def record(outcome: Outcome, folder: Path) -> dict[str, Any]:
-    """What is kept of a comparison: every run, without its history."""
+def record(outcome: Outcome, folder: Path, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a comparison: every run, without its history, and what `before` has of methods that had no part
+    in it."""
     choices = json.loads((folder / "results.json").read_text()).get("choices", [])
+    there = {one["method"] for one in outcome.runs} | {*outcome.failures}
 
     def kept(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{key: value for key, value in one.items() if key not in ("history", "labels", "model")} for one in runs]
 
     told = {"notes": outcome.notes, "failures": outcome.failures}
-    return {**told, "runs": kept(outcome.runs), "choices": kept(choices)}
+    others = [one for one in before.get("runs", []) if one["method"] not in there]
+    return {**told, "runs": kept(outcome.runs) + others, "choices": kept(choices)}
 
 
 # The report
@@ -419,7 +427,8 @@ def chosen(args: argparse.Namespace) -> Iterator[tuple[str, Task]]:
     if args.own:
         name, model, *_ = args.own
         training = {"max_steps": 150, "per_device_train_batch_size": 8}
-        yield name, Task(f"{name}, {model}", own, model, 3, training, {"max_length": 256, "task": args.kind})
+        options = {"max_length": 256, "task": args.kind, "head_learning_rate": NATIVE_RATE}
+        yield name, Task(f"{name}, {model}", own, model, 3, training, options)
         return
     for name in args.tasks:
         if TASKS[name].model == "smollm2" and args.smollm2 is None:
@@ -438,15 +447,16 @@ def main() -> None:
     option("--own", nargs=4, metavar=("NAME", "MODEL", "TRAIN", "TEST"), help="a task of your own: two .jsonl files")
     option("--kind", help="its task, SEQ_CLS or CAUSAL_LM; default: the model's own")
     option("--groups", nargs="+", default=["budget", "own", "studies"], choices=["budget", "own", "studies"])
-    option("--methods", nargs="+", help="of the contenders; lora is always there. Default: all")
+    option("--methods", nargs="+", choices=contenders(True), help="lora is always there. Default: all")
     option("--seeds", type=int, help="default: 5 of an encoder, 3 of a language model")
     option("--rates", help="learning rates, by comma; default: see above")
     option("--steps", type=int, help="default: the task's")
     option("--jobs", type=int, default=2, help="runs at a time")
     option("--work", type=Path, default=Path("outputs/leaderboard"))
-    option("--out", type=Path, default=RESULTS)
+    option("--out", type=Path, help=f"default: {RESULTS.name} of results; with --own, of the folder --work")
     option("--report", action="store_true", help="only table and picture, from the results file")
     args = parser.parse_args()
+    args.out = args.out or (args.work / RESULTS.name if args.own else RESULTS)
     results = json.loads(args.out.read_text()) if args.out.exists() else {"about": {}, "tasks": {}}
     for name, task in () if args.report else chosen(args):
         found = results["tasks"].setdefault(name, {"about": task.about, "groups": {}})
@@ -460,7 +470,8 @@ def main() -> None:
                 if not entries:
                     continue
                 folder = args.work / name / re.sub(r"[^\w.]+", "-", group)
-                found["groups"][group] = record(run(task, folder, group, entries, args), folder)
+                outcome = run(task, folder, group, entries, args)
+                found["groups"][group] = record(outcome, folder, found["groups"].get(group, {}))
                 results["about"] = {name: version(name) for name in ("torch", "transformers", "peft")}
                 results["about"] |= {"peftx": peftx.__version__, "date": time.strftime("%Y-%m-%d")}
                 save(results, args.out)
@@ -472,4 +483,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # of data, model or results that are others than they should be
+        raise SystemExit(f"leaderboard: {error}") from None

@@ -289,7 +289,7 @@ def beside(name: str) -> str:
 
 
 def verdicts() -> str:
-    """Every method at LoRA's size, or near it, by the verdict on it, task by task."""
+    """Every method at LoRA's size, or as near as it comes, by the verdict on it, task by task."""
     lines: list[Any] = [("", "better than LoRA", "not told apart", "worse than LoRA")]
     for task, found in placed().items():
         said: dict[str, list[str]] = {"better": [], "=": [], "worse": []}

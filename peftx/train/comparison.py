@@ -61,7 +61,7 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
 
     Args:
         settings: what to do.
-        watch: is told the method, the number of the run and of all runs, before each of them.
+        watch: is told the method, the number of the run and of all runs, before each that is to be done.
 
     Raises:
         ValueError: settings, data or model do not fit, or the folder holds another comparison.
@@ -209,9 +209,9 @@ class Work:
         """The run, or what came instead; None where there is nothing to do."""
         with self.lock:
             self.number += 1
-            self.watch(str(task), self.number, self.count)
             if task.name in self.failures or task.name in self.left_out or self.there(task) is not None:
                 return None
+            self.watch(str(task), self.number, self.count)
         one = run_settings(self.settings, task.name, self.entries[task.name], task.seed, self.where, task.rate)
         function: Callable[[TrainSettings], Run] = choice if task.choosing else measured
         if self.settings.jobs > 1:

@@ -25,7 +25,7 @@ def parse_rates(said: str | Sequence[float]) -> list[float] | int:
     Raises:
         ValueError: none of these.
     """
-    if isinstance(said, str) and (automatic := re.fullmatch(r"auto(?::(\d+))?", said.strip())):
+    if isinstance(said, str) and (automatic := re.fullmatch(r"auto(?::(\d+))?", said.strip().lower())):
         if (count := int(automatic[1] or AUTO)) % 2 == 0 or not 3 <= count <= 2 * FARTHEST + 1:
             raise ValueError(f"learning_rates: auto takes an odd number from 3 to {2 * FARTHEST + 1}, got {said!r}")
         return count
