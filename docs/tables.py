@@ -147,9 +147,16 @@ def abilities(name: str) -> str:
 
 
 def rates() -> str:
-    """The learning rate of each method, as the registry has it."""
-    lines = [(f"[{TITLES[slug(info)]}](../methods/{slug(info)}.md)", f"{info.learning_rate:g}") for info in ours()]
-    return rows(("method", "learning rate:"), *lines)
+    """The learning rate of each method, and what else a run sets, as the registry has it."""
+    lines = [
+        (
+            f"[{TITLES[slug(info)]}](../methods/{slug(info)}.md)",
+            f"{info.learning_rate:g}",
+            ", ".join(f"`{name}={value}`" for name, value in info.train_settings.items()),
+        )
+        for info in ours()
+    ]
+    return rows(("method", "learning rate:", "and sets"), *lines)
 
 
 def settings(name: str) -> str:

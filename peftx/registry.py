@@ -46,6 +46,8 @@ class MethodInfo:
         rank_fields: the config's fields that set the rank that is at work.
         learning_rate: a rate at which the method learns with AdamW on the task of `peftx demo`, and on SST-2 in
             `peftx train`, where a new classifier learns at the same rate.
+        train_settings: config arguments that `peftx train` and `peftx compare` set unless the user does, where the
+            config's defaults, which are the paper's, were measured to learn less safely.
         tiny: config arguments that fit layers 10 to 32 wide.
         variants: name to config arguments of every mode that tests and benchmarks should cover.
     """
@@ -66,6 +68,7 @@ class MethodInfo:
     callback: type[TrainerCallback] | None = None
     rank_fields: tuple[str, ...] = ("r",)
     learning_rate: float = 2e-3
+    train_settings: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -56,7 +56,7 @@ class Method:
     Attributes:
         name: as the user said it.
         config: its PEFT config class; None where all weights are trained.
-        settings: arguments of the config that the name stands for.
+        settings: arguments of the config that the name stands for, or that a run sets.
         learning_rate: for AdamW, unless the user names one.
         callback: makes what drives the method's own rule in the Trainer.
         rank_field: the config's field that sets the size; None where there is none.
@@ -106,7 +106,8 @@ def known() -> dict[str, Method]:
         if key(info.name) not in map(key, variants):
             variants = {info.name: {}, **variants}
         for name, stands_for in variants.items():
-            found[name] = Method(name, info.config, stands_for, info.learning_rate, info.callback, rank)
+            settings = {**info.train_settings, **stands_for}
+            found[name] = Method(name, info.config, settings, info.learning_rate, info.callback, rank)
     found[FULL] = Method(FULL, None, {}, FULL_RATE)
     return found
 

@@ -871,6 +871,12 @@ def test_contestants() -> None:
         comparison.contestants({"lora": {"r": 2}, "LoRA": {"r": 4}})
 
 
+def test_what_a_run_sets_for_a_method_can_be_set_otherwise() -> None:
+    compacter = methods.find("compacter")
+    assert peftx.CompacterConfig().phm_bias and methods.check_settings(compacter, {}) == {"phm_bias": False}
+    assert methods.check_settings(compacter, {"phm_bias": True}) == {"phm_bias": True}
+
+
 def test_memory_is_of_the_training(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of the evaluation after it."""
     asked: list[str] = []
