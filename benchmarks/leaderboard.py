@@ -306,6 +306,11 @@ def decoding() -> dict[str, Any]:
     return json.loads(path.read_text())["rows"] if path.exists() else {}
 
 
+def said(row: Row) -> str:
+    """The settings, without those that the method's name stands for."""
+    return row.settings.removeprefix(describe(find(row.method).settings)).removeprefix(", ")
+
+
 def page(lines: list[Row], runs: list[Any]) -> str:
     """One table, as Markdown."""
     name, _ = quality_of(runs)
@@ -325,7 +330,7 @@ def page(lines: list[Row], runs: list[Any]) -> str:
     body = [
         [
             row.method,
-            row.settings.removeprefix(describe(find(row.method).settings)).removeprefix(", "),
+            said(row),
             f"{row.learning_rate:g}",
             f"{row.trained_values:,}",
             shown(row.quality, row.quality_std),

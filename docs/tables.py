@@ -307,17 +307,31 @@ def verdicts() -> str:
     return rows(*lines)
 
 
+def studies(name: str) -> str:
+    """What a method, its variants and the settings that were tried came to on SST-2, and less LoRA's."""
+    module, found = script("leaderboard"), load("leaderboard")["tasks"]["sst2"]
+    lines, _ = module.table(found, [group for group in found["groups"] if group != "own"])
+    known = [line for line in lines if line.method in record(name).variants]
+    heads = ("", "settings", "learning rate:", f"sst2, {quality('sst2')}:", "less LoRA's:")
+    cells = [
+        (
+            f"`{line.method}`",
+            module.said(line),
+            f"{line.learning_rate:g}",
+            module.shown(line.quality, line.quality_std),
+            module.told(line.difference),
+        )
+        for line in known
+    ]
+    return rows(heads, *cells)
+
+
 def decoding(*names: str) -> str:
     """Time of a token with the adapter attached, PEFT's LoRA = 1, of these methods."""
     known = load("decoding")["rows"]
     lines: list[Any] = [("", "attached:", "within `peftx.inference`:")]
     lines += [(f"`{name}`", *(f"{known[name][what]:.2f}" for what in ("decode", "within"))) for name in names]
     return rows(*lines)
-
-
-def real_data() -> str:
-    """Accuracy of the training rules, mean and standard deviation, as benchmarks/results/real_data.md has it."""
-    return result("real_data")
 
 
 def result(name: str) -> str:

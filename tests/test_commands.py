@@ -69,13 +69,12 @@ SMALL: dict[str, str] = {
     "python benchmarks/optimizer_refresh.py": "--parts energy --model folder --texts data/gsm8k --rank 4",
     "python benchmarks/pruning.py": "--rounds 1",
     "python benchmarks/pruning_noise.py": "--smoke --data data",
-    "python benchmarks/real_data.py": "--texts 48 --epochs 0.2 --seeds 0 --methods lora",
     "python benchmarks/smollm2.py": "--steps 1 --test 2 --length 16 --runs lora-adamw",
     "python benchmarks/step_time.py": "--small --rounds 2 --model llama --methods bone",
     "python benchmarks/vision.py": "--seeds 2",
 }
 # The words of a page that stand for something of the reader's.
-STANDS = {"folder-or-id": "folder", "SMOLLM2": "folder", "path/to/SmolLM2-135M": "folder", "path/to/sst2": "data/sst2"}
+STANDS = {"folder-or-id": "folder", "SMOLLM2": "folder", "path/to/SmolLM2-135M": "folder"}
 STANDS |= {"path/to/gsm8k": "data/gsm8k", "shared/data/stories260k/hf": "folder", "shared/data/gsm8k": "data/gsm8k"}
 STANDS |= {"path/to/data": "data", "path/to/model": "bert"}
 STANDS |= {"folder-of-all-MiniLM-L6-v2": "bert"}
@@ -130,7 +129,7 @@ def parsed(command: str) -> list[str]:
 
 
 def test_there_are_commands_and_each_has_its_place() -> None:
-    assert len(ALL) > 20 and any("real_data" in line for line in ALL)
+    assert len(ALL) > 20 and any("leaderboard" in line for line in ALL)
     assert not [line for line in ALL if not beginning(SMALL, line)]
     documented = (
         " ".join(shown("benchmarks/README.md") + shown("README.md")) + (ROOT / "benchmarks/README.md").read_text()
