@@ -115,10 +115,10 @@ def earlier(settings: CompareSettings, folder: Path) -> Kept:
     now = json.loads(json.dumps(shared(settings), default=str))
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
-            whose = " (the first method's, where learning rates are chosen)" if name == "head_learning_rate" else ""
+            head = "; where learning rates are chosen it is the first method's" if name == "head_learning_rate" else ""
             raise ValueError(
-                f"{name} is {now.get(name, 'not given')!r}{whose}, but the comparison in {folder} has "
-                f"{before.get(name, 'none')!r}: say that, name another folder, or say overwrite"
+                f"{name} is {now.get(name, 'not given')!r}, but the comparison in {folder} has "
+                f"{before.get(name, 'none')!r}: say that, name another folder, or say overwrite{head}"
             )
     return kept
 
