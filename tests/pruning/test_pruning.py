@@ -1027,7 +1027,11 @@ def test_only_the_answer_of_a_chat_counts() -> None:
             ['{"text": "w1", "label": 0.5}'],
             "record 1: label 0.5 is neither a name nor a whole number",
         ),
-        ({"model": "classifier"}, ['{"text": "w1", "label": 3}'], "record 1: label 3 is the number of none of the model's: LABEL_0"),
+        (
+            {"model": "classifier"},
+            ['{"text": "w1", "label": 3}'],
+            "record 1: label 3 is the number of none of the model's: LABEL_0",
+        ),
         ({"model": "classifier", "method": "ifd"}, ['{"text": "w1", "label": 1}'], "ifd compares answers"),
         ({"model": "encoder"}, ['{"text": "w1", "label": 1}'], "cannot tell the task of a BertModel: --task"),
         ({"model": "encoder", "task": "SEQ_CLS"}, ['{"text": "w1", "label": 1}'], "has no trained classifier.bias"),
