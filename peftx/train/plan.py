@@ -58,7 +58,11 @@ def planned(settings: Settings, records: Records, others: Records | None = None)
     if task in CLASSIFIERS:
         names = labels(settings, task, records)
         options = head_options(config, task, names)
-        if options and (unknown := [name for name in labels(settings, task, records, others) if name not in names]):
+        if (
+            options
+            and others
+            and (unknown := [name for name in labels(settings, task, records, others) if name not in names])
+        ):
             raise ValueError(
                 f"{settings.eval_data or settings.data}: its held-out samples have labels that none to train on has: "
                 f"{', '.join(unknown)}; leave such samples out, or train on some"
