@@ -53,6 +53,7 @@ STUDIES: list[tuple[str, dict[str, Any]]] = [
     ("allora", {"eta": 1.0}),
     ("allora", {"eta": 4.0}),
     ("allora", {"eta": 8.0}),
+    ("compacter", {"phm_bias": True}),
     ("gradnormlorp", {"lora_alpha": 16, "lora_dropout": 0.1}),
     ("lora-mgpo", {"mgpo_rho": 0.0005}),
     ("lora-mgpo", {"mgpo_rho": 0.05}),
