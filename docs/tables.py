@@ -261,17 +261,17 @@ def placed() -> dict[str, dict[tuple[str, str], Any]]:
 
 def board(*names: str) -> str:
     """Quality on every task of the leaderboard, and less LoRA's with the same seeds, of these methods or of all; and
-    the size of the first task's adapter with its head. `*` marks those at a size of their own."""
+    the size of its first task's adapter with its head. `*` marks those at a size of their own."""
     tasks, module = placed(), script("leaderboard")
-    first = next(iter(tasks.values()))
     keys = dict.fromkeys(key for lines in tasks.values() for key in lines)
     heads = ["", "values, LoRA = 1:", *(f"{task}, {quality(task)}:" for task in tasks), "file, kB:"]
     lines: list[Any] = [heads]
     for name, group in [key for key in keys if not names or key[0] in ("lora", *names)]:
+        first = next(lines_of for lines_of in tasks.values() if (name, group) in lines_of)
         share = first[name, group].trained_values / first["lora", "budget"].trained_values
         cells = []
-        for rows_of in tasks.values():
-            line = rows_of.get((name, group))
+        for lines_of in tasks.values():
+            line = lines_of.get((name, group))
             told = "" if line is None or line.difference is None else f" ({module.told(line.difference)})"
             cells.append("" if line is None else f"{line.quality:.4f}{told}")
         title, kilobytes = f"`{name}`{'' if group == 'budget' else ' *'}", first[name, group].adapter_bytes / 1e3

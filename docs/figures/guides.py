@@ -148,5 +148,5 @@ DRAWINGS = {
     "compression": (compression, (4.6, 1.75)),
     "experts": (experts, (5.6, 1.7)),
     "optimizer": (optimizer, (5.2, 1.75)),
-    "leaderboard": (leaderboard, (8.6, 4.6)),
+    "leaderboard": (leaderboard, (8.6, 6.4)),
 }
