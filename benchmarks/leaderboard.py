@@ -421,6 +421,8 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
 
 
 def save(results: Mapping[str, Any], path: Path) -> None:
+    ours = [name for name in TASKS if name in results["tasks"]]  # in this order, whichever ran first
+    results = {**results, "tasks": {name: results["tasks"][name] for name in dict.fromkeys([*ours, *results["tasks"]])}}
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(results, indent=1, default=str) + "\n")

@@ -291,8 +291,19 @@ def verdict(task: str, row: Any) -> str:
 
 def beside(name: str) -> str:
     """The verdicts on a method at LoRA's size, or near it."""
-    found = {task: lines.get((name, "budget")) for task, lines in placed().items()}
-    return ", ".join(f"{task} {verdict(task, row)}" for task, row in found.items() if row and row.difference)
+    said: dict[str, list[str]] = {"better": [], "worse": [], "=": []}
+    for task, lines in placed().items():
+        if (row := lines.get((name, "budget"))) and row.difference:
+            said[verdict(task, row)].append(task)
+    there = {word: tasks for word, tasks in said.items() if tasks}
+    if len(there) == 1:
+        return f"{next(iter(there))} on all"
+    return ", ".join(f"{word} on {listed(tasks)}" for word, tasks in there.items())
+
+
+def listed(words: list[str]) -> str:
+    *most, last = words
+    return " and ".join(filter(None, (", ".join(most), last)))
 
 
 def verdicts() -> str:
