@@ -48,8 +48,9 @@ Entries = dict[str, dict[str, Any]]
 SPLIT = 0  # seed of every split and selection
 NATIVE = ("lora", "dora", "miss", "full")
 LARGER = {"compacter": {"reduction_factor": 8, "phm_rank": 4}}  # it has no rank: as large as is sensible
+Study = tuple[str, dict[str, Any]]
 # What papers or their code have otherwise than our defaults, or leave open: a comparison each
-STUDIES: list[tuple[str, dict[str, Any]]] = [
+OPEN: tuple[Study, ...] = (
     ("allora", {"eta": 1.0}),
     ("allora", {"eta": 4.0}),
     ("allora", {"eta": 8.0}),
@@ -58,7 +59,8 @@ STUDIES: list[tuple[str, dict[str, Any]]] = [
     ("lora-mgpo", {"mgpo_rho": 0.0005}),
     ("lora-mgpo", {"mgpo_rho": 0.05}),
     ("triadaptlora", {"orth_reg_weight": 0.5}),
-]
+)
+SCALED: tuple[Study, ...] = (("lora", {"lora_alpha": 16}),)  # LoRA at the scale of LoRA-GGPO and LoRA-MGPO
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
     rates: str = "auto"
     every_variant: bool = False
+    studies: tuple[Study, ...] = ()
 
 
 def sst2(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
@@ -149,6 +152,7 @@ WRITER: dict[str, Any] = {
     "model": "smollm2",
     "seeds": 3,
     "rates": "auto:3",
+    "studies": SCALED,
 }
 WRITER_STEPS = {"max_steps": 80, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 8, "bf16": True}
 TASKS = {
@@ -158,6 +162,7 @@ TASKS = {
         training=ENCODER,
         **CLASSIFIER,
         every_variant=True,
+        studies=OPEN,
     ),
     "docstrings": Task(
         "docstrings of Python's library in eight families, MiniLM (22M) in bfloat16",
@@ -202,8 +207,8 @@ def groups(task: Task, kind: str, budget: Mapping[str, Any]) -> dict[str, Entrie
         return {kind: {name: {} for name in names if name in budget and differs(name, budget[name])}}
     return {
         f"{name} {describe(setting)}": {name: {**budget[name], **setting}}
-        for name, setting in STUDIES
-        if task.every_variant and name in budget
+        for name, setting in task.studies
+        if name in budget
     }
 
 
