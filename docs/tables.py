@@ -296,7 +296,7 @@ def beside(name: str) -> str:
         if (row := lines.get((name, "budget"))) and row.difference:
             said[verdict(task, row)].append(task)
     there = {word: tasks for word, tasks in said.items() if tasks}
-    if len(there) == 1:
+    if [len(tasks) for tasks in there.values()] == [len(placed())]:
         return f"{next(iter(there))} on all"
     return ", ".join(f"{word} on {listed(tasks)}" for word, tasks in there.items())
 
@@ -335,6 +335,19 @@ def studies(name: str) -> str:
         for line in known
     ]
     return rows(heads, *cells)
+
+
+def scaled(name: str) -> str:
+    """A method and LoRA as it is, less LoRA with the method's `lora_alpha`, on the tasks where that was studied."""
+    module, kind = script("leaderboard"), "lora lora_alpha=16"
+    tasks = {task: found for task, found in load("leaderboard")["tasks"].items() if kind in found["groups"]}
+    cells: dict[tuple[str, str], list[str]] = {}
+    for found in tasks.values():
+        for line in module.table(found, [kind, "budget"])[0]:
+            if line.method in ("lora", *record(name).variants):
+                told = f" ({module.told(line.difference)})" if line.difference else ""
+                cells.setdefault((f"`{line.method}`", module.said(line)), []).append(f"{line.quality:.4f}{told}")
+    return rows(("", "settings", *(f"{task}, {quality(task)}:" for task in tasks)), *((*key, *cells[key]) for key in cells))
 
 
 def decoding(*names: str) -> str:
