@@ -347,7 +347,8 @@ def scaled(name: str) -> str:
             if line.method in ("lora", *record(name).variants):
                 told = f" ({module.told(line.difference)})" if line.difference else ""
                 cells.setdefault((f"`{line.method}`", module.said(line)), []).append(f"{line.quality:.4f}{told}")
-    return rows(("", "settings", *(f"{task}, {quality(task)}:" for task in tasks)), *((*key, *cells[key]) for key in cells))
+    heads = ("", "settings", *(f"{task}, {quality(task)}:" for task in tasks))
+    return rows(heads, *((*key, *cells[key]) for key in cells))
 
 
 def decoding(*names: str) -> str:
