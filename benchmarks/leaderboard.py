@@ -60,7 +60,7 @@ OPEN: tuple[Study, ...] = (
     ("lora-mgpo", {"mgpo_rho": 0.05}),
     ("triadaptlora", {"orth_reg_weight": 0.5}),
 )
-SCALED: tuple[Study, ...] = (("lora", {"lora_alpha": 16}),)  # LoRA at the scale of LoRA-GGPO and LoRA-MGPO
+SCALED: tuple[Study, ...] = (("lora", {"lora_alpha": 16}),)  # the scale of LoRA-GGPO, LoRA-MGPO and TriAdaptLoRA
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,13 @@ TASKS = {
         training=ENCODER,
         **CLASSIFIER,
         every_variant=True,
-        studies=OPEN,
+        studies=OPEN + SCALED,
     ),
     "docstrings": Task(
         "docstrings of Python's library in eight families, MiniLM (22M) in bfloat16",
         docstrings,
         training=ENCODER | {"bf16": True},
+        studies=SCALED,
         **CLASSIFIER,
     ),
     "gsm8k": Task(
