@@ -3,8 +3,8 @@
 `peftx compare` does the work: five learning rates by factors of three around a method's own (three of a language
 model), and further ones while the best is at an end, one run each on a validation part. The best is chosen, or, of an
 accuracy, the nearest to the method's own that is within a standard error of the best. Then come the runs that count,
-with that rate. The test part is read by these alone. Everything else is equal. On SST-2 every variant takes part,
-elsewhere the first of each method.
+with that rate. The test part is read by these alone. Steps, batches, schedule and the head's rate are equal; scale and
+optimizer are each method's own. On SST-2 every variant takes part, elsewhere the first of each method, and LoRA-MGPO.
 
     python benchmarks/leaderboard.py path/to/data --smollm2 path/to/SmolLM2-135M-Instruct
     python benchmarks/leaderboard.py path/to/data --tasks sst2 --groups budget own
@@ -371,10 +371,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts.append(page(lines, runs))
         parts.append("\n".join(f"- {note}" for note in [*notes(lines, runs)[:1], *remarks]))
         if (tried := studies(found))[0]:
-            parts.append(f"Settings that papers or their code have otherwise, or leave open:\n\n{page(*tried)}")
+            parts.append(f"{STUDIED}:\n\n{page(*tried)}")
     return "\n\n".join(parts) + "\n"
 
 
+STUDIED = "Settings that papers or their code have otherwise or leave open, and LoRA at twice its scale"
 READ = """Rates are chosen on a validation part, by one run each: of a loss the best, of an accuracy the nearest to the
 method's own within a standard error of the best. The test part is read once. `less LoRA's`: with the same seed, mean
 with the 95 % interval over the seeds (Student's t); `=` where it holds 0, and these seeds do not tell the two apart. Of

@@ -36,6 +36,7 @@ class MethodInfo:
         exact_start: whether a fresh adapter leaves the base model's output bit for bit as it is; else to about 1e-6.
         lora_export: `"exact"` (the delta has the adapter's rank), `"dora"`, `"svd"` (truncated, with an error) or
             `"none"`.
+        svd_settings: config arguments any of which makes that `"svd"`.
         layer_types: names of the layer classes that can be targeted.
         experts: whether stacked weights of fused experts (`target_parameters`) can be targeted; default: of a method
             with linear layers and a weight delta.
@@ -60,6 +61,7 @@ class MethodInfo:
     mergeable: bool = True
     exact_start: bool = True
     lora_export: Literal["exact", "dora", "svd", "none"] = "svd"
+    svd_settings: Mapping[str, Any] = field(default_factory=dict)
     layer_types: tuple[str, ...] = ("Linear", "Conv1D")
     experts: bool = False
     quantized: bool = True
@@ -80,6 +82,11 @@ class MethodInfo:
     @property
     def peft_type(self) -> PeftType:
         return PeftType[self.name.upper()]
+
+    def lora_export_of(self, settings: Mapping[str, Any]) -> str:
+        """`lora_export` with these config arguments."""
+        truncated = any(settings.get(name) == value for name, value in self.svd_settings.items())
+        return "svd" if truncated else self.lora_export
 
     @property
     def prefix(self) -> str:

@@ -58,6 +58,11 @@ class Case:
         return issubclass(self.info.config, peft.LoraConfig)
 
     @property
+    def lora_export(self) -> str:
+        """What `peftx.export_lora` makes of it: exact, dora, svd or none."""
+        return self.info.lora_export_of(self.kwargs)
+
+    @property
     def init_field(self) -> str:
         """The config field that says how an adapter starts."""
         return "init_lora_weights" if self.is_lora else "init_weights"

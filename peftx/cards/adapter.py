@@ -187,7 +187,7 @@ def description(info: MethodInfo | None, config: Any) -> list[str]:
         "dora": "`peftx.export_lora` writes it as PEFT's DoRA adapter with equal outputs, which needs no peftx.",
         "svd": "`peftx.export_lora(..., rank=...)` writes it as a plain LoRA adapter, with an error that it tells.",
         "none": "It is no change of a weight: it cannot be merged, nor exported as a plain LoRA.",
-    }[info.lora_export]
+    }[info.lora_export_of(vars(config))]
     merge = "`merge_and_unload()` adds it to the base model's weights: no cost at inference. " if info.mergeable else ""
     return [f"# {_title(config)}", f"{made} {title}: {info.summary} ({link(info.paper)}).", f"{merge}{how}", *table]
 

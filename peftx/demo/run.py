@@ -140,8 +140,8 @@ def contenders(names: tuple[str, ...] = ()) -> list[Contender]:
 
 
 def is_exported(info: MethodInfo, settings: Mapping[str, Any]) -> bool:
-    """Bone's bat depends on the weight: it has no plain LoRA of its own rank."""
-    return info.lora_export in ("exact", "dora") and settings.get("init_weights") != "bat"
+    """Whether a LoRA or DoRA of the adapter's own rank has equal outputs."""
+    return info.lora_export_of(settings) in ("exact", "dora")
 
 
 def check(options: Options, overwrite: bool = False) -> list[Contender]:

@@ -85,8 +85,8 @@ def settled_rate(
     """Of the rates that the validation samples do not tell from the best, the nearest to a method's own.
 
     Those are the rates within one standard error of the best, sqrt(p (1 - p) / count), for a proportion p of `count`
-    samples. The best alone is as often as not one at the edge of what a method bears, where the next seed fails. Of
-    other metrics the error is not known from their value: of these, the best. None of no value.
+    samples. The best alone may be one at the edge of what a method bears, where the next seed fails. Of other metrics
+    the error is not known from their value: of these, the best. None of no value.
     """
     best = best_rate(measured, name)
     if best is None or name not in PROPORTIONS:

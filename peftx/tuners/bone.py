@@ -103,6 +103,7 @@ def bat_invert(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     config=BoneConfig,
     paper="arXiv:2409.15371",
     lora_export="exact",
+    svd_settings={"init_weights": "bat"},
     tiny={"r": 2},
     learning_rate=3e-4,
     variants={"bone": {}, "bone-bat": {"init_weights": "bat"}},

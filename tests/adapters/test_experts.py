@@ -438,7 +438,7 @@ def test_exports_are_stock_lora(one: Case, ids: torch.Tensor, tmp_path: Any) -> 
     model = peft.get_peft_model(copy.deepcopy(base), one.config(**over(base)))
     spread(model)
     wanted = model(input_ids=ids).logits
-    if one.info.lora_export != "exact":
+    if one.lora_export != "exact":
         with pytest.raises(NotImplementedError, match=r"no exact (LoRA form|export)"):
             peftx.export_lora(model, tmp_path / "lora")
         assert not (tmp_path / "lora").exists()

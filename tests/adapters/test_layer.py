@@ -212,7 +212,7 @@ def test_merging_what_is_no_delta_is_refused_and_changes_nothing(unmergeable, ml
         with pytest.raises(NotImplementedError, match=rf"{unmergeable.info.name.upper()} .*: .+\. .*unload\(\)"):
             call()
         assert torch.equal(model(x), y) and not any(m.merged for m in layers(model))
-    assert not model.supports_lora_conversion() and unmergeable.info.lora_export == "none"
+    assert not model.supports_lora_conversion() and unmergeable.lora_export == "none"
     assert torch.equal(model.unload()(x), base(x))
 
 
@@ -288,7 +288,7 @@ def test_scales(case, mlp):
     with model.disable_adapter():
         base = model(x)
     y = model(x)
-    linear = case.info.lora_export != "dora"  # a magnitude of its own is not scaled
+    linear = case.lora_export != "dora"  # a magnitude of its own is not scaled
     layer.set_scale("default", 0.25)
     quarter = model(x)
     layer.scale_layer(2)

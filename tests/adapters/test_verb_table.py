@@ -114,7 +114,7 @@ def rescaling(case: Case, folder: Path) -> None:
         base = logits(model, TOKENS)
     with peftx.rescale_adapter_scale(model, 0.0):
         found = logits(model, TOKENS)
-    if case.info.lora_export == "dora":  # as with PEFT's DoRA, the magnitudes stay
+    if case.lora_export == "dora":  # as with PEFT's DoRA, the magnitudes stay
         assert not torch.equal(found, wanted)
     else:
         near(found, base)
@@ -127,7 +127,7 @@ def weighted(case: Case, kind: str, folder: Path) -> None:
     if kind == "svd":
         options["svd_rank"] = 8  # of matrices of rank 8 and 16: nearly or quite all
     model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "c", combination_type=kind, **options)
-    if kind in ("svd", "cat") and case.info.lora_export != "dora":
+    if kind in ("svd", "cat") and case.lora_export != "dora":
         for layer in tuner_layers(model).values():
             a, b, found = (layer.get_delta_weight(name) for name in "abc")
             wanted = 0.7 * a - 0.4 * b

@@ -11,7 +11,7 @@ from torch import nn
 
 import peftx
 
-EXACT = [case for case in CASES if not case.is_lora and case.info.lora_export == "exact" and case.name != "bone-bat"]
+EXACT = [case for case in CASES if not case.is_lora and case.lora_export == "exact"]
 KINDS = ["svd", "linear", "cat", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd"]
 RANDOM = ["dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd"]
 

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 import peftx
+from peftx.cards.adapter import description
 from peftx.cards.labels import MOST, labels_on, named_labels, with_labels
 from peftx.files import read_list
 from peftx.hub import export_merged, export_miss, finish_card
@@ -33,6 +34,17 @@ def adapter(folder: Path, method: str = "bone", kind: str = "llama") -> tuple[An
     model = peft.get_peft_model(base, config(r=2, target_modules=["query", "q_proj"], task_type=task))
     model.save_pretrained(folder / "my-adapter")
     return model, folder / "my-adapter"
+
+
+def test_a_card_says_what_an_export_costs(case: Any, tmp_path: Path) -> None:
+    model = peft.get_peft_model(tiny_model("llama"), case.config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    text = "\n".join(description(case.info, model.peft_config["default"]))
+    try:  # to the adapter's own rank
+        peftx.export_lora(model, tmp_path / "plain")
+    except NotImplementedError:
+        assert "equal outputs" not in text
+    else:
+        assert "with equal outputs, which needs no peftx" in text and case.lora_export in ("exact", "dora")
 
 
 def code_of(card: ModelCard) -> str:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import peftx
 from peftx.cli import app
 
-EXACT = [case for case in CASES if case.info.lora_export in ("exact", "dora") and case.name != "bone-bat"]
+EXACT = [case for case in CASES if case.lora_export in ("exact", "dora")]
 DELTAS = [case for case in CASES if case.info.mergeable]
 KINDS = ["llama", "gpt2", "bert"]
 LOAD = """
@@ -208,7 +208,7 @@ def test_only_dora_needs_more_than_plain_lora(tmp_path):
     for case in EXACT:
         peftx.export_lora(adapted(tiny_model("llama"), case, target_modules=["q_proj"]), tmp_path / case.name)
         config = peft.PeftConfig.from_pretrained(tmp_path / case.name)
-        assert type(config) is peft.LoraConfig and config.use_dora == (case.info.lora_export == "dora")
+        assert type(config) is peft.LoraConfig and config.use_dora == (case.lora_export == "dora")
 
 
 @pytest.mark.parametrize("kind", KINDS)

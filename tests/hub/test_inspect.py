@@ -54,8 +54,8 @@ def test_every_method_is_described_by_its_file_alone_and_on_its_base(case, tmp_p
     loaded = inspect_adapter(folder, load=True)
     assert loaded.loaded and not loaded.problems
     for module in loaded.modules:
-        assert module.is_delta == case.info.mergeable or case.info.lora_export == "dora"
-        if case.info.mergeable and case.info.lora_export != "dora":
+        assert module.is_delta == case.info.mergeable or case.lora_export == "dora"
+        if case.info.mergeable and case.lora_export != "dora":
             assert module.norm == pytest.approx(layers[module.name].get_delta_weight("default").norm().item(), rel=1e-4)
 
 

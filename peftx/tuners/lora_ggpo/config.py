@@ -19,7 +19,7 @@ class LoRAGGPOConfig(VariantConfig):
     one forward and one backward a step; the noise is made again from its seed in the backward and never written into
     the weight. It costs two draws of out_features x in_features normal numbers for each module and micro-batch.
 
-    `mode="mgpo"`: eps is a step against the optimizer's momentum, of rank 2r, and nearly free. Its Frobenius length in
+    `mode="mgpo"`: eps is a step against the optimizer's momentum, of rank 2r, and cheap. Its Frobenius length in
     each module is mgpo_rho min(mgpo_max_scale, 1 / g), with g the running mean of the norm of that module's gradient:
     ten times `mgpo_rho` while g is below 0.1, as in nearly all modules at the start (MiniLM on SST-2, one run: in 97 %
     of the modules at step 1, 78 % at 25, 35 % at 50, 30 % at 100, the last). It is skipped until the optimizer has
@@ -51,9 +51,9 @@ class LoRAGGPOConfig(VariantConfig):
         grad_ema: decay of a running mean of the squared gradient norms; 0, the default: the last step's.
         cheap_norms: leave out the cross term of W and B A in ||W'_i||^2, a product of W with A at each update.
         mgpo_rho: length of the MGPO step where g is 1; at the factor's bound the step is mgpo_max_scale times as long.
-            Negative: along the momentum, not against it. Default 0.005, a step of 0.05 at the bound; 0.0005 came to the
-            same on SST-2 (MiniLM, five seeds, each at its own learning rate). The authors pass 0.05 for T5-base and
-            0.01 for LLaMA-2, with the same factor and bound: 0.05 lost a tenth of the accuracy there.
+            Negative: along the momentum, not against it. Default 0.005, a step of 0.05 at the bound; 0.0005 was not
+            told apart on SST-2 (MiniLM, five seeds, each at its own learning rate). The authors pass 0.05 for T5-base
+            and 0.01 for LLaMA-2, with the same factor and bound: 0.05 lost a tenth of the accuracy there.
         mgpo_ema: decay of g. Default 0.9 (the authors: 0.9 for T5-base, 0.8 for LLaMA-2).
         mgpo_max_scale: bound of the factor 1 / g. Default 10, the authors'.
         seed: of the noise. It is also made from the module's name, the step, the micro-batch and the process.
