@@ -337,14 +337,14 @@ def studies(name: str) -> str:
     return rows(heads, *cells)
 
 
-def scaled(name: str) -> str:
-    """A method and LoRA as it is, less LoRA with the method's `lora_alpha`, on the tasks where that was studied."""
+def scaled(*names: str) -> str:
+    """LoRA and these, of twice its scale, less LoRA with `lora_alpha=16`, on the tasks where that was studied."""
     module, kind = script("leaderboard"), "lora lora_alpha=16"
     tasks = {task: found for task, found in load("leaderboard")["tasks"].items() if kind in found["groups"]}
     cells: dict[tuple[str, str], list[str]] = {}
     for found in tasks.values():
         for line in module.table(found, [kind, "budget"])[0]:
-            if line.method in ("lora", *record(name).variants):
+            if line.method in ("lora", *names):
                 told = f" ({module.told(line.difference)})" if line.difference else ""
                 cells.setdefault((f"`{line.method}`", module.said(line)), []).append(f"{line.quality:.4f}{told}")
     heads = ("", "settings", *(f"{task}, {quality(task)}:" for task in tasks))
