@@ -30,10 +30,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
 
 import peftx
+from peftx.data import records
 from peftx.demo import data as demo_data
 from peftx.demo import model as encoder
 from peftx.train.comparison import Outcome, compare
@@ -71,7 +73,7 @@ class Task:
     """
 
     about: str
-    read: Callable[[argparse.Namespace], tuple[Pairs, Pairs]]
+    read: Callable[[argparse.Namespace], tuple[Pairs, Pairs]] | None  # None: the files of `--own`
     model: str
     seeds: int
     training: Mapping[str, Any]
@@ -98,7 +100,7 @@ def docstrings(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
 
 def gsm8k(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     def read(name: str, count: int) -> Pairs:
-        found = read_jsonl(args.data / "gsm8k" / f"{name}.jsonl")
+        found = records.read(str(args.data / "gsm8k" / f"{name}.jsonl"))
         pairs = [{"prompt": row["question"], "completion": row["answer"]} for row in found]
         return random.Random(SPLIT).sample(short(pairs, args), count)
 
@@ -107,7 +109,8 @@ def gsm8k(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
 
 def selfinstruct(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     pairs = []
-    for row in [row for path in sorted((args.data / "selfinstruct").glob("*.jsonl")) for row in read_jsonl(path)]:
+    paths = sorted((args.data / "selfinstruct").glob("*.jsonl"))
+    for row in [row for path in paths for row in records.read(str(path))]:
         first = row["instances"][0]
         pairs.append(
             {"prompt": "\n".join(filter(None, (row["instruction"], first["input"]))), "completion": first["output"]}
@@ -115,18 +118,6 @@ def selfinstruct(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     pairs = short(pairs, args)
     random.Random(SPLIT).shuffle(pairs)
     return pairs[90:], by_length(pairs[:90])
-
-
-def own(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
-    train, test = (read_jsonl(Path(name)) for name in args.own[2:])
-    return train, test
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path} is not lines of JSON: {error}") from None
 
 
 def by_length(pairs: Pairs) -> Pairs:
@@ -224,22 +215,25 @@ def differs(name: str, settings: Mapping[str, Any]) -> bool:
 
 
 def run(task: Task, folder: Path, group: str, entries: Entries, args: argparse.Namespace) -> Outcome:
-    """One comparison, or what is left of it. The task's files lie beside its folder."""
-    files = {"data": folder.parent / "train.jsonl", "eval_data": folder.parent / "test.jsonl"}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for path, pairs in zip(files.values(), task.read(args), strict=True):  # `compare` refuses others than before
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    """One comparison, or what is left of it. A task's files are written beside its folder; one's own are read there."""
+    if task.read is None:
+        files = dict(zip(("data", "eval_data"), map(Path, args.own[2:]), strict=True))
+    else:
+        files = {"data": folder.parent / "train.jsonl", "eval_data": folder.parent / "test.jsonl"}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for path, pairs in zip(files.values(), task.read(args), strict=True):  # `compare` refuses others than before
+            path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     model = {"encoder": encoder.default_folder(), "smollm2": args.smollm2}.get(task.model, task.model)
-    training = {**task.training, "disable_tqdm": True, "use_cpu": args.jobs > 1}
+    training = {**task.training, "disable_tqdm": True, "use_cpu": args.jobs > 1 or not torch.cuda.is_available()}
     settings = CompareSettings(
         model=str(model),
         output=str(folder),
         methods=entries,  # type: ignore[arg-type]
         equal="budget" if group == "budget" else "none",
-        seeds=args.seeds or task.seeds,
-        learning_rates=args.rates or task.rates,
+        seeds=task.seeds if args.seeds is None else args.seeds,
+        learning_rates=task.rates if args.rates is None else args.rates,
         jobs=args.jobs,
-        training=training | ({"max_steps": args.steps} if args.steps else {}),
+        training=training | ({} if args.steps is None else {"max_steps": args.steps}),
         **{key: str(path) for key, path in files.items()},
         **task.options,
     )
@@ -253,7 +247,7 @@ def run(task: Task, folder: Path, group: str, entries: Entries, args: argparse.N
 
 def record(outcome: Outcome, folder: Path, before: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a comparison: every run, without its history, and what `before` has of methods that had no part
-    in it."""
+    in it, by as many steps on as many samples."""
     choices = json.loads((folder / "results.json").read_text()).get("choices", [])
     there = {one["method"] for one in outcome.runs} | {*outcome.failures}
 
@@ -261,7 +255,12 @@ def record(outcome: Outcome, folder: Path, before: Mapping[str, Any]) -> dict[st
         return [{key: value for key, value in one.items() if key not in ("history", "labels", "model")} for one in runs]
 
     told = {"notes": outcome.notes, "failures": outcome.failures}
-    others = [one for one in before.get("runs", []) if one["method"] not in there]
+    alike = [(one["steps"], one["samples"]) for one in outcome.runs]
+    others = [
+        one
+        for one in before.get("runs", [])
+        if one["method"] not in there and (not alike or (one["steps"], one["samples"]) in alike)
+    ]
     return {**told, "runs": kept(outcome.runs) + others, "choices": kept(choices)}
 
 
@@ -271,7 +270,7 @@ def record(outcome: Outcome, folder: Path, before: Mapping[str, Any]) -> dict[st
 def table(found: Mapping[str, Any], kinds: Sequence[str] = ("budget", "own")) -> tuple[list[Row], list[Any]]:
     """A task's rows of these groups, and their runs: LoRA first."""
     runs = [one for kind in kinds if kind in found["groups"] for one in found["groups"][kind]["runs"]]
-    return rows(runs), runs
+    return rows(runs) if runs else [], runs
 
 
 def studies(found: Mapping[str, Any]) -> tuple[list[Row], list[Any]]:
@@ -321,6 +320,7 @@ def said(row: Row) -> str:
 def page(lines: list[Row], runs: list[Any]) -> str:
     """One table, as Markdown."""
     name, _ = quality_of(runs)
+    first = {"lora": "LoRA"}.get(lines[0].method, lines[0].method)
     decode = {key.lower(): value["decode"] for key, value in decoding().items()}
     heads = [
         "method",
@@ -328,8 +328,8 @@ def page(lines: list[Row], runs: list[Any]) -> str:
         "lr",
         "values",
         f"test {name}",
-        "less LoRA's",
-        "step / LoRA",
+        f"less {first}'s",
+        f"step / {first}",
         "memory, MB",
         "decoding",
         "file, kB",
@@ -358,18 +358,16 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts = [about + "\n\n" + " ".join(READ.split())]
     for name, found in results["tasks"].items():
         lines, runs = table(found)
-        if not lines:
-            continue
         every = [one for group in found["groups"].values() for one in (*group["runs"], *group["choices"])]
         hours = sum(one["train_seconds"] for one in every) / 3600
         remarks = dict.fromkeys(note for group in found["groups"].values() for note in group["notes"])
         remarks |= {
             f"{who} did not run: {why}": None for g in found["groups"].values() for who, why in g["failures"].items()
         }
-        cost = f"Steps: {runs[0]['steps']}; {len(every)} trainings, {hours:.1f} hours of them."
-        parts.append(f"## {name}\n\n{found['about']}. {cost}")
-        parts.append(page(lines, runs))
-        parts.append("\n".join(f"- {note}" for note in [*notes(lines, runs)[:1], *remarks]))
+        cost = f" Steps: {runs[0]['steps']}; {len(every)} trainings, {hours:.1f} hours of them." if runs else ""
+        parts.append(f"## {name}\n\n{found['about']}.{cost}")
+        parts += [page(lines, runs)] if runs else []
+        parts.append("\n".join(f"- {note}" for note in [*(notes(lines, runs)[:1] if runs else []), *remarks]))
         if (tried := studies(found))[0]:
             parts.append(f"{STUDIED}:\n\n{page(*tried)}")
     return "\n\n".join(parts) + "\n"
@@ -391,6 +389,8 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
 
     tasks = {name: table(found) for name, found in results["tasks"].items()}
     tasks = {name: pair for name, pair in tasks.items() if pair[0]}
+    if not tasks:
+        return
     names = list(dict.fromkeys(row.method for lines, _ in tasks.values() for row in lines))
     figure = Figure(figsize=(13, 4.2 * len(tasks)), layout="constrained")
     import matplotlib
@@ -443,7 +443,7 @@ def chosen(args: argparse.Namespace) -> Iterator[tuple[str, Task]]:
         name, model, *_ = args.own
         training = {"max_steps": 150, "per_device_train_batch_size": 8}
         options = {"max_length": 256, "task": args.kind, "head_learning_rate": NATIVE_RATE}
-        yield name, Task(f"{name}, {model}", own, model, 3, training, options)
+        yield name, Task(f"{name}, {model}", None, model, 3, training, options)
         return
     for name in args.tasks:
         if TASKS[name].model == "smollm2" and args.smollm2 is None:
@@ -472,7 +472,10 @@ def main() -> None:
     option("--report", action="store_true", help="only table and picture, from the results file")
     args = parser.parse_args()
     args.out = args.out or (args.work / RESULTS.name if args.own else RESULTS)
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"about": {}, "tasks": {}}
+    try:
+        results = json.loads(args.out.read_text()) if args.out.exists() else {"about": {}, "tasks": {}}
+    except ValueError as error:
+        raise SystemExit(f"{args.out} is no results file ({error}): move it away, or name another by --out") from None
     for name, task in () if args.report else chosen(args):
         found = results["tasks"].setdefault(name, {"about": task.about, "groups": {}})
         for kind in args.groups:

@@ -87,13 +87,15 @@ def read_both(settings: Any) -> tuple[Records, Records | None]:
     return records, read(source, subset=settings.subset, split=settings.eval_split or settings.split)
 
 
-def hold_out(samples: Records, share: float, name: str = "data") -> tuple[Records, Records]:
+def hold_out(
+    samples: Records, share: float, name: str = "data", instead: str = "name eval_data"
+) -> tuple[Records, Records]:
     """Two parts in their order; the second one is drawn, the same way whatever the seed of the training."""
     if share == 0:
         return samples, []
     count = max(1, round(share * len(samples)))
     if count >= len(samples):
-        raise ValueError(f"{name} has too few samples ({len(samples)}) to hold some out: name eval_data")
+        raise ValueError(f"{name} has too few samples ({len(samples)}) to hold some out: {instead}")
     held = set(random.Random(0).sample(range(len(samples)), count))
     return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from ..data.records import hold_out
 from ..files import check_free, publish
 from ..utils import quiet
 from .apart import apart, choice, measured, threaded
 from .folder import plain
-from .measures import OWN, measures_of
+from .measures import OWN, measures_of, scored
 from .methods import check_settings, find, first_variants, key
-from .plan import DoesNotFitError, prepared
+from .metrics import MetricError
+from .plan import DoesNotFitError, prepared, without_validation
 from .rates import SEED, further, grid, parse_rates, settled_rate, summary
 from .report import FILES, rows
 from .run import extra_callbacks, optimizer_options, training_arguments
@@ -32,6 +32,7 @@ from .stored import BY, RESULTS, Kept, Run, earlier, find_folder, store, write
 
 Methods = str | list[str] | Mapping[str, Section | None]
 Watch = Callable[[str, int, int], None]  # method, run, runs
+AT_THIS_RATE = (RuntimeError, MetricError)  # what a method need not raise at another one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     check_free(folder, (RESULTS, *FILES), BY)
     with quiet():
         plan, samples, held = prepared(settings)  # what every run would find of all is found before the first one
-        validation = hold_out(samples, settings.validation, settings.data)[1] if settings.validation else []
+        _, validation = without_validation(settings, samples)
         measures = measures_of(settings, plan, {"validation": validation, "held-out": held})
         entries, sizes = sized(settings, entries, plan)
     kept = kept.of(samples, held, where)
@@ -90,7 +91,10 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
     store(settings, where, kept)  # so that a run that is cut off is known as a comparison's
     work = Work(settings, entries, where, kept, watch)
     quality = measures.best or ("accuracy" if "accuracy" in OWN[plan.task] else "loss")
-    chosen, measured_at = work.choose(quality, len(validation)) if settings.learning_rates is not None else ({}, {})
+    chosen: dict[str, float] = {}
+    measured_at: dict[str, dict[float, Any]] = {}
+    if settings.learning_rates is not None:
+        chosen, measured_at = work.choose(quality, scored(validation, plan.task))
     shown = work.run(chosen)
     trained = {run["method"] for run in shown}
     notes = [note for name, note in sizes.items() if name in trained]
@@ -194,8 +198,7 @@ class Work:
             for task, found in results:
                 if isinstance(found, dict):
                     self.keep(found, tasks, task)
-                elif task.choosing and type(found) is not NotImplementedError and isinstance(found, RuntimeError):
-                    # at another rate it may learn
+                elif task.choosing and type(found) is not NotImplementedError and isinstance(found, AT_THIS_RATE):
                     yield task, None, " ".join(str(found).split())
                     continue
                 elif found is not None:
@@ -220,6 +223,8 @@ class Work:
             return apart(function, one)
         except (ValueError, NotImplementedError, RuntimeError) as error:
             return error
+        except ArithmeticError as error:
+            return RuntimeError(f"{type(error).__name__}: {error}")
         except OSError:  # no place left, say: that is not the method's
             raise
         except Exception as error:

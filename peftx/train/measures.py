@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.records import Records
-from ..utils import CLASSIFIERS
+from ..utils import CLASSIFIERS, IGNORE
 from .answers import generation_options, prompts_and_answers
 from .metrics import Metric, find_metric, names_of
 from .plan import Plan
@@ -147,8 +147,15 @@ def tried(measures: Measures, samples: Records, name: str, tokenizer: Any) -> di
         found = {}
     for key, value in found.items():
         if not np.isfinite(value):
-            raise ValueError(f"{key} of right answers is {value} on the {name} part: do its labels differ at all?")
+            raise ValueError(f"{key} of right answers is {value} on the {name} part: has it samples of every class?")
     return found
+
+
+def scored(samples: Records, task: str) -> int:
+    """How many answers a proportion is of: labelled tokens, samples with an answer, or samples."""
+    if task == "TOKEN_CLS":
+        return sum(label != IGNORE for sample in samples for label in sample["labels"])
+    return len(samples if task in CLASSIFIERS else prompts_and_answers(samples, task))
 
 
 def best_key(best: str, task: str, measured: Sequence[str]) -> str:

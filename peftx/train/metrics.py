@@ -6,6 +6,7 @@ without the Hub. Every other name, and a path, is `evaluate.load`'s, which runs 
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,10 @@ LESS = ("loss", "perplexity", "mse", "mae", "rmse", "mape", "mase", "smape", "we
 ARGUMENTS = re.compile(r"(?P<name>.+?):(?P<rest>\w+=[^,]*(,\w+=[^,]*)*)")
 
 
+class MetricError(ValueError):
+    """A metric cannot be computed of these answers; of others it may."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """What one `--metric` stands for.
@@ -61,19 +66,25 @@ class Metric:
         """Its values by their keys.
 
         Raises:
-            ValueError: it cannot be computed, or is no number.
+            MetricError: it cannot be computed, or is no number.
         """
         try:
             with quiet(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = self.function(predictions, references)
         except Exception as error:  # of a script, which raises what it likes
-            raise ValueError(f"metric {self.name} cannot be computed: {error or type(error).__name__}") from error
+            raise MetricError(f"metric {self.name} cannot be computed: {error or type(error).__name__}") from error
         values = {f"{name}{self.suffix}": number(value) for name, value in dict(found or {}).items()}
         numbers = {name: value for name, value in values.items() if value is not None}
         if not numbers:
-            raise ValueError(f"metric {self.name} gives no number, but {', '.join(values) or 'nothing'}")
+            raise MetricError(f"metric {self.name} gives no number, but {', '.join(values) or 'nothing'}")
         return numbers
+
+
+def value_of(values: Mapping[str, float], name: str) -> float:
+    """One of a model's values; nan where its loss is not finite, and its answers mean nothing."""
+    sound = name == "loss" or math.isfinite(values.get("loss", 0.0))
+    return values.get(name, math.nan) if sound else math.nan
 
 
 def number(value: Any) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .metrics import value_of
 from .report import Row, Runs, describe, front, quality_of, rows
 
 
@@ -79,7 +80,7 @@ def rates(axes: Any, table: list[Row], runs: Runs, choices: Runs, colours: dict[
     name, _ = quality_of(runs)
     for row in table:
         points = sorted(
-            (run["learning_rate"], run["validation"].get(name, float("nan")))
+            (run["learning_rate"], value_of(run["validation"], name))
             for run in choices
             if run["method"] == row.method and describe(run["method_settings"]) == row.settings
         )

@@ -193,6 +193,11 @@ def prepared(settings: Settings, *, show: bool = False) -> tuple[Plan, Records, 
     return plan, samples, encoded(settings, others, plan, settings.eval_data or settings.data)
 
 
+def without_validation(settings: Settings, samples: Records) -> tuple[Records, Records]:
+    """The samples that are trained on, and the validation part."""
+    return hold_out(samples, settings.validation, settings.data, "another validation_share, or more samples")
+
+
 def encoded(settings: Settings, records: Records, plan: Plan, source: str, *, show: bool = False) -> Records:
     """The records as token ids and labels.
 

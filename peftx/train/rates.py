@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .metrics import more_is_better
+from .metrics import more_is_better, value_of
 
 FACTOR = 3.0
 AUTO = 5  # rates of a grid
@@ -72,7 +72,7 @@ def best_rate(measured: Mapping[float, Mapping[str, float] | None], name: str) -
 
     def order(rate: float) -> tuple[float, float, float]:
         found = measured[rate] or {}
-        value, loss = sign * found.get(name, math.nan), found.get("loss", math.nan)
+        value, loss = sign * value_of(found, name), found.get("loss", math.nan)
         return value if math.isfinite(value) else math.inf, loss if math.isfinite(loss) else math.inf, rate
 
     ranked = sorted(measured, key=order)
@@ -91,7 +91,7 @@ def settled_rate(
     best = best_rate(measured, name)
     if best is None or name not in PROPORTIONS:
         return best
-    values = {rate: (found or {}).get(name, math.nan) for rate, found in measured.items()}
+    values = {rate: value_of(found or {}, name) for rate, found in measured.items()}
     least = values[best] - math.sqrt(values[best] * (1 - values[best]) / count)
     return min((rate for rate in values if values[rate] >= least), key=lambda rate: (abs(math.log(rate / own)), rate))
 
@@ -122,9 +122,13 @@ def summary(
     ]
     if ends:
         told.append(f"the rate of {', '.join(ends)} is at an end of the rates that were tried: try further ones")
-    failed = [(method, rate) for method, rates in measured.items() for rate in rates if rates[rate] is None]
-    said = []
-    for method, rate in failed:
-        why = (reasons or {}).get((method, rate))
-        said.append(f"{method} at {rate:g}" + (f" ({why})" if why else ""))
-    return told + ([f"did not run: {', '.join(said)}"] if said else [])
+    every = [(method, rate, found) for method, rates in measured.items() for rate, found in rates.items()]
+    failed, lost = [], []
+    for method, rate, found in every:
+        if found is None:
+            why = (reasons or {}).get((method, rate))
+            failed.append(f"{method} at {rate:g}" + (f" ({why})" if why else ""))
+        elif not math.isfinite(value_of(found, name)):
+            lost.append(f"{method} at {rate:g}")
+    told += [f"did not run: {', '.join(failed)}"] if failed else []
+    return told + ([f"diverged: {', '.join(lost)}"] if lost else [])

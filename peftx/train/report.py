@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .intervals import Interval, deviation, t_interval
-from .metrics import more_is_better
+from .metrics import more_is_better, value_of
 
 FILES = ("results.md", "results.csv", "pareto.png")
 Runs = Sequence[Mapping[str, Any]]
@@ -62,11 +62,11 @@ def rows(runs: Runs) -> list[Row]:
         groups.setdefault((run["method"], describe(run["method_settings"])), []).append(run)
     first = next(iter(groups.values()))
     yardstick = {run["seed"]: run["step_seconds"] for run in first}
-    base = {run["seed"]: run["eval"][name] for run in first}
+    base = {run["seed"]: value_of(run["eval"], name) for run in first}
     found = []
     for (method, settings), group in groups.items():
-        qualities = [run["eval"][name] for run in group]
-        differences = [run["eval"][name] - base[run["seed"]] for run in group if run["seed"] in base]
+        qualities = {run["seed"]: value_of(run["eval"], name) for run in group}
+        differences = [quality - base[seed] for seed, quality in qualities.items() if seed in base]
         ratios = [run["step_seconds"] / yardstick[run["seed"]] for run in group if yardstick.get(run["seed"])]
         values = group[0]["trained_values"]
         found.append(
@@ -77,7 +77,7 @@ def rows(runs: Runs) -> list[Row]:
                 values["adapter"],
                 values["whole_modules"],
                 len(group),
-                *spread(qualities),
+                *spread([*qualities.values()]),
                 statistics.median(run["peak_memory"] for run in group),
                 statistics.median(ratios) if ratios else float("nan"),
                 group[0]["bytes"],
@@ -140,7 +140,7 @@ def cells(table: Sequence[Row], runs: Runs) -> tuple[list[str], list[list[str]]]
     body = [
         [
             row.method,
-            row.settings,
+            row.settings.replace("|", r"\|"),
             f"{row.learning_rate:g}",
             f"{row.trained_values:,}",
             shown(row.quality, row.quality_std),
@@ -174,8 +174,9 @@ def notes(table: Sequence[Row], runs: Runs) -> list[str]:
             "= where that holds 0, and these seeds do not tell them apart",
         )
     found += [f"{row.method} has {row.seeds} of {seeds} seeds" for row in table if row.seeds < seeds]
-    lost = [f"{run['method']} with seed {run['seed']}" for run in runs if not math.isfinite(run["eval"][name])]
-    found += [f"diverged: {', '.join(lost)}"] if lost else []
+    lost = [run for run in runs if not math.isfinite(value_of(run["eval"], name))]
+    which = ", ".join(f"{run['method']} with seed {run['seed']}" for run in lost)
+    found += [f"diverged: {which}"] if lost else []
     lower = {run["method"]: lower_ranks(run) for run in runs}
     found += [f"{method} has {'; '.join(told)}" for method, told in lower.items() if told]
     if table[0].whole_values:

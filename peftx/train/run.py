@@ -16,7 +16,6 @@ import transformers
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..data.records import hold_out
 from ..data.text import pad, padding_of
 from ..files import DRAFT, NEW, drafted, note, read_list, writing
 from ..progress import Progress
@@ -27,7 +26,7 @@ from .heads import HeadTrainer, heads_of
 from .measures import measures_of, of_trainer
 from .methods import Method, check_settings, find, trainable
 from .metrics import more_is_better
-from .plan import adapt, load, prepared, scales_loss
+from .plan import adapt, load, prepared, scales_loss, without_validation
 from .results import evaluation_metrics, finish, kept, training_loss
 from .settings import Section, TrainSettings, arguments_of, checked, section
 
@@ -69,9 +68,7 @@ def train(
         arguments = training_arguments(dataclasses.replace(settings, output=str(place.where)), method)
     plan, samples, held_samples = prepared(settings, show=main and not arguments.disable_tqdm)
     task, tokenizer = plan.task, plan.tokenizer
-    validation: list[Any] = []
-    if settings.validation:
-        samples, validation = hold_out(samples, settings.validation, settings.data)
+    samples, validation = without_validation(settings, samples)
     held_samples = [] if choosing else held_samples
     measures = measures_of(settings, plan, {"validation": validation, "held-out": held_samples})
     if measures.best:

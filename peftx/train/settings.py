@@ -182,6 +182,7 @@ def checked(values: Mapping[str, Any], types: Mapping[str, Any], where: str) -> 
 def converted(value: Any, expected: Any, what: str) -> Any:
     candidates = [value, float(value)] if type(value) is int else [value]
     if isinstance(value, list):
+        candidates += [[float(part) for part in value]] if all(type(part) in (int, float) for part in value) else []
         candidates += [set(value), tuple(value)] if all(isinstance(part, str | int) for part in value) else []
     if value is False and "Strategy" in str(expected):  # YAML's `no`
         candidates = ["no"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.records import Records
-from ..files import LIST, NEW, claim, is_by, note, reached, written
+from ..files import DRAFT, LIST, NEW, claim, is_by, note, reached, written
 from .folder import as_dict, inputs
 from .methods import find, key
 from .picture import plot
@@ -55,12 +55,22 @@ class Kept:
         for sample in (*samples, *held):
             digest.update(json.dumps(sample).encode())
         digest.update(str(len(samples)).encode())
-        if self.samples not in (None, digest.hexdigest()):
+        if self.samples is None:
+            same = all(counts_of(run) == (len(samples), len(held)) for run in self.runs)
+        else:
+            same = self.samples == digest.hexdigest()
+        if not same:
             raise ValueError(
                 f"the samples are others than those of the comparison in {where} (data, tokenizer or lengths have "
                 "changed since): name another folder, or say overwrite"
             )
         return dataclasses.replace(self, samples=digest.hexdigest())
+
+
+def counts_of(run: Run) -> tuple[int, int]:
+    """Samples to train on, those of the validation part among them, and held-out ones."""
+    samples = run["samples"]
+    return samples.get("train", 0) + samples.get("validation", 0), samples["eval"]
 
 
 def shared(settings: CompareSettings) -> dict[str, Any]:
@@ -83,7 +93,7 @@ def find_folder(settings: CompareSettings) -> tuple[Path, Path]:
         return folder, folder / NEW if is_by(folder, BY) else folder
     reached(folder, inputs(settings))
     where = folder / NEW if (folder / NEW / RESULTS).is_file() else folder
-    if not (where / RESULTS).is_file() and folder.exists() and any(folder.iterdir()):
+    if not (where / RESULTS).is_file() and folder.exists() and {p.name for p in folder.iterdir()} - {DRAFT, LIST}:
         raise ValueError(f"output {folder} is not empty, and holds no comparison: name another folder")
     return folder, where
 

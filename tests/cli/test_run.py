@@ -100,6 +100,7 @@ def test_signals_reach_the_program_and_end_it(place, way, tmp_path):
     program.write_text(
         "import signal, sys, time\n"
         "if sys.argv[1] == 'handled': signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job ignores
         "print('ready', flush=True)\nwhile True: time.sleep(0.05)\n"
     )
     here = f"import importlib.util as u, sys\ns = u.spec_from_file_location('launch', {launch.__file__!r})\n"
@@ -114,7 +115,7 @@ def test_signals_reach_the_program_and_end_it(place, way, tmp_path):
         with subprocess.Popen([*command, program, word], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout.readline() == b"ready\n"
             process.send_signal(number)
-            assert process.wait() == code
+            assert process.wait(60) == code
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 from test_train import SHORT, call, files, here, own_cache, settings, trained  # noqa: F401  (fixtures)
 
-from peftx.files import LIST, NEW
+from peftx.files import LIST, NEW, note, written
 from peftx.train import comparison, run
 from peftx.train.checkpoints import damage
 
@@ -344,8 +344,22 @@ def test_other_samples_are_not_mixed_with_earlier_ones(files: Path, tmp_path: Pa
     assert contents(out) == before
     data.write_text("".join(lines))
     whole = json.loads((out / "results.json").read_text())
-    assert len(whole.pop("samples")) == 64  # one of an earlier version is taken
+    assert len(whole.pop("samples")) == 64  # one of an earlier version is taken, if it has as many samples
+    with written(out / "results.json", "compare") as draft:
+        draft.write_text(json.dumps(whole))
+    data.write_text("".join(lines[:-1]))
+    outcome = compared(files, out, *more, "--seeds", 2)
+    assert outcome.exit_code == 2 and "the samples are others than those" in outcome.stderr
+    data.write_text("".join(lines))
     assert compared(files, out, *more, "--seeds", 2).exit_code == 0
+
+
+def test_a_comparison_goes_on_where_only_its_list_was_written(files: Path, tmp_path: Path, here: list) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    note(out, [], "compare")
+    assert [path.name for path in out.iterdir()] == [LIST]
+    assert compared(files, out).exit_code == 0
 
 
 @pytest.mark.parametrize(

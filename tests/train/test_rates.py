@@ -16,8 +16,10 @@ from test_train import SHORT, call, files, here, own_cache, trained  # noqa: F40
 
 from peftx.train import comparison, heads, report
 from peftx.train.intervals import t_interval, t_quantile
+from peftx.train.measures import scored
+from peftx.train.metrics import MetricError
 from peftx.train.picture import plot
-from peftx.train.rates import SEED, best_rate, further, grid, parse_rates, settled_rate
+from peftx.train.rates import SEED, best_rate, further, grid, parse_rates, settled_rate, summary
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 101])
@@ -102,6 +104,25 @@ def runs_of(qualities: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
         for name, values in qualities.items()
         for seed, value in enumerate(values)
     ]
+
+
+def test_a_classifier_whose_loss_is_lost_is_no_best() -> None:
+    """Of logits that are nan, argmax is the first class: an accuracy, where that class is frequent."""
+    measured = {1e-3: {"loss": 0.5, "accuracy": 0.8}, 1e3: {"loss": math.nan, "accuracy": 0.85}}
+    assert best_rate(measured, "accuracy") == settled_rate(1e3, measured, "accuracy", 20) == 1e-3
+    assert best_rate({1e3: measured[1e3]}, "accuracy") is None
+    assert "diverged: bone at 1000" in summary({"bone": 1e-3}, {"bone": measured}, "accuracy", 20)
+    runs = runs_of({"lora": (0.80, 0.82), "bone": (0.85, 0.87)})
+    runs[2]["eval"]["loss"] = math.nan
+    assert math.isnan(report.rows(runs)[1].quality) and "- diverged: bone with seed 0\n" in report.markdown(runs)
+
+
+def test_a_proportion_is_of_what_has_an_answer() -> None:
+    tokens = [{"input_ids": [1, 2, 3], "labels": [-100, 0, 1]}, {"input_ids": [1, 2], "labels": [-100, 2]}]
+    assert scored(tokens, "TOKEN_CLS") == 3
+    assert scored([{"input_ids": [1], "labels": 0}] * 4, "SEQ_CLS") == 4
+    answered = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [1, 2], "labels": [-100, -100]}]
+    assert scored(answered, "CAUSAL_LM") == 1
 
 
 def test_a_difference_whose_interval_holds_zero_is_no_difference() -> None:
@@ -276,6 +297,22 @@ def test_auto_goes_on_where_the_best_is_at_an_end(
     assert outcome.exit_code == 0, (outcome.output, outcome.exception)
     again = fake.seen[count:]  # what failed is tried again, and each method has one more seed
     assert again == [("flora", 0.018, SEED), ("lora", 0.162, 1), ("bone", 3e-4, 1), ("flora", 0.006, 1)]
+
+
+def test_a_rate_at_which_a_metric_fails_is_passed_over(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_run: dict
+) -> None:
+    def accuracy(method: str, rate: float, seed: int) -> float:
+        if rate > 0.1:
+            raise {"lora": MetricError("Input contains NaN"), "bone": OverflowError("too large")}[method]
+        return 0.8
+
+    monkeypatch.setattr(comparison, "apart", Fake(fake_run, accuracy))
+    asked = ("--methods", "lora,bone", "--learning-rates", "1e-3,1", "--seeds", 1)
+    outcome = call("compare", *given(files, tmp_path / "out", *asked))
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "did not run: lora at 1 (Input contains NaN), bone at 1 (OverflowError: too large)" in page
 
 
 @pytest.mark.parametrize("rates", [("--learning-rate", 1e-3), ("--learning-rates", "1e-3,1e-2")])
