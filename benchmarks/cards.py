@@ -91,11 +91,20 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=CARDS)
     args = parser.parse_args()
-    found = json.loads(args.results.read_text())["tasks"][TASK]
-    for name, (group, runs) in chosen(found).items():
+    tasks = json.loads(args.results.read_text())["tasks"]
+    if TASK not in tasks:
+        raise SystemExit(f"{args.results} has no {TASK}: run it by leaderboard.py")
+    found = tasks[TASK]
+    adapters = {name: args.work / TASK / group / name / "seed-0" for name, (group, _) in chosen(found).items()}
+    for name, adapter in adapters.items():
+        if not adapter.is_dir():
+            raise SystemExit(f"there is no {adapter}: --work is the folder of the run that {args.results} is from")
+        if len(chosen(found)[name][1]) < 2:
+            raise SystemExit(f"{args.results} has one seed of {name}: a card tells the spread of several")
+    for name, (_, runs) in chosen(found).items():
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place, name)
-            shutil.copytree(args.work / TASK / group / name / "seed-0", folder)
+            shutil.copytree(adapters[name], folder)
             card = finish_card(
                 folder,
                 dataset="SST-2, whole sentences",

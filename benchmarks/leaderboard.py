@@ -471,6 +471,9 @@ def main() -> None:
     option("--out", type=Path, help=f"default: {RESULTS.name} of results; with --own, of the folder --work")
     option("--report", action="store_true", help="only table and picture, from the results file")
     args = parser.parse_args()
+    for name in ("seeds", "steps", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     args.out = args.out or (args.work / RESULTS.name if args.own else RESULTS)
     try:
         results = json.loads(args.out.read_text()) if args.out.exists() else {"about": {}, "tasks": {}}
