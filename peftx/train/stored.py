@@ -123,8 +123,9 @@ def earlier(settings: CompareSettings, folder: Path) -> Kept:
             f"{path} is not what compare writes ({reason}): move it away, or name another folder"
         ) from None
     now = json.loads(json.dumps(shared(settings), default=str))
+    headless = bool(kept.runs) and not any(run["trained_values"]["whole_modules"] for run in kept.runs)
     for name in {**before, **now}:
-        if before.get(name) != now.get(name):
+        if before.get(name) != now.get(name) and not (name == "head_learning_rate" and headless):
             head = "; where learning rates are chosen it is the first method's" if name == "head_learning_rate" else ""
             raise ValueError(
                 f"{name} is {now.get(name, 'not given')!r}, but the comparison in {folder} has "

@@ -344,6 +344,23 @@ def test_another_rate_replaces_the_runs_at_the_former(
         assert [(run["seed"], run["learning_rate"]) for run in runs] == [(0, wanted), (1, wanted)]
 
 
+def test_without_a_head_its_rate_does_not_tie_a_comparison(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_run: dict
+) -> None:
+    """It is the first method's own by default, and the first method may change."""
+    monkeypatch.setattr(comparison, "apart", Fake(fake_run, lambda method, rate, seed: 0.5))
+    asked = ("--learning-rates", "1e-3", "--seeds", 1)
+    fake_run["trained_values"] = {"adapter": 8, "whole_modules": 0}
+    for methods in ("lora", "bone,lora"):
+        outcome = call("compare", *given(files, tmp_path / "out", "--methods", methods, *asked))
+        assert outcome.exit_code == 0, (outcome.output, outcome.exception)
+    fake_run["trained_values"] = {"adapter": 8, "whole_modules": 2}
+    for methods, code in (("lora", 0), ("bone,lora", 2)):
+        outcome = call("compare", *given(files, tmp_path / "headed", "--methods", methods, *asked))
+        assert outcome.exit_code == code, (outcome.output, outcome.exception)
+    assert "it is the first method's" in outcome.stderr
+
+
 @pytest.mark.slow
 def test_a_method_that_learns_at_no_rate_is_told(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_run: dict
