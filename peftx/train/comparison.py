@@ -85,7 +85,7 @@ def compare(settings: CompareSettings, watch: Watch = lambda *_: None) -> Outcom
         _, validation = without_validation(settings, samples)
         measures = measures_of(settings, plan, {"validation": validation, "held-out": held})
         entries, sizes = sized(settings, entries, plan)
-    kept = kept.of(samples, held, where)
+    kept = kept.of(samples, held, settings.model, where)
     if settings.overwrite and where != folder and where.exists():
         shutil.rmtree(where)
     store(settings, where, kept)  # so that a run that is cut off is known as a comparison's

@@ -35,6 +35,7 @@ RUN: dict[str, Any] = {
 # of a run that only helps to choose
 CHOICE: dict[str, Any] = {**COMMON, "steps": int, "samples": dict, "validation": dict}
 Run = dict[str, Any]
+PIECES, PIECE = 256, 4096  # of each file of weights, and their bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +45,20 @@ class Kept:
     runs: list[Run] = dataclasses.field(default_factory=list)
     choices: list[Run] = dataclasses.field(default_factory=list)
     samples: str | None = None  # a digest of all samples; None in a file of an earlier version
+    weights: str | None = None  # see `weights_of`; None in a file of an earlier version, too
 
-    def of(self, samples: Records, held: Records, where: Path) -> Kept:
-        """Kept runs of these samples.
+    def of(self, samples: Records, held: Records, model: str, where: Path) -> Kept:
+        """Kept runs of these samples on this model.
 
         Raises:
             ValueError: the runs had others.
         """
+        weights = weights_of(model)
+        if self.weights not in (None, weights):
+            raise ValueError(
+                f"the weights in {model} are others than those of the comparison in {where}: name another folder, or "
+                "say overwrite"
+            )
         digest = hashlib.sha256()
         for sample in (*samples, *held):
             digest.update(json.dumps(sample).encode())
@@ -64,7 +72,21 @@ class Kept:
                 f"the samples are others than those of the comparison in {where} (data, tokenizer or lengths have "
                 "changed since): name another folder, or say overwrite"
             )
-        return dataclasses.replace(self, samples=digest.hexdigest())
+        return dataclasses.replace(self, samples=digest.hexdigest(), weights=weights)
+
+
+def weights_of(model: str) -> str | None:
+    """A digest of a folder's weights, by names, sizes and pieces of their files; None of a name on the Hub."""
+    digest = hashlib.sha256()
+    files = sorted(path for path in Path(model).glob("*") if path.suffix in (".safetensors", ".bin"))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(PIECES):
+                file.seek(size * part // PIECES)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest() if files else None
 
 
 def counts_of(run: Run) -> tuple[int, int]:
@@ -109,7 +131,8 @@ def earlier(settings: CompareSettings, folder: Path) -> Kept:
         return Kept()
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        before, kept = found["settings"], Kept(found["runs"], found.get("choices", []), found.get("samples"))
+        optional = (found.get("samples"), found.get("weights"))
+        before, kept = found["settings"], Kept(found["runs"], found.get("choices", []), *optional)
         if not isinstance(before, dict):
             raise TypeError(f"its settings are a {type(before).__name__}")
         for run in kept.runs:
@@ -162,7 +185,8 @@ def check_numbers(values: Iterable[Any]) -> None:
 def store(settings: CompareSettings, folder: Path, kept: Kept, rows: Sequence[Row] = ()) -> None:
     """Replaces `results.json` in one step, so that an interruption leaves the old one."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"settings": shared(settings), "samples": kept.samples, "runs": kept.runs}
+    found: dict[str, Any] = {"settings": shared(settings), "samples": kept.samples, "weights": kept.weights}
+    found["runs"] = kept.runs
     if kept.choices:
         found["choices"] = kept.choices
     if rows:

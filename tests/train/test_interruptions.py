@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import SHORT, call, files, here, own_cache, settings, trained  # noqa: F401  (fixtures)
 
 from peftx.files import LIST, NEW, note, written
@@ -352,6 +352,19 @@ def test_other_samples_are_not_mixed_with_earlier_ones(files: Path, tmp_path: Pa
     assert outcome.exit_code == 2 and "the samples are others than those" in outcome.stderr
     data.write_text("".join(lines))
     assert compared(files, out, *more, "--seeds", 2).exit_code == 0
+
+
+def test_other_weights_are_not_mixed_with_earlier_ones(files: Path, tmp_path: Path, here: list) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(files / "llama", model)
+    more = ("--model", model)
+    assert compared(files, out, *more).exit_code == 0
+    assert compared(files, out, *more, "--seeds", 2).exit_code == 0
+    before, weights = contents(out), load_file(model / "model.safetensors")
+    save_file({name: 3 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    outcome = compared(files, out, *more, "--seeds", 3)
+    assert outcome.exit_code == 2 and f"the weights in {model} are others than those of" in outcome.stderr
+    assert contents(out) == before
 
 
 def test_a_comparison_goes_on_where_only_its_list_was_written(files: Path, tmp_path: Path, here: list) -> None:
