@@ -133,7 +133,8 @@ def short(pairs: Pairs, args: argparse.Namespace) -> Pairs:
 
 LENGTH = 152
 ENCODER = {"max_steps": 100, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64}
-CLASSIFIER = {
+QUANTISED = "sst2-4bit"
+CLASSIFIER: dict[str, Any] = {
     "options": {"task": "SEQ_CLS", "max_length": 64, "head_learning_rate": NATIVE_RATE},
     "model": "encoder",
     "seeds": 5,
@@ -154,6 +155,15 @@ TASKS = {
         **CLASSIFIER,
         every_variant=True,
         studies=OPEN + SCALED,
+    ),
+    QUANTISED: Task(
+        "SST-2 as above, on a 4-bit base (NF4), at the first of each method's variants",
+        sst2,
+        training=ENCODER,
+        model="encoder",
+        seeds=5,
+        options=CLASSIFIER["options"] | {"load_in_4bit": True},
+        rates="auto:3",
     ),
     "docstrings": Task(
         "docstrings of Python's library in eight families, MiniLM (22M) in bfloat16",

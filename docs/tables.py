@@ -247,9 +247,12 @@ def method_table() -> str:
 
 
 def placed() -> dict[str, dict[tuple[str, str], Any]]:
-    """The leaderboard's rows of each task, by method and group (`budget`, `own`), LoRA first."""
+    """The leaderboard's rows of each task, by method and group (`budget`, `own`), LoRA first; without the one on a
+    quantised base."""
     module, found = script("leaderboard"), {}
     for task, results in load("leaderboard")["tasks"].items():
+        if task == module.QUANTISED:
+            continue
         lines, _ = module.table(results)
         groups: dict[tuple[str, str], str] = {}
         for group in ("budget", "own"):
@@ -349,6 +352,23 @@ def scaled(*names: str) -> str:
                 cells.setdefault((f"`{line.method}`", module.said(line)), []).append(f"{line.quality:.4f}{told}")
     heads = ("", "settings", *(f"{task}, {quality(task)}:" for task in tasks))
     return rows(heads, *((*key, *cells[key]) for key in cells))
+
+
+def quantised() -> str:
+    """Quality on SST-2 as it is and on a 4-bit base, at LoRA's size, and less LoRA's on the same base."""
+    module = script("leaderboard")
+    lines, _ = module.table(load("leaderboard")["tasks"][module.QUANTISED], ["budget"])
+    plain = placed()["sst2"]
+    cells = [
+        (
+            f"`{line.method}`",
+            f"{plain[line.method, 'budget'].quality:.4f}",
+            module.shown(line.quality, line.quality_std),
+            module.told(line.difference),
+        )
+        for line in lines
+    ]
+    return rows(("", f"sst2, {quality('sst2')}:", "on a 4-bit base:", "less LoRA's there:"), *cells)
 
 
 def decoding(*names: str) -> str:
