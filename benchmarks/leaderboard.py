@@ -161,7 +161,7 @@ TASKS = {
         sst2,
         training=ENCODER,
         model="encoder",
-        seeds=5,
+        seeds=3,
         options=CLASSIFIER["options"] | {"load_in_4bit": True},
         rates="auto:3",
     ),
