@@ -5,6 +5,7 @@ model), and further ones while the best is at an end, one run each on a validati
 accuracy, the nearest to the method's own that is within a standard error of the best. Then come the runs that count,
 with that rate. The test part is read by these alone. Steps, batches, schedule and the head's rate are equal; scale and
 optimizer are each method's own. On SST-2 every variant takes part, elsewhere the first of each method, and LoRA-MGPO.
+SST-2 is also learnt on a 4-bit base (`sst2-4bit`).
 
     python benchmarks/leaderboard.py path/to/data --smollm2 path/to/SmolLM2-135M-Instruct
     python benchmarks/leaderboard.py path/to/data --tasks sst2 --groups budget own
