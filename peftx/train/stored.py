@@ -91,8 +91,11 @@ def weights_of(model: str) -> str | None:
 
 def counts_of(run: Run) -> tuple[int, int]:
     """Samples to train on, those of the validation part among them, and held-out ones."""
-    samples = run["samples"]
-    return samples.get("train", 0) + samples.get("validation", 0), samples["eval"]
+    return sum(counted(run["samples"])), run["samples"]["eval"]
+
+
+def counted(samples: Mapping[str, int]) -> list[int]:
+    return [samples.get(part, 0) for part in ("train", "validation")]
 
 
 def shared(settings: CompareSettings) -> dict[str, Any]:
@@ -164,7 +167,11 @@ def check_run(run: Any) -> None:
     if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
         raise TypeError(f"lower_ranks of a run is {ranks!r}")
     numbers = [run["eval"][quality_of([run])[0]], *run["eval"].values()]
-    numbers += [run["samples"]["eval"], *(run["trained_values"][key] for key in ("adapter", "whole_modules"))]
+    numbers += [
+        run["samples"]["eval"],
+        *counted(run["samples"]),
+        *(run["trained_values"][key] for key in ("adapter", "whole_modules")),
+    ]
     check_numbers(numbers)
 
 

@@ -382,7 +382,8 @@ def test_a_comparison_goes_on_where_only_its_list_was_written(files: Path, tmp_p
         '{"settings": {}, "runs": [3]}', '{"settings": {}, "runs": [{}]}', "[" * 100_000,
         ("method", None), ("method", "nothing"), ("method_settings", "r=2"), ("seed", "0"), ("eval", {}),
         ("eval", None),
-        ("eval", {"loss": "low"}), ("step_seconds", None), ("trained_values", {}), ("samples", [3]), ("bytes", "1"),
+        ("eval", {"loss": "low"}), ("step_seconds", None), ("trained_values", {}), ("samples", [3]),
+        ("samples", {"eval": 1, "train": "9"}), ("bytes", "1"),
     ],
     ids=str,
 )  # fmt: skip
