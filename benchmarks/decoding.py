@@ -2,7 +2,7 @@
 
 The model has the shape of SmolLM2-135M and random weights, or is any other (`--model`); fp32, adapters on all linear
 layers, r = 8. In one process with one thread the contenders take turns on the same base weights; a ratio to PEFT's LoRA
-is the median over rounds of CPU times in one round.
+is the median over rounds of CPU times in one round, in brackets its quartiles.
 
 - decode: tokens one at a time, batch 1, from a prompt of 8; plainly, and within `peftx.inference`.
 - mixed: the same with 8 rows, each with an adapter of its own (`adapter_names`).
@@ -19,19 +19,20 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import contenders
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from report import publish
+from report import RESULTS, publish
 from rich.console import Console
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
@@ -107,7 +108,8 @@ def generate(model: Any, rows: int, tokens: int, **kwargs: Any) -> float:
     return time.process_time() - begin
 
 
-def ratios(calls: dict[str, Callable[[], float]], rounds: int, label: str) -> dict[str, float]:
+def ratios(calls: dict[str, Callable[[], float]], rounds: int, label: str) -> dict[str, list[float]]:
+    """By contender, its ratio to the yardstick in each round."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -115,12 +117,12 @@ def ratios(calls: dict[str, Callable[[], float]], rounds: int, label: str) -> di
         for name, call in calls.items():
             times[name].append(call())
     return {
-        name: median(ours / theirs for ours, theirs in zip(spent, times[YARDSTICK], strict=True))
+        name: [ours / theirs for ours, theirs in zip(spent, times[YARDSTICK], strict=True)]
         for name, spent in times.items()
     }
 
 
-def decoding(root: Any, found: dict[str, Any], rounds: int, tokens: int, within: bool) -> dict[str, float]:
+def decoding(root: Any, found: dict[str, Any], rounds: int, tokens: int, within: bool) -> dict[str, list[float]]:
     models = {name: build(root, config) for name, config in found.items()}
     with ExitStack() as stack:
         for name, model in models.items():
@@ -130,7 +132,7 @@ def decoding(root: Any, found: dict[str, Any], rounds: int, tokens: int, within:
         return ratios(calls, rounds, "within peftx.inference" if within else "decode")
 
 
-def mixed(root: Any, found: dict[str, Any], rounds: int, tokens: int, within: bool) -> dict[str, float]:
+def mixed(root: Any, found: dict[str, Any], rounds: int, tokens: int, within: bool) -> dict[str, list[float]]:
     names, calls = [f"a{i}" for i in range(8)], {}
     with ExitStack() as stack:
         for name, config in found.items():
@@ -143,7 +145,7 @@ def mixed(root: Any, found: dict[str, Any], rounds: int, tokens: int, within: bo
         return ratios(calls, rounds, "mixed, within" if within else "mixed")
 
 
-def short(root: Any, found: dict[str, Any], rounds: int) -> dict[str, float]:
+def short(root: Any, found: dict[str, Any], rounds: int) -> dict[str, list[float]]:
     ids, calls = torch.randint(4096, (2, 128), generator=torch.Generator().manual_seed(0)), {}
     for name, config in found.items():
         model = build(root, config).train()
@@ -207,11 +209,19 @@ def is_leaf(event: Any) -> bool:
     return all(child.name.removeprefix("aten::") in VIEWS and is_leaf(child) for child in event.cpu_children)
 
 
-def markdown(rows: dict[str, dict[str, float]]) -> str:
+def told(row: dict[str, Any], part: str) -> str:
+    """A ratio and its quartiles over the rounds."""
+    if row.get(part) is None:
+        return "-"
+    spread = row.get(f"{part} quartiles")
+    return f"{row[part]:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| | decoding | within `peftx.inference` | mixed batch | within it | step of 256 tokens | operations |"]
     lines.append("| --- " + "| ---: " * 6 + "|")
     for name, row in rows.items():
-        cells = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in PARTS[:-1])
+        cells = (told(row, key) for key in PARTS[:-1])
         lines.append(
             f"| {name} | {' | '.join(cells)} | {row.get('operations', '-'):{'g' if 'operations' in row else ''}} |"
         )
@@ -241,9 +251,16 @@ def main() -> None:
         "short step": lambda: short(root, found, args.rounds),
         "operations": lambda: {name: operations(config) for name, config in found.items()},
     }
+    if args.save and {*args.parts} != {*PARTS}:  # the others stay as they were
+        saved = json.loads((RESULTS / "decoding.json").read_text())["rows"]
+        rows |= {name: dict(saved.get(name, {})) for name in found}
     for part in args.parts:
         for name, value in parts[part]().items():
-            rows[name][part] = value
+            if isinstance(value, list):
+                low, _, high = quantiles(value, n=4, method="inclusive")
+                rows[name] |= {part: median(value), f"{part} quartiles": [low, high]}
+            else:
+                rows[name][part] = value
     model = Path(args.model).name if args.model else "random"
     publish("decoding", rows, markdown(rows), "PEFT's LoRA", args.save, rounds=args.rounds, model=model)
 

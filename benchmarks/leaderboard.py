@@ -323,6 +323,12 @@ def decoding() -> dict[str, Any]:
     return json.loads(path.read_text())["rows"] if path.exists() else {}
 
 
+def decoded(row: Mapping[str, Any], part: str) -> str:
+    """Time of a token beside LoRA's, with the quartiles of the rounds."""
+    low, high = row.get(f"{part} quartiles", (None, None))
+    return f"{row[part]:.2f}" + ("" if low is None or row[part] == 1 else f" ({low:.2f} to {high:.2f})")
+
+
 def said(row: Row) -> str:
     """The settings, without those that the method's name stands for."""
     return row.settings.removeprefix(describe(find(row.method).settings)).removeprefix(", ")
@@ -332,7 +338,7 @@ def page(lines: list[Row], runs: list[Any]) -> str:
     """One table, as Markdown."""
     name, _ = quality_of(runs)
     first = {"lora": "LoRA"}.get(lines[0].method, lines[0].method)
-    decode = {key.lower(): value["decode"] for key, value in decoding().items()}
+    decode = {key.lower(): decoded(value, "decode") for key, value in decoding().items()} | {"full": "1.00"}
     heads = [
         "method",
         "settings",
@@ -355,7 +361,7 @@ def page(lines: list[Row], runs: list[Any]) -> str:
             told(row.difference),
             steps(row, lines[0], runs),
             memory(row, runs),
-            f"{decode[row.method]:.2f}" if row.method in decode else "1.00" if row.method == "full" else "",
+            decode.get(row.method, ""),
             f"{row.adapter_bytes / 1e3:,.0f}",
         ]
         for row in lines
@@ -391,7 +397,7 @@ with the 95 % interval over the seeds (Student's t); `=` where it holds 0, and t
 twenty rows that equal LoRA, one is expected to be told apart by chance. Settings name the rank at which a method trains
 as many values as LoRA at r=8; the defaults hold where there are none. `step / LoRA`: CPU time with the same seed, mean
 and 95 % interval; two runs share the machine. `memory`: peak of the process above its start, mean ± standard deviation.
-`decoding`: one token at a time with the adapter attached, from results/decoding.md."""
+`decoding`: one token at a time with the adapter attached, LoRA = 1, median and quartiles, from results/decoding.md."""
 
 
 def picture(results: Mapping[str, Any], path: Path) -> None:

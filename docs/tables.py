@@ -372,10 +372,10 @@ def quantised() -> str:
 
 
 def decoding(*names: str) -> str:
-    """Time of a token with the adapter attached, PEFT's LoRA = 1, of these methods."""
-    known = load("decoding")["rows"]
+    """Time of a token with the adapter attached, PEFT's LoRA = 1, of these methods: median and quartiles."""
+    known, module = load("decoding")["rows"], script("leaderboard")
     lines: list[Any] = [("", "attached:", "within `peftx.inference`:")]
-    lines += [(f"`{name}`", *(f"{known[name][what]:.2f}" for what in ("decode", "within"))) for name in names]
+    lines += [(f"`{name}`", *(module.decoded(known[name], what) for what in ("decode", "within"))) for name in names]
     return rows(*lines)
 
 
