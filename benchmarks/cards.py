@@ -95,13 +95,16 @@ def main() -> None:
     if TASK not in tasks:
         raise SystemExit(f"{args.results} has no {TASK}: run it by leaderboard.py")
     found = tasks[TASK]
-    adapters = {name: args.work / TASK / group / name / "seed-0" for name, (group, _) in chosen(found).items()}
-    for name, adapter in adapters.items():
-        if not adapter.is_dir():
-            raise SystemExit(f"there is no {adapter}: --work is the folder of the run that {args.results} is from")
-        if len(chosen(found)[name][1]) < 2:
+    known = chosen(found)
+    adapters = {name: args.work / TASK / group / name / "seed-0" for name, (group, _) in known.items()}
+    for name, (_, runs) in known.items():
+        if not adapters[name].is_dir():
+            raise SystemExit(
+                f"there is no {adapters[name]}: --work is the folder of the run that {args.results} is from"
+            )
+        if len(runs) < 2:
             raise SystemExit(f"{args.results} has one seed of {name}: a card tells the spread of several")
-    for name, (_, runs) in chosen(found).items():
+    for name, (_, runs) in known.items():
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place, name)
             shutil.copytree(adapters[name], folder)
@@ -115,7 +118,7 @@ def main() -> None:
             )
             args.out.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(card, args.out / f"{name}.md")
-    print(f"{len(chosen(found))} cards in {args.out}")
+    print(f"{len(known)} cards in {args.out}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import contenders
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from report import RESULTS, publish
+from report import RESULTS, publish, ratio
 from rich.console import Console
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
@@ -209,19 +209,11 @@ def is_leaf(event: Any) -> bool:
     return all(child.name.removeprefix("aten::") in VIEWS and is_leaf(child) for child in event.cpu_children)
 
 
-def told(row: dict[str, Any], part: str) -> str:
-    """A ratio and its quartiles over the rounds."""
-    if row.get(part) is None:
-        return "-"
-    spread = row.get(f"{part} quartiles")
-    return f"{row[part]:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
-
-
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["| | decoding | within `peftx.inference` | mixed batch | within it | step of 256 tokens | operations |"]
     lines.append("| --- " + "| ---: " * 6 + "|")
     for name, row in rows.items():
-        cells = (told(row, key) for key in PARTS[:-1])
+        cells = (ratio(row, key) if key in row else "-" for key in PARTS[:-1])
         lines.append(
             f"| {name} | {' | '.join(cells)} | {row.get('operations', '-'):{'g' if 'operations' in row else ''}} |"
         )

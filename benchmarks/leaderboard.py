@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import transformers
+from report import ratio
 from rich.console import Console
 
 import peftx
@@ -161,10 +162,8 @@ TASKS = {
         "SST-2 as above, on a 4-bit base (NF4), at the first of each method's variants",
         sst2,
         training=ENCODER,
-        model="encoder",
-        seeds=3,
-        options=CLASSIFIER["options"] | {"load_in_4bit": True},
         rates="auto:3",
+        **CLASSIFIER | {"seeds": 3, "options": CLASSIFIER["options"] | {"load_in_4bit": True}},
     ),
     "docstrings": Task(
         "docstrings of Python's library in eight families, MiniLM (22M) in bfloat16",
@@ -323,12 +322,6 @@ def decoding() -> dict[str, Any]:
     return json.loads(path.read_text())["rows"] if path.exists() else {}
 
 
-def decoded(row: Mapping[str, Any], part: str) -> str:
-    """Time of a token beside LoRA's, with the quartiles of the rounds."""
-    low, high = row.get(f"{part} quartiles", (None, None))
-    return f"{row[part]:.2f}" + ("" if low is None or row[part] == 1 else f" ({low:.2f} to {high:.2f})")
-
-
 def said(row: Row) -> str:
     """The settings, without those that the method's name stands for."""
     return row.settings.removeprefix(describe(find(row.method).settings)).removeprefix(", ")
@@ -338,7 +331,7 @@ def page(lines: list[Row], runs: list[Any]) -> str:
     """One table, as Markdown."""
     name, _ = quality_of(runs)
     first = {"lora": "LoRA"}.get(lines[0].method, lines[0].method)
-    decode = {key.lower(): decoded(value, "decode") for key, value in decoding().items()} | {"full": "1.00"}
+    decode = {key.lower(): ratio(value, "decode") for key, value in decoding().items()} | {"full": "1.00"}
     heads = [
         "method",
         "settings",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ import transformers
 import peftx
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def ratio(row: Mapping[str, Any], part: str) -> str:
+    """A median with its quartiles over the rounds, where they are known and differ."""
+    low, high = row.get(f"{part} quartiles", (0, 0))
+    return f"{row[part]:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
 
 
 def publish(name: str, rows: Any, table: str, yardstick: str, save: bool, **facts: Any) -> None:

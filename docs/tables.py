@@ -57,7 +57,10 @@ def load(name: str) -> Any:
 @cache
 def script(name: str) -> Any:
     """The module benchmarks/<name>.py."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    folder = ROOT / "benchmarks"
+    if str(folder) not in sys.path:  # they import each other
+        sys.path.append(str(folder))
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", folder / f"{name}.py")
     assert spec and spec.loader
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -373,9 +376,9 @@ def quantised() -> str:
 
 def decoding(*names: str) -> str:
     """Time of a token with the adapter attached, PEFT's LoRA = 1, of these methods: median and quartiles."""
-    known, module = load("decoding")["rows"], script("leaderboard")
+    known, module = load("decoding")["rows"], script("report")
     lines: list[Any] = [("", "attached:", "within `peftx.inference`:")]
-    lines += [(f"`{name}`", *(module.decoded(known[name], what) for what in ("decode", "within"))) for name in names]
+    lines += [(f"`{name}`", *(module.ratio(known[name], what) for what in ("decode", "within"))) for name in names]
     return rows(*lines)
 
 

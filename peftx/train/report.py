@@ -140,7 +140,7 @@ def cells(table: Sequence[Row], runs: Runs) -> tuple[list[str], list[list[str]]]
     body = [
         [
             row.method,
-            row.settings.replace("|", r"\|"),
+            row.settings,
             f"{row.learning_rate:g}",
             f"{row.trained_values:,}",
             shown(row.quality, row.quality_std),
@@ -188,7 +188,8 @@ def markdown(runs: Runs, remarks: Sequence[str] = (), failures: Mapping[str, str
     table = rows(runs)
     heads, body = cells(table, runs)
     rule = ["---", "---", *["---:"] * (len(heads) - 2)]
-    lines = [f"| {' | '.join(line)} |" for line in [heads, rule, *body]]
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in body]
+    lines = [f"| {' | '.join(line)} |" for line in [heads, rule, *escaped]]
     said = [*notes(table, runs), *remarks, *(f"{name} did not run: {why}" for name, why in (failures or {}).items())]
     return "\n".join([*lines, "", *(f"- {line}" for line in said), ""])
 

@@ -117,6 +117,13 @@ def test_a_classifier_whose_loss_is_lost_is_no_best() -> None:
     assert math.isnan(report.rows(runs)[1].quality) and "- diverged: bone with seed 0\n" in report.markdown(runs)
 
 
+def test_a_bar_in_settings_is_no_column() -> None:
+    runs = runs_of({"lora": (0.80,)})
+    runs[0]["method_settings"] = {"target_modules": ".*(query|value)"}
+    assert r"| target_modules=.*(query\|value) |" in report.markdown(runs)
+    assert report.cells(report.rows(runs), runs)[1][0][1] == "target_modules=.*(query|value)"  # on the terminal
+
+
 def test_a_proportion_is_of_what_has_an_answer() -> None:
     tokens = [{"input_ids": [1, 2, 3], "labels": [-100, 0, 1]}, {"input_ids": [1, 2], "labels": [-100, 2]}]
     assert scored(tokens, "TOKEN_CLS") == 3
